@@ -1,0 +1,108 @@
+"""Every subject, queue and bucket of the stack, each bound to the one message it carries. Nowhere else names one."""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from common.messages import cluster, failures, video
+from common.messages.base import Message
+
+Request = TypeVar("Request", bound=Message)
+Reply = TypeVar("Reply", bound=Message)
+Body = TypeVar("Body", bound=Message)
+
+
+@dataclass(frozen=True)
+class RequestSubject(Generic[Request, Reply]):
+    """Request and reply. ``{}`` in the pattern stands for the instance that answers."""
+
+    pattern: str
+    request: type[Request]
+    reply: type[Reply]
+
+    def at(self, *tokens: str) -> str:
+        """The subject of one instance."""
+        return self.pattern.format(*tokens)
+
+
+@dataclass(frozen=True)
+class EventSubject(Generic[Body]):
+    """Published and forgotten: who listens hears it, nobody answers. ``{}`` stands for whom it is about."""
+
+    pattern: str
+    body: type[Body]
+
+    def at(self, *tokens: str) -> str:
+        return self.pattern.format(*tokens)
+
+    @property
+    def all(self) -> str:
+        """The subject that hears every one of them."""
+        return self.pattern.replace("{}", "*")
+
+
+@dataclass(frozen=True)
+class WorkQueue(Generic[Body]):
+    """A durable queue: each message goes to one taker, is kept until acknowledged, and the queue is bounded.
+
+    ``pattern``'s ``{}`` is the job id, which is the deduplication key too.
+    """
+
+    name: str
+    pattern: str
+    body: type[Body]
+    max_messages: int
+
+    def at(self, job_id: str) -> str:
+        return self.pattern.format(job_id)
+
+    @property
+    def all(self) -> str:
+        return self.pattern.replace("{}", "*")
+
+
+@dataclass(frozen=True)
+class Bucket(Generic[Body]):
+    """A key-value bucket whose every value is a ``body``. Writes are compare-and-set."""
+
+    name: str
+    body: type[Body]
+    max_bytes: int
+
+
+@dataclass(frozen=True)
+class ObjectBucket:
+    """An object store for finished files."""
+
+    name: str
+    max_bytes: int
+
+
+_MB = 1024 * 1024
+
+# A video's way
+VIDEO_JOBS = WorkQueue("VIDEO_JOBS", "triptych.jobs.video.{}", video.VideoQueued, max_messages=256)
+VIDEO_RECORDS = Bucket("video_records", video.VideoRecord, max_bytes=256 * _MB)
+VIDEO_TIMELINES = Bucket("video_timelines", video.VideoTimeline, max_bytes=256 * _MB)
+VIDEO_FILES = ObjectBucket("video_files", max_bytes=4096 * _MB)
+
+ENCODE_PROMPT = RequestSubject("triptych.encoder.{}.encode", video.EncodePrompt, video.PromptEncoded)
+GRANT_LEASE = RequestSubject("triptych.dit.{}.lease", video.Lease, failures.Acknowledged)
+REVOKE_LEASE = RequestSubject("triptych.dit.{}.revoke", video.RevokeLease, failures.Acknowledged)
+DECODE_VIDEO = RequestSubject("triptych.vae.{}.decode", video.DecodeVideo, failures.Acknowledged)
+CANCEL_DECODING = RequestSubject("triptych.vae.{}.cancel", video.CancelDecoding, failures.Acknowledged)
+
+# Workers' reports to the scheduler. The final ones are answered, so that the worker repeats what was not heard.
+STEP_FINISHED = EventSubject("triptych.scheduler.step.{}", video.StepFinished)
+DENOISING_FINISHED = RequestSubject(
+    "triptych.scheduler.denoising_finished", video.DenoisingFinished, failures.Acknowledged
+)
+DECODING_FINISHED = RequestSubject(
+    "triptych.scheduler.decoding_finished", video.DecodingFinished, failures.Acknowledged
+)
+PHASE_FAILED = RequestSubject("triptych.scheduler.phase_failed", video.PhaseFailed, failures.Acknowledged)
+
+VIDEO_PROGRESS = EventSubject("triptych.progress.video.{}", video.VideoProgress)
+
+# The cluster
+MEMBERS = Bucket("members", cluster.Member, max_bytes=16 * _MB)
+HEARTBEATS = EventSubject("triptych.heartbeat.{}", cluster.Heartbeat)

@@ -1,0 +1,268 @@
+"""A video job: its record and states, and the conversation between scheduler, encoder, DiT and VAE."""
+
+from enum import StrEnum
+from typing import Self
+
+from common.messages.base import Message
+from common.messages.failures import Failure
+from common.messages.tensors import TensorRef
+
+
+class VideoState(StrEnum):
+    QUEUED = "queued"
+    ENCODING = "encoding"
+    DENOISING = "denoising"
+    DECODING = "decoding"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        return self in _TERMINAL
+
+
+_TERMINAL = frozenset({VideoState.COMPLETED, VideoState.FAILED, VideoState.CANCELLED})
+
+# From each state, where a job may go. A phase lost with its worker sends the job back to the queue.
+_MOVES = {
+    VideoState.QUEUED: {VideoState.ENCODING, VideoState.FAILED, VideoState.CANCELLED},
+    VideoState.ENCODING: {VideoState.DENOISING, VideoState.QUEUED, VideoState.FAILED, VideoState.CANCELLED},
+    VideoState.DENOISING: {VideoState.DECODING, VideoState.QUEUED, VideoState.FAILED, VideoState.CANCELLED},
+    VideoState.DECODING: {VideoState.COMPLETED, VideoState.QUEUED, VideoState.FAILED, VideoState.CANCELLED},
+    VideoState.COMPLETED: set[VideoState](),
+    VideoState.FAILED: set[VideoState](),
+    VideoState.CANCELLED: set[VideoState](),
+}
+
+
+class IllegalMove(ValueError):
+    """A state change that the job's life does not have."""
+
+
+class VideoRequest(Message):
+    """What is to be made, fully resolved: every default filled in, every value checked by the gateway.
+
+    Sizes in pixels, ``fps`` in frames per second. ``seed`` fixes the video: same request, same bytes.
+    """
+
+    model: str
+    prompt: str
+    negative_prompt: str = ""
+    width: int
+    height: int
+    frames: int
+    fps: int
+    steps: int
+    guidance_scale: float
+    seed: int
+
+
+class VideoFile(Message):
+    """The finished file in the object store."""
+
+    object_name: str
+    size_bytes: int
+    sha256: str
+
+
+class VideoRecord(Message):
+    """The truth about one job, in the record bucket under its id. Every change is a compare-and-set.
+
+    ``attempt`` counts how often the job was started (1 for an undisturbed one). Times are Unix seconds.
+    """
+
+    job_id: str
+    state: VideoState
+    request: VideoRequest
+    created_at_s: float
+    updated_at_s: float
+    started_at_s: float | None = None
+    ended_at_s: float | None = None
+    attempt: int = 0
+    file: VideoFile | None = None
+    failure: Failure | None = None
+
+    def moved(
+        self,
+        state: VideoState,
+        now_s: float,
+        *,
+        file: VideoFile | None = None,
+        failure: Failure | None = None,
+    ) -> Self:
+        """The record after a move to ``state``.
+
+        Raises:
+            IllegalMove: a job in this state cannot go there (a terminal state is never left).
+        """
+        if state not in _MOVES[self.state]:
+            raise IllegalMove(f"video {self.job_id} cannot go from {self.state} to {state}")
+        changes: dict[str, object] = {"state": state, "updated_at_s": now_s}
+        if state is VideoState.ENCODING:
+            changes["attempt"] = self.attempt + 1
+            changes["started_at_s"] = self.started_at_s or now_s
+        if state.terminal:
+            changes |= {"ended_at_s": now_s, "file": file, "failure": failure}
+        return self.model_copy(update=changes)
+
+
+class VideoQueued(Message):
+    """In the work queue: a job whose record is stored and that nobody has taken yet."""
+
+    job_id: str
+
+
+# --- scheduler and encoder ---------------------------------------------------------------------------------------
+
+
+class EncodePrompt(Message):
+    """Encode a job's prompt, and its negative prompt where it has one."""
+
+    job_id: str
+    prompt: str
+    negative_prompt: str = ""
+
+
+class PromptEncoded(Message):
+    """The text embeddings, each [tokens, channels] without padding, kept by the encoder until released.
+
+    ``negative`` is absent where the request has no negative prompt: the DiT's own null embedding stands in.
+    """
+
+    job_id: str
+    text: TensorRef
+    negative: TensorRef | None = None
+    started_at_s: float
+    ended_at_s: float
+
+
+# --- scheduler and DiT -------------------------------------------------------------------------------------------
+
+
+class Lease(Message):
+    """The right of ``members`` to denoise one job together, until revoked or done (DDiT, section 3).
+
+    ``epoch`` grows with every lease that any scheduler grants; a worker refuses any older than it has seen.
+    ``members`` are DiT instances in rank order, ``leader`` is the one that reports and keeps the latent.
+    """
+
+    job_id: str
+    epoch: int
+    members: tuple[str, ...]
+    leader: str
+    request: VideoRequest
+    text: TensorRef
+    negative: TensorRef | None = None
+
+
+class RevokeLease(Message):
+    """Stop working on ``job_id`` at the next step boundary and drop what is held for leases up to ``epoch``."""
+
+    job_id: str
+    epoch: int
+
+
+class StepFinished(Message):
+    """One denoising step is done. ``step`` counts from 1 to ``steps``. Times are Unix seconds."""
+
+    job_id: str
+    epoch: int
+    instance: str
+    slots: tuple[int, ...]
+    step: int
+    steps: int
+    started_at_s: float
+    ended_at_s: float
+
+    @property
+    def degree_of_parallelism(self) -> int:
+        return len(self.slots)
+
+
+class DenoisingFinished(Message):
+    """The latent [1, channels, frames, height, width] is final and waits at the lease's leader."""
+
+    job_id: str
+    epoch: int
+    instance: str
+    latent: TensorRef
+
+
+# --- scheduler and VAE -------------------------------------------------------------------------------------------
+
+
+class DecodeVideo(Message):
+    """Decode the latent chunk by chunk and store the MP4 under ``object_name``."""
+
+    job_id: str
+    epoch: int
+    request: VideoRequest
+    latent: TensorRef
+    object_name: str
+
+
+class CancelDecoding(Message):
+    """Stop decoding ``job_id`` before its next chunk and store nothing for epochs up to ``epoch``."""
+
+    job_id: str
+    epoch: int
+
+
+class DecodingFinished(Message):
+    """The MP4 is in the object store. Times are Unix seconds."""
+
+    job_id: str
+    epoch: int
+    instance: str
+    slot: int
+    file: VideoFile
+    started_at_s: float
+    ended_at_s: float
+
+
+class PhaseFailed(Message):
+    """A DiT or VAE worker could not do what it was asked."""
+
+    job_id: str
+    epoch: int
+    instance: str
+    failure: Failure
+
+
+# --- scheduler and gateway ---------------------------------------------------------------------------------------
+
+
+class VideoProgress(Message):
+    """Where a job stands, for the people waiting: published at every change and at every step.
+
+    ``queue_place`` is 1 for the next to start, absent once it runs. ``remaining_s`` is an estimate in seconds,
+    absent while there is nothing to base one on.
+    """
+
+    job_id: str
+    state: VideoState
+    queue_place: int | None = None
+    step: int = 0
+    steps: int
+    degree_of_parallelism: int = 0
+    remaining_s: float | None = None
+
+
+class TimelineSpan(Message):
+    """One piece of work on one slot. ``phase`` is ``encode``, ``step`` or ``decode``; times are Unix seconds."""
+
+    instance: str
+    slot: int | None
+    phase: str
+    step: int | None
+    degree_of_parallelism: int
+    started_at_s: float
+    ended_at_s: float
+
+
+class VideoTimeline(Message):
+    """Which slot did which step of a job, kept beside its record once it has ended."""
+
+    job_id: str
+    spans: tuple[TimelineSpan, ...]
