@@ -66,3 +66,9 @@ class Heartbeat(Message):
 
     instance: str
     incarnation: str
+
+
+class SchedulerLife(Message):
+    """How many schedulers there have been. Each new one adds itself, and numbers its leases above all before."""
+
+    number: int

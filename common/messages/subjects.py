@@ -105,4 +105,5 @@ VIDEO_PROGRESS = EventSubject("triptych.progress.video.{}", video.VideoProgress)
 
 # The cluster
 MEMBERS = Bucket("members", cluster.Member, max_bytes=16 * _MB)
+SCHEDULER_LIVES = Bucket("scheduler_lives", cluster.SchedulerLife, max_bytes=_MB)
 HEARTBEATS = EventSubject("triptych.heartbeat.{}", cluster.Heartbeat)

@@ -157,9 +157,12 @@ class Lease(Message):
 
 
 class RevokeLease(Message):
-    """Stop working on ``job_id`` at the next step boundary and drop what is held for leases up to ``epoch``."""
+    """Stop working on ``job_id`` at the next step boundary and drop what is held for its leases up to ``epoch``.
 
-    job_id: str
+    Without a ``job_id``: whatever was granted up to ``epoch`` (a new scheduler clears what its predecessor left).
+    """
+
+    job_id: str | None
     epoch: int
 
 
@@ -203,9 +206,9 @@ class DecodeVideo(Message):
 
 
 class CancelDecoding(Message):
-    """Stop decoding ``job_id`` before its next chunk and store nothing for epochs up to ``epoch``."""
+    """Stop decoding ``job_id`` (without one: anything) before its next chunk, for epochs up to ``epoch``."""
 
-    job_id: str
+    job_id: str | None
     epoch: int
 
 

@@ -1,0 +1,105 @@
+"""What happens, as the scheduler's policies see it. Past tense, immutable, in the order it happened."""
+
+from dataclasses import dataclass
+
+from common.messages.cluster import Service
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerJoined:
+    """A worker is ready. DiT and VAE workers stand on a slot (one GPU); encoders have none."""
+
+    instance: str
+    service: Service
+    slot: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDraining:
+    """A worker finishes what it has and takes nothing new."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker died, restarted or withdrew: whatever it held is gone."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobArrived:
+    """A video waits to be made. Sizes in pixels; ``attempt`` counts the attempts made before (0 for a new job)."""
+
+    job_id: str
+    arrival_s: float
+    width: int
+    height: int
+    frames: int
+    steps: int
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEncoded:
+    """The text embeddings are ready for ``attempt``."""
+
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished:
+    """A denoising step is done; ``step`` counts from 1."""
+
+    job_id: str
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class DenoisingFinished:
+    """The latent is final and waits at the leader (the master GPU)."""
+
+    job_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingFinished:
+    """The file is stored."""
+
+    job_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    """A phase of ``attempt`` could not be done."""
+
+    job_id: str
+    attempt: int
+    reason: str
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JobCancelled:
+    """Somebody cancelled or deleted the job."""
+
+    job_id: str
+
+
+Event = (
+    WorkerJoined
+    | WorkerDraining
+    | WorkerLost
+    | JobArrived
+    | PromptEncoded
+    | StepFinished
+    | DenoisingFinished
+    | DecodingFinished
+    | AttemptFailed
+    | JobCancelled
+)

@@ -1,0 +1,50 @@
+"""The life of a service process: settings, logs, an event loop, signals that ask for a drain."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+import structlog
+import uvloop
+
+from common.runtime.settings import ServiceSettings
+
+Main = Callable[[asyncio.Event], Awaitable[None]]
+
+
+def run_service(main: Main, settings: ServiceSettings) -> None:
+    """Run ``main(stop)`` on a fresh event loop until it returns.
+
+    ``stop`` is set by SIGTERM or SIGINT; ``main`` then takes no new work, finishes or hands over what it holds,
+    and returns.
+    """
+    configure_logging(settings.log_level)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_until_done(main))
+
+
+def configure_logging(level: str) -> None:
+    """Structured logs on standard error: one line per event, key=value."""
+    number = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+async def _until_done(main: Main) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await main(stop)
