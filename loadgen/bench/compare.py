@@ -35,7 +35,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Readings of ``ours`` and ``theirs``; reading i of both was taken as pair i. Ratios below 1 mean ours is faster."""
+    """Readings of ``ours`` and ``theirs``; reading i of both was taken as pair i. A ratio below 1: ours is faster."""
 
     title: str
     ours: Side
