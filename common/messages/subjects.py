@@ -107,3 +107,8 @@ VIDEO_PROGRESS = EventSubject("triptych.progress.video.{}", video.VideoProgress)
 MEMBERS = Bucket("members", cluster.Member, max_bytes=16 * _MB)
 SCHEDULER_LIVES = Bucket("scheduler_lives", cluster.SchedulerLife, max_bytes=_MB)
 HEARTBEATS = EventSubject("triptych.heartbeat.{}", cluster.Heartbeat)
+
+# What must exist before the first job: any process may prepare it, as often as it likes.
+VIDEO_QUEUES = (VIDEO_JOBS,)
+VIDEO_BUCKETS = (VIDEO_RECORDS, VIDEO_TIMELINES, MEMBERS, SCHEDULER_LIVES)
+VIDEO_OBJECTS = (VIDEO_FILES,)

@@ -1,0 +1,355 @@
+"""The scheduler process: turns messages into events for the policy, and its decisions into messages.
+
+It holds no rule of its own: who gets which slot is decided in ``common.policies``.
+"""
+
+import asyncio
+import contextlib
+import time
+
+import structlog
+from common.bus.nats_bus import NatsBus
+
+from common.bus.errors import BusError, KeyExists, KeyMissing, WrongRevision
+from common.bus.port import Bus, Change
+from common.messages.cluster import Member, SchedulerLife, Service
+from common.messages.failures import Acknowledged
+from common.messages.subjects import (
+    DECODING_FINISHED,
+    DENOISING_FINISHED,
+    PHASE_FAILED,
+    SCHEDULER_LIVES,
+    STEP_FINISHED,
+    VIDEO_BUCKETS,
+    VIDEO_JOBS,
+    VIDEO_OBJECTS,
+    VIDEO_PROGRESS,
+    VIDEO_QUEUES,
+    VIDEO_RECORDS,
+)
+from common.messages.video import (
+    DecodingFinished,
+    DenoisingFinished,
+    PhaseFailed,
+    StepFinished,
+    TimelineSpan,
+    VideoRecord,
+    VideoState,
+)
+from common.policies import decisions as decide
+from common.policies import events as event
+from common.policies.policy import Policy
+from common.policies.registry import make_policy
+from common.policies.state import Phase
+from common.runtime.membership import (
+    MemberChange,
+    MemberDraining,
+    MemberJoined,
+    MemberLost,
+    MembershipView,
+    Registration,
+)
+from services.scheduler.config import SchedulerSettings
+from services.scheduler.job import VideoJob, cancel_decoding, revoke_lease, withdraw
+from services.scheduler.progress import ProgressReporter
+
+log = structlog.get_logger()
+
+TAKE_DEADLINE_S = 2.0
+ORPHAN_CHECK_S = 10.0
+EPOCHS_PER_LIFE = 1 << 32
+
+
+class Scheduler:
+    """Admits jobs, hears the workers, and drives one policy."""
+
+    def __init__(self, bus: Bus, policy: Policy, first_epoch: int, settings: SchedulerSettings) -> None:
+        self._bus = bus
+        self._policy = policy
+        self._first_epoch = first_epoch
+        self._settings = settings
+        self._jobs: dict[str, VideoJob] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._unfinished: dict[str, VideoRecord] = {}
+        self._records_read = asyncio.Event()
+        self._room = asyncio.Event()
+        self._progress = ProgressReporter(policy)
+        self._dirty = asyncio.Event()
+
+    async def run(self, registration: Registration, stop: asyncio.Event) -> None:
+        """Serve until ``stop``; then let what runs come to its end, within the drain time."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            reports = [
+                await self._bus.serve(DENOISING_FINISHED, self._denoising_finished),
+                await self._bus.serve(DECODING_FINISHED, self._decoding_finished),
+                await self._bus.serve(PHASE_FAILED, self._phase_failed),
+                await self._bus.subscribe(STEP_FINISHED, self._step_finished),
+            ]
+            loops = [
+                tasks.create_task(self._watch_records(), name="watch-records"),
+                tasks.create_task(self._publish_progress(), name="publish-progress"),
+            ]
+            view = MembershipView(self._bus, self._settings.member_timeout_s, self._member_changed)
+            async with view.running():
+                await asyncio.wait_for(self._records_read.wait(), timeout=30.0)
+                await self._recover()
+                intake = [
+                    tasks.create_task(self._take_jobs(), name="take-jobs"),
+                    tasks.create_task(self._adopt_orphans(), name="adopt-orphans"),
+                ]
+                await registration.ready()
+                await stop.wait()
+                await registration.draining()
+                for task in intake:
+                    task.cancel()
+                await self._drain()
+            for task in [*loops, *self._running.values()]:
+                task.cancel()
+            for subscription in reports:
+                await subscription.stop()
+
+    # --- the policy -----------------------------------------------------------------------------------------------
+
+    def _tell(self, happened: event.Event) -> None:
+        """Hand one event to the policy and pass its decisions on."""
+        for decision in self._policy.handle(happened, time.time()):
+            log.debug("decided", decision=type(decision).__name__, job=decision.job_id, reason=decision.reason)
+            match decision:
+                case decide.RevokeLease() | decide.CancelDecoding():
+                    # Not queued behind the job's other decisions: cancel means now.
+                    self._tasks.create_task(withdraw(self._bus, decision))
+                case _:
+                    self._jobs[decision.job_id].submit(decision)
+        if isinstance(happened, event.JobCancelled):
+            task = self._running.get(happened.job_id)
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
+        if len(self._policy.state.jobs) < self._settings.max_admitted:
+            self._room.set()
+        self._dirty.set()
+
+    # --- jobs coming in -------------------------------------------------------------------------------------------
+
+    async def _take_jobs(self) -> None:
+        while True:
+            if len(self._policy.state.jobs) >= self._settings.max_admitted:
+                self._room.clear()
+                await self._room.wait()
+            try:
+                taken = await self._bus.take(VIDEO_JOBS, deadline_s=TAKE_DEADLINE_S)
+                if taken is None:
+                    continue
+                await self._admit(taken.body.job_id)
+                await taken.ack()
+            except BusError as error:
+                log.warning("cannot take jobs, trying again", reason=str(error))
+                await asyncio.sleep(0.5)
+
+    async def _admit(self, job_id: str) -> None:
+        """Make the job known to the policy, unless it is already, or has ended."""
+        if job_id in self._jobs:
+            return
+        try:
+            entry = await self._bus.get(VIDEO_RECORDS, job_id)
+        except KeyMissing:
+            return
+        if entry.value.state.terminal:
+            return
+        record, revision = entry.value, entry.revision
+        if record.state is not VideoState.QUEUED:
+            try:
+                record = record.moved(VideoState.QUEUED, time.time())
+                revision = await self._bus.replace(VIDEO_RECORDS, job_id, record, revision)
+            except WrongRevision:
+                return
+        job = VideoJob(self._bus, record, revision, self._tell, self._dirty.set)
+        self._jobs[job_id] = job
+        self._running[job_id] = self._tasks.create_task(self._run_job(job), name=job_id)
+        request = record.request
+        self._tell(
+            event.JobArrived(
+                job_id,
+                record.created_at_s,
+                request.width,
+                request.height,
+                request.frames,
+                request.steps,
+                record.attempt,
+            )
+        )
+
+    async def _run_job(self, job: VideoJob) -> None:
+        try:
+            await job.run()
+        finally:
+            job_id = job.record.job_id
+            self._progress.ended(job.record)
+            self._dirty.set()
+            self._jobs.pop(job_id, None)
+            self._running.pop(job_id, None)
+
+    async def _recover(self) -> None:
+        """Take over what a former scheduler left unfinished; what still waits in the queue comes from there."""
+        for record in sorted(self._unfinished.values(), key=lambda record: record.created_at_s):
+            if record.state is not VideoState.QUEUED or not await self._bus.queued(VIDEO_JOBS, record.job_id):
+                log.info("taking over", job=record.job_id, state=record.state)
+                await self._admit(record.job_id)
+
+    async def _adopt_orphans(self) -> None:
+        """Admit jobs whose record was stored but whose place in the queue was lost with their gateway."""
+        while True:
+            await asyncio.sleep(ORPHAN_CHECK_S)
+            horizon_s = time.time() - ORPHAN_CHECK_S
+            for record in list(self._unfinished.values()):
+                if record.job_id in self._jobs or record.updated_at_s > horizon_s:
+                    continue
+                with contextlib.suppress(BusError):
+                    if not await self._bus.queued(VIDEO_JOBS, record.job_id):
+                        await self._admit(record.job_id)
+
+    async def _watch_records(self) -> None:
+        async for change in self._bus.watch(VIDEO_RECORDS):
+            if not isinstance(change, Change):
+                self._records_read.set()
+                continue
+            if change.value is not None and not change.value.state.terminal:
+                self._unfinished[change.key] = change.value
+                continue
+            self._unfinished.pop(change.key, None)
+            # Completed and failed are this scheduler's own writes; anything else was somebody's wish.
+            if change.value is None or change.value.state is VideoState.CANCELLED:
+                self._tell(event.JobCancelled(change.key))
+
+    async def _drain(self) -> None:
+        self._policy.draining = True
+        busy = (Phase.DENOISING, Phase.DENOISED, Phase.DECODING)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_s):
+                while tasks := [
+                    self._running[job.job_id] for job in self._policy.state.jobs.values() if job.phase in busy
+                ]:
+                    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+    # --- workers --------------------------------------------------------------------------------------------------
+
+    def _member_changed(self, change: MemberChange) -> None:
+        member = change.member
+        match change:
+            case MemberJoined():
+                if member.service in (Service.ENCODER, Service.DIT, Service.VAE):
+                    log.info("worker joined", instance=member.instance, slot=member.slot)
+                    self._tasks.create_task(self._welcome(member))
+            case MemberDraining():
+                self._tell(event.WorkerDraining(member.instance))
+            case MemberLost(reason=reason):
+                log.warning("worker lost", instance=member.instance, reason=reason)
+                self._tell(event.WorkerLost(member.instance))
+
+    async def _welcome(self, member: Member) -> None:
+        """Clear what a former scheduler left running on the worker, then count on it."""
+        everything = self._first_epoch - 1
+        match member.service:
+            case Service.DIT:
+                await revoke_lease(self._bus, member.instance, None, everything)
+            case Service.VAE:
+                await cancel_decoding(self._bus, member.instance, None, everything)
+            case _:
+                pass
+        self._tell(event.WorkerJoined(member.instance, member.service, member.slot))
+
+    async def _step_finished(self, report: StepFinished) -> None:
+        job = self._jobs.get(report.job_id)
+        known = self._policy.state.jobs.get(report.job_id)
+        if job is None or known is None or known.epoch != report.epoch:
+            return
+        job.spans.append(
+            TimelineSpan(
+                instance=report.instance,
+                slot=report.slots[0],
+                phase="step",
+                step=report.step,
+                degree_of_parallelism=report.degree_of_parallelism,
+                started_at_s=report.started_at_s,
+                ended_at_s=report.ended_at_s,
+            )
+        )
+        self._progress.step_took(known, report.ended_at_s - report.started_at_s)
+        self._tell(event.StepFinished(report.job_id, report.epoch, report.step))
+
+    async def _denoising_finished(self, report: DenoisingFinished) -> Acknowledged:
+        job = self._jobs.get(report.job_id)
+        if job is not None:
+            job.latents[report.epoch] = report.latent
+            self._tell(event.DenoisingFinished(report.job_id, report.epoch))
+        return Acknowledged()
+
+    async def _decoding_finished(self, report: DecodingFinished) -> Acknowledged:
+        job = self._jobs.get(report.job_id)
+        known = self._policy.state.jobs.get(report.job_id)
+        if job is not None and known is not None:
+            job.files[report.epoch] = report.file
+            job.spans.append(
+                TimelineSpan(
+                    instance=report.instance,
+                    slot=report.slot,
+                    phase="decode",
+                    step=None,
+                    degree_of_parallelism=1,
+                    started_at_s=report.started_at_s,
+                    ended_at_s=report.ended_at_s,
+                )
+            )
+            self._progress.decode_took(known, report.ended_at_s - report.started_at_s)
+            self._tell(event.DecodingFinished(report.job_id, report.epoch))
+        return Acknowledged()
+
+    async def _phase_failed(self, report: PhaseFailed) -> Acknowledged:
+        job = self._jobs.get(report.job_id)
+        known = self._policy.state.jobs.get(report.job_id)
+        if job is not None and known is not None and known.epoch == report.epoch:
+            job.failure = report.failure
+            reason = f"{report.instance}: {report.failure.message}"
+            self._tell(event.AttemptFailed(report.job_id, known.attempt, reason, report.failure.retryable))
+        return Acknowledged()
+
+    # --- progress -------------------------------------------------------------------------------------------------
+
+    async def _publish_progress(self) -> None:
+        """Tell who listens what has changed. Changes that come while one is told are told together."""
+        while True:
+            await self._dirty.wait()
+            self._dirty.clear()
+            records = {job_id: job.record for job_id, job in self._jobs.items()}
+            for progress in self._progress.changes(records):
+                with contextlib.suppress(BusError):
+                    await self._bus.publish(VIDEO_PROGRESS, progress, progress.job_id)
+
+
+async def take_first_epoch(bus: Bus) -> int:
+    """The first epoch of this scheduler's life: above all that any scheduler before it can have used."""
+    while True:
+        try:
+            await bus.create(SCHEDULER_LIVES, "video", SchedulerLife(number=1))
+            return EPOCHS_PER_LIFE
+        except KeyExists:
+            pass
+        entry = await bus.get(SCHEDULER_LIVES, "video")
+        life = SchedulerLife(number=entry.value.number + 1)
+        with contextlib.suppress(WrongRevision):
+            await bus.replace(SCHEDULER_LIVES, "video", life, entry.revision)
+            return life.number * EPOCHS_PER_LIFE
+
+
+async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:
+    """Connect, prepare the durable state, and run the scheduler until ``stop``."""
+    bus = await NatsBus.connect(settings.nats_url, name=settings.instance_of(Service.SCHEDULER))
+    try:
+        await bus.prepare(queues=VIDEO_QUEUES, buckets=VIDEO_BUCKETS, object_buckets=VIDEO_OBJECTS)
+        async with Registration(bus, settings, Service.SCHEDULER) as registration:
+            first_epoch = await take_first_epoch(bus)
+            policy = make_policy(settings.policy, first_epoch)
+            log.info("scheduler starts", policy=policy.name, first_epoch=first_epoch)
+            await Scheduler(bus, policy, first_epoch, settings).run(registration, stop)
+    finally:
+        await bus.close()
