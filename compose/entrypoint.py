@@ -1,0 +1,64 @@
+"""The containers' entry point: names the replica, then becomes the service.
+
+Docker Compose tells a container neither its service nor its replica's number, but its network's name server does:
+the container's own address resolves back to ``project-service-number.network``. Environment variables of ours that
+compose.yaml leaves empty (``TRIPTYCH_INSTANCE``, ``TRIPTYCH_SLOT``) are filled in from there.
+"""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable
+
+_PER_REPLICA = ("TRIPTYCH_INSTANCE", "TRIPTYCH_SLOT")
+
+
+class ReplicaError(RuntimeError):
+    """The container's name does not say which replica it is."""
+
+
+def replica_of(container_name: str) -> tuple[str, int]:
+    """Service and index (from 0) of ``project-service-number``; a name's network part is ignored.
+
+    Raises:
+        ReplicaError: not such a name.
+    """
+    match = re.fullmatch(r"(?:.*[-_])?([a-z0-9]+)[-_](\d+)", container_name.partition(".")[0])
+    if match is None or int(match[2]) < 1:
+        raise ReplicaError(
+            f"container {container_name!r} is not named PROJECT-SERVICE-NUMBER: set TRIPTYCH_INSTANCE and TRIPTYCH_SLOT"
+        )
+    return match[1], int(match[2]) - 1
+
+
+def filled(environment: dict[str, str], container_name: Callable[[], str]) -> dict[str, str]:
+    """``environment`` with what compose.yaml left empty filled in for this replica.
+
+    ``container_name`` is asked only where something is empty.
+    """
+    empty = [name for name in _PER_REPLICA if environment.get(name) == ""]
+    if not empty:
+        return environment
+    service, index = replica_of(container_name())
+    values = {"TRIPTYCH_INSTANCE": f"{service}-{index}", "TRIPTYCH_SLOT": str(index)}
+    return environment | {name: values[name] for name in empty}
+
+
+def _own_name() -> str:
+    return socket.gethostbyaddr(socket.gethostbyname(socket.gethostname()))[0]
+
+
+def main() -> None:
+    """Fill the environment in and replace this process by the command."""
+    if len(sys.argv) < 2:
+        raise SystemExit("usage: python -m compose.entrypoint COMMAND ...")
+    try:
+        environment = filled(dict(os.environ), _own_name)
+    except (OSError, ReplicaError) as error:
+        raise SystemExit(f"cannot tell which replica this is: {error}") from error
+    os.execvpe(sys.argv[1], sys.argv[1:], environment)
+
+
+if __name__ == "__main__":
+    main()

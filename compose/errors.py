@@ -1,0 +1,25 @@
+"""What can go wrong with a stack. Every message says what to change; the command line prints it as one line."""
+
+
+class StackError(Exception):
+    """Base of everything ``triptych`` reports without a traceback."""
+
+
+class ComposeError(StackError):
+    """The compose file says something that cannot be run as it stands."""
+
+
+class OptionError(StackError):
+    """A command line option does not fit."""
+
+
+class StartError(StackError):
+    """The stack, or one of its services, did not come up."""
+
+
+class CrashLoopError(StackError):
+    """A service dies faster than it is worth starting again."""
+
+
+class ServerError(StackError):
+    """The server is not reachable, or refused what it was asked."""

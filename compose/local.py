@@ -1,0 +1,212 @@
+"""The stack as plain processes on this machine: the compose file's services, loopback only, one folder of files."""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from compose.errors import OptionError, StartError
+from compose.launch import CommandLauncher, ForkLauncher, Launcher
+from compose.logs import LogFollower
+from compose.readiness import wait_ready
+from compose.rundir import RunDirectory, run_directory
+from compose.spec import COMPOSE_FILE, ServiceSpec, StackSpec, read_stack
+from compose.supervisor import Supervisor, tail
+
+Report = Callable[[str], None]
+
+_PER_REPLICA = ("TRIPTYCH_INSTANCE", "TRIPTYCH_SLOT")
+
+
+@dataclass(frozen=True)
+class StackOptions:
+    """What ``triptych up`` can be told. ``port`` 0 takes a free one; without ``state_dir`` nothing is kept."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    replicas: Mapping[str, int] = field(default_factory=dict)
+    video_model: str = "demo"
+    state_dir: Path | None = None
+    log_level: str = "info"
+    start_timeout_s: float = 180.0
+    compose_file: Path = COMPOSE_FILE
+
+
+@dataclass(frozen=True)
+class LocalStack:
+    """A stack that is up. ``supervisor.failed`` breaks when it cannot be kept up."""
+
+    base_url: str
+    directory: RunDirectory
+    supervisor: Supervisor
+
+
+@contextlib.asynccontextmanager
+async def running_stack(
+    options: StackOptions, report: Report, on_supervised: Callable[[Supervisor], None] | None = None
+) -> AsyncIterator[LocalStack]:
+    """Start the stack, run the block once it is ready, then drain and stop it, whatever happens.
+
+    Args:
+        options: what to run.
+        report: told what a person should know.
+        on_supervised: given the supervisor before anything starts, so that a stop can be hurried.
+
+    Raises:
+        OptionError: an option does not fit this machine or this stack.
+        StartError: the stack did not become ready in time.
+        CrashLoopError: a service kept dying while it started.
+    """
+    # Looked at first: everything that can be refused at once.
+    read_stack({}, options.compose_file).scaled(options.replicas)
+    port = free_port(options.host) if options.port == 0 else checked_port(options.host, options.port)
+    with run_directory(options.state_dir) as directory:
+        stack = read_stack(_variables(options, directory, port), options.compose_file).scaled(options.replicas)
+        forking = _fork_launcher(stack, directory)
+        executing = CommandLauncher()
+
+        def launcher_of(spec: ServiceSpec) -> Launcher:
+            return forking if spec.preload else executing
+
+        supervisor = Supervisor(stack, launcher_of, _environment, directory.logs, report)
+        if on_supervised is not None:
+            on_supervised(supervisor)
+        follower = LogFollower(directory.logs, report, verbose=options.log_level == "debug")
+        following = asyncio.create_task(follower.run(), name="logs")
+        base_url = f"http://{_reachable(options.host)}:{port}"
+        try:
+            if any(spec.preload for spec in stack.services.values()):
+                forking.start()
+            await _start(supervisor, stack, base_url, options.start_timeout_s)
+            yield LocalStack(f"http://{_bracketed(options.host)}:{port}", directory, supervisor)
+        finally:
+            await supervisor.stop()
+            await forking.close()
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            follower.catch_up()
+
+
+async def _start(supervisor: Supervisor, stack: StackSpec, base_url: str, timeout_s: float) -> None:
+    # The broker is no member; whoever waits for it finds it healthy first.
+    waited_for = {name for spec in stack.services.values() for name, healthy in spec.depends_on.items() if healthy}
+    expected = [name for spec in stack.services.values() if spec.name not in waited_for for name in spec.instances]
+    missing: set[str] = set()
+
+    async def become_ready() -> None:
+        await supervisor.start()
+        await wait_ready(base_url, expected, missing)
+
+    starting = asyncio.create_task(become_ready(), name="start")
+    try:
+        done, _ = await asyncio.wait(
+            {starting, supervisor.failed}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        for finished in done:
+            finished.result()
+        if not done:
+            raise StartError(_late(supervisor, missing, timeout_s))
+    finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+
+
+def _late(supervisor: Supervisor, missing: set[str], timeout_s: float) -> str:
+    first = min(missing, default="")
+    log = f" The end of {first}'s log:\n{tail(supervisor.replicas[first].log)}" if first else ""
+    return f"not ready after {timeout_s:g} s: waiting for {', '.join(sorted(missing)) or 'the gateway'}.{log}"
+
+
+def _variables(options: StackOptions, directory: RunDirectory, port: int) -> dict[str, str]:
+    """What the compose file's variables stand for here; the caller's own environment may set any other."""
+    nats_port = free_port("127.0.0.1")
+    return {
+        # Loopback for the tensors too, unless the caller knows better.
+        "TRIPTYCH_UCX_NET_DEVICES": "lo",
+        **os.environ,
+        "TRIPTYCH_HOST": options.host,
+        "TRIPTYCH_PORT": str(port),
+        "TRIPTYCH_NATS_HOST": "127.0.0.1",
+        "TRIPTYCH_NATS_PORT": str(nats_port),
+        "TRIPTYCH_NATS_URL": f"nats://127.0.0.1:{nats_port}",
+        "TRIPTYCH_NATS_STORE": str(directory.broker_store),
+        "TRIPTYCH_VIDEO_MODEL": _model(options.video_model),
+        "TRIPTYCH_LOG_LEVEL": options.log_level,
+    }
+
+
+def _environment(spec: ServiceSpec, index: int) -> dict[str, str]:
+    """A replica's whole environment: the caller's, without settings of ours that the compose file does not make."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRIPTYCH_")}
+    values = {"TRIPTYCH_INSTANCE": spec.instances[index], "TRIPTYCH_SLOT": str(index)}
+    return inherited | {
+        name: values[name] if name in _PER_REPLICA and not value else value for name, value in spec.environment.items()
+    }
+
+
+def _fork_launcher(stack: StackSpec, directory: RunDirectory) -> ForkLauncher:
+    """One fork server for all services that are forked, with what they have in common."""
+    forked = [spec for spec in stack.services.values() if spec.preload]
+    environments = [set(_environment(spec, 0).items()) for spec in forked]
+    common = dict(set.intersection(*environments)) if environments else {}
+    preload = (
+        [module for module in forked[0].preload if all(module in spec.preload for spec in forked)] if forked else []
+    )
+    return ForkLauncher(common, preload, directory.path / "logs" / "forkserver.log")
+
+
+def _model(name: str) -> str:
+    """A model that is a local folder by its full path: the services run elsewhere."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if name.startswith((".", "/", "~")):
+        raise OptionError(f"--video-model {name}: no such folder")
+    return name
+
+
+def checked_port(host: str, port: int) -> int:
+    """``port``, if it can be listened on.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    if not 0 < port < 65536:
+        raise OptionError(f"--port {port}: ports go from 1 to 65535")
+    _bind(host, port)
+    return port
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on right now."""
+    return _bind(host, 0)
+
+
+def _bind(host: str, port: int) -> int:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            bound: int = probe.getsockname()[1]
+            return bound
+    except socket.gaierror as error:
+        raise OptionError(f"--host {host}: {error.strerror}") from error
+    except OSError as error:
+        if port:
+            raise OptionError(
+                f"port {port} on {host} cannot be used ({error.strerror}); "
+                "stop what uses it or choose another with --port"
+            ) from error
+        raise OptionError(f"--host {host}: {error.strerror}") from error
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, _bracketed(host))
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,25 @@
+"""Ties a process's life to its parent's: Linux kills it the moment the parent is gone, however the parent went."""
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable
+
+_PR_SET_PDEATHSIG = 1
+
+
+def tether_to(parent_pid: int) -> Callable[[], None]:
+    """A function to call in a freshly forked child of ``parent_pid``.
+
+    The C library is loaded here, in the parent: after a fork there should be as little left to do as possible.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def tether() -> None:
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+        # The parent may have died before the call took effect; then nobody would send the signal any more.
+        if os.getppid() != parent_pid:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return tether
