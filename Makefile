@@ -1,0 +1,46 @@
+# make demo   set everything up, start the stack, make one video: out/demo.mp4, out/demo.png, out/demo-timeline.html
+# make test   set everything up, then linters, types and the whole test suite
+#
+# Both need only Python 3.11 or newer, pip and make.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
+
+# Small machines: many processes with one thread each, and threads that wait sleep.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+
+DEMO_PROMPT ?= a red circle moving right
+
+.PHONY: setup demo test lint gpu-check clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@mkdir -p out
+	$(BIN)/triptych video "$(DEMO_PROMPT)" --start \
+		-o out/demo.mp4 --sheet out/demo.png --timeline out/demo-timeline.html
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+gpu-check: $(INSTALLED)
+	$(BIN)/pytest -m gpu
+
+clean:
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
