@@ -5,24 +5,30 @@ import logging
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import structlog
 import uvloop
 
-from common.runtime.settings import ServiceSettings
+from common.runtime.settings import ServiceSettings, SettingsError, load_settings
 
-Main = Callable[[asyncio.Event], Awaitable[None]]
+Settings = TypeVar("Settings", bound=ServiceSettings)
 
 
-def run_service(main: Main, settings: ServiceSettings) -> None:
-    """Run ``main(stop)`` on a fresh event loop until it returns.
+def run_service(kind: type[Settings], serve: Callable[[Settings, asyncio.Event], Awaitable[None]]) -> None:
+    """Read the settings, then run ``serve(settings, stop)`` on a fresh event loop until it returns.
 
-    ``stop`` is set by SIGTERM or SIGINT; ``main`` then takes no new work, finishes or hands over what it holds,
-    and returns.
+    ``stop`` is set by SIGTERM or SIGINT; ``serve`` then takes no new work, finishes or hands over what it holds,
+    and returns. Settings that do not fit end the process with one clear line and status 2.
     """
+    try:
+        settings = load_settings(kind)
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(2) from error
     configure_logging(settings.log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_until_done(main))
+        runner.run(_until_done(serve, settings))
 
 
 def configure_logging(level: str) -> None:
@@ -42,9 +48,9 @@ def configure_logging(level: str) -> None:
     )
 
 
-async def _until_done(main: Main) -> None:
+async def _until_done(serve: Callable[[Settings, asyncio.Event], Awaitable[None]], settings: Settings) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await main(stop)
+    await serve(settings, stop)

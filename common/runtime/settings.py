@@ -36,11 +36,15 @@ class ServiceSettings(BaseSettings):
 
 
 class WorkerSettings(ServiceSettings):
-    """What the processes that run a model need beside."""
+    """What the processes that run a model need beside.
+
+    ``drain_s``: how long work under way may go on after the process was asked to stop.
+    """
 
     video_model: str = "demo"
     device: str = "auto"
     threads: int = Field(default=1, ge=1)
+    drain_s: float = Field(default=10.0, ge=0)
 
 
 def load_settings(kind: type[S]) -> S:

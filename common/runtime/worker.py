@@ -1,0 +1,140 @@
+"""The life of a process that runs one part of a model: connect, load, join the cluster, work, drain, leave."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ParamSpec, Protocol, TypeVar
+
+import structlog
+import torch
+
+from common.bus.nats_bus import NatsBus
+from common.bus.port import Bus, Subscription
+from common.messages.cluster import Service, VideoModelInfo
+from common.models.opensora.spec import VideoModelSpec, load_spec
+from common.runtime.membership import Registration
+from common.runtime.settings import WorkerSettings
+from common.tensors.port import Tensors
+from common.tensors.ucx import UcxTensors
+
+log = structlog.get_logger()
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Model = TypeVar("Model")
+
+
+class ComputeThread:
+    """One thread that runs the model, so that the event loop stays free to hear cancellations."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._executor = ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(threads,))
+
+    async def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run ``work`` there and wait for it. Work is done in the order it was asked for."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: work(*args, **kwargs))
+
+    def close(self) -> None:
+        """Take no more work; what is under way ends with the process."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """What a worker works with."""
+
+    instance: str
+    slot: int | None
+    device: torch.device
+    bus: Bus
+    tensors: Tensors
+    compute: ComputeThread
+
+
+class Worker(Protocol):
+    """The body of a worker process."""
+
+    async def listen(self) -> Sequence[Subscription]:
+        """Start hearing requests."""
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+
+    async def finish(self) -> None:
+        """Return once nothing is left to do."""
+
+
+async def serve_worker(
+    settings: WorkerSettings,
+    stop: asyncio.Event,
+    service: Service,
+    load: Callable[[VideoModelSpec, torch.device], Model],
+    make: Callable[[Equipment, Model], Worker],
+) -> None:
+    """Load a part of the video model, join the cluster, work until ``stop``, finish what is under way."""
+    instance = settings.instance_of(service)
+    device = choose_device(settings)
+    spec = load_spec(settings.video_model)
+    bus = await NatsBus.connect(settings.nats_url, name=instance)
+    compute = ComputeThread(service, settings.threads)
+    tensors = await UcxTensors.open(owner=instance, device=device)
+    try:
+        async with Registration(bus, settings, service, str(device)) as registration:
+            started_s = time.monotonic()
+            model = await compute.run(load, spec, device)
+            log.info("model loaded", instance=instance, device=str(device), seconds=time.monotonic() - started_s)
+            worker = make(Equipment(instance, settings.slot, device, bus, tensors, compute), model)
+            subscriptions = await worker.listen()
+            working = asyncio.create_task(worker.run(), name="work")
+            stopping = asyncio.create_task(stop.wait(), name="stop")
+            await registration.ready(model_info(spec))
+            # A worker whose loop has died must not look alive: whichever ends first ends the process.
+            await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+            await registration.draining()
+            await _finish(worker, settings.drain_s)
+            working.cancel()
+            for subscription in subscriptions:
+                await subscription.stop()
+    finally:
+        compute.close()
+        await tensors.close()
+        await bus.close()
+
+
+async def _finish(worker: Worker, drain_s: float) -> None:
+    try:
+        async with asyncio.timeout(drain_s):
+            await worker.finish()
+    except TimeoutError:
+        log.warning("drain time is over, leaving work behind", drain_s=drain_s)
+
+
+def choose_device(settings: WorkerSettings) -> torch.device:
+    """The slot's GPU where there is one, the CPU otherwise, or what the settings name."""
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", (settings.slot or 0) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def model_info(spec: VideoModelSpec) -> VideoModelInfo:
+    """What the cluster tells about this model."""
+    return VideoModelInfo(
+        name=spec.name,
+        sizes=spec.sizes,
+        frames=spec.frames,
+        fps=spec.fps,
+        steps=spec.steps,
+        guidance_scale=spec.guidance_scale,
+        max_prompt_tokens=spec.max_prompt_tokens,
+        default_size=spec.default_size,
+        default_frames=spec.default_frames,
+        default_fps=spec.default_fps,
+        default_steps=spec.default_steps,
+        default_guidance_scale=spec.default_guidance_scale,
+    )
