@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from common.models.opensora import OpenSoraVAE, OpenSoraVAEConfig
-from common.models.opensora.temporal_vae import TemporalVAE, TemporalVAEConfig
+from common.models.opensora.temporal_vae import TemporalVAE
+from common.models.opensora.vae_config import TemporalVAEConfig
 from tests.golden.support import cases, golden, tensors
 
 TEMPORAL = golden("vae_temporal")
@@ -57,7 +58,7 @@ def test_temporal_encode_and_decode(temporal, name):
 
 def test_temporal_latent_frames(temporal):
     for frames, latent in TEMPORAL["latent_frames"].items():
-        assert temporal.latent_frames(int(frames)) == latent
+        assert temporal.config.latent_frames(int(frames)) == latent
 
 
 @pytest.mark.parametrize("name", cases("vae_pipeline"))

@@ -4,56 +4,11 @@ After MAGVIT-v2 (arXiv 2310.05737) without its codebook: frames are padded at th
 depends on a later one, and time alone is shortened. Module names are those of the published checkpoint.
 """
 
-from dataclasses import dataclass
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class TemporalVAEConfig:
-    """The defaults are the published `VAE_Temporal_SD`."""
-
-    in_out_channels: int = 4
-    latent_embed_dim: int = 4
-    embed_dim: int = 4
-    filters: int = 128
-    num_res_blocks: int = 4
-    channel_multipliers: tuple[int, ...] = (1, 2, 2, 4)
-    temporal_downsample: tuple[bool, ...] = (False, True, True)
-    num_groups: int = 32
-
-    def __post_init__(self) -> None:
-        if len(self.temporal_downsample) != len(self.channel_multipliers) - 1:
-            raise ValueError(
-                f"temporal_downsample {self.temporal_downsample} needs one entry fewer than "
-                f"channel_multipliers {self.channel_multipliers}"
-            )
-
-    @property
-    def time_factor(self) -> int:
-        """Video frames per latent frame."""
-        return int(2 ** sum(self.temporal_downsample))
-
-
-@dataclass(frozen=True)
-class LatentDistribution:
-    """A diagonal Gaussian over latents; `logvar` is clamped to [-30, 20]."""
-
-    mean: Tensor
-    logvar: Tensor
-
-    @classmethod
-    def from_moments(cls, moments: Tensor) -> "LatentDistribution":
-        """Split [B, 2C, ...] in mean and log-variance."""
-        mean, logvar = moments.chunk(2, dim=1)
-        return cls(mean, logvar.clamp(-30.0, 20.0))
-
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """Draw once. The generator's device decides where the noise is made, so CPU noise is the same anywhere."""
-        noise = torch.randn(self.mean.shape, generator=generator, device=generator.device)
-        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
+from common.models.opensora.latents import LatentDistribution
+from common.models.opensora.vae_config import TemporalVAEConfig
 
 
 class CausalConv3d(nn.Module):
@@ -198,12 +153,8 @@ class TemporalVAE(nn.Module):
         self.post_quant_conv = CausalConv3d(config.embed_dim, config.latent_embed_dim, 1)
         self.decoder = Decoder(config)
 
-    def latent_frames(self, frames: int) -> int:
-        """Latent frames of a chunk of video frames."""
-        return -(-frames // self.config.time_factor)
-
     def encode(self, x: Tensor) -> LatentDistribution:
-        """[B, in_out_channels, T, H, W] to a distribution over [B, embed_dim, latent_frames(T), H, W]."""
+        """[B, in_out_channels, T, H, W] to a distribution over [B, embed_dim, config.latent_frames(T), H, W]."""
         missing = -x.shape[2] % self.config.time_factor
         if missing:
             x = F.pad(x, (0, 0, 0, 0, missing, 0))
@@ -211,9 +162,8 @@ class TemporalVAE(nn.Module):
 
     def decode(self, z: Tensor, num_frames: int) -> Tensor:
         """Latents of `num_frames` video frames back to [B, in_out_channels, num_frames, H, W]."""
-        if z.shape[2] != self.latent_frames(num_frames):
-            raise ValueError(
-                f"{num_frames} frames have {self.latent_frames(num_frames)} latent frames, got {z.shape[2]}"
-            )
+        expected = self.config.latent_frames(num_frames)
+        if z.shape[2] != expected:
+            raise ValueError(f"{num_frames} frames have {expected} latent frames, got {z.shape[2]}")
         x: Tensor = self.decoder(self.post_quant_conv(z))
         return x[:, :, -num_frames % self.config.time_factor :]
