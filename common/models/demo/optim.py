@@ -1,0 +1,133 @@
+"""The optimiser of the demo model: Muon on matrices and convolution kernels, AdamW on everything else, EMA.
+
+Muon (Jordan et al., 2024): the momentum of a matrix is made nearly orthogonal by a Newton-Schulz iteration, so
+every direction of the matrix learns at one speed. Here it needs about half of AdamW's steps.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_NEWTON_SCHULZ_STEPS = 5
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """The nearly orthogonal factor of each matrix of a batch [N, rows, columns]."""
+    a, b, c = _NEWTON_SCHULZ
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = x @ x.transpose(1, 2)
+        x = a * x + torch.baddbmm(b * gram, gram, gram, alpha=c) @ x
+    return x.transpose(1, 2) if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised; kernels count as matrices [out, the rest]. Equal shapes go as one batch."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(list(params), {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for parameters in by_shape.values():
+                self._step_shape(parameters, group["lr"], group["momentum"])
+
+    def _step_shape(self, parameters: list[nn.Parameter], lr: float, momentum: float) -> None:
+        updates = []
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(gradient)
+            state["momentum"].lerp_(gradient, 1 - momentum)
+            updates.append(gradient.lerp(state["momentum"], momentum).flatten(1))
+        directions = orthogonalise(torch.stack(updates))
+        scale = max(1.0, directions.shape[1] / directions.shape[2]) ** 0.5
+        for parameter, direction in zip(parameters, directions, strict=True):
+            parameter.add_(direction.reshape(parameter.shape), alpha=-lr * scale)
+
+
+class Optimiser:
+    """Muon for `matrices`, AdamW for `others`; `set_progress` gives both their learning rate."""
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        others: list[nn.Parameter],
+        matrix_lr: float,
+        other_lr: float,
+        warmup: float = 0.02,
+        decay_from: float = 0.4,
+    ) -> None:
+        self.muon = Muon(matrices, lr=matrix_lr)
+        self.adam = torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self._rates = (matrix_lr, other_lr)
+        self._warmup, self._decay_from = warmup, decay_from
+        self._parameters = [*matrices, *others]
+
+    def set_progress(self, progress: float) -> None:
+        """`progress` in 0..1: linear warm-up, a level stretch, then a cosine down to zero."""
+        factor = min(1.0, (progress + 1e-3) / self._warmup)
+        if progress > self._decay_from:
+            factor *= 0.5 * (1 + math.cos(math.pi * (progress - self._decay_from) / (1 - self._decay_from)))
+        for optimiser, rate in zip((self.muon, self.adam), self._rates, strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * factor
+
+    def step(self, clip: float = 1.0) -> float:
+        """One update from the gradients, which are then cleared. Returns the gradient's norm before clipping."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, clip))
+        if math.isfinite(norm):
+            self.muon.step()
+            self.adam.step()
+        for parameter in self._parameters:
+            parameter.grad = None
+        return norm
+
+    def state_dict(self) -> dict[str, object]:
+        return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, dict[str, object]]) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
+
+
+class Average:
+    """Exponential moving average of a module's floating-point state, with a short memory at the start."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.values = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.updates += 1
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, value in module.state_dict().items():
+            average = self.values[name]
+            if value.is_floating_point():
+                average.lerp_(value.to(average.dtype), weight)
+            else:
+                average.copy_(value)
+
+    def state_dict(self) -> dict[str, object]:
+        return {"updates": self.updates, "values": self.values}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        updates, values = state["updates"], state["values"]
+        if not isinstance(updates, int) or not isinstance(values, dict):
+            raise ValueError("a checkpoint's average must hold updates and values")
+        self.updates, self.values = updates, values

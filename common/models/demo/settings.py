@@ -1,0 +1,60 @@
+"""The demo model's architecture and its training budgets: small sizes of the published Open-Sora 1.2 classes."""
+
+from dataclasses import dataclass
+
+from common.models.demo.loop import Budget
+from common.models.opensora.stdit3 import STDiT3Config
+from common.models.opensora.temporal_vae import TemporalVAEConfig
+from common.models.opensora.vae import OpenSoraVAEConfig, SpatialVAEConfig
+
+LATENT_CHANNELS = 8
+SPATIAL_CHANNELS = 12
+CAPTION_CHANNELS = 96
+MAX_PROMPT_TOKENS = 32
+
+VAE = OpenSoraVAEConfig(
+    spatial=SpatialVAEConfig(
+        block_out_channels=(16, 16, 32, 64),
+        layers_per_block=1,
+        latent_channels=SPATIAL_CHANNELS,
+        norm_num_groups=4,
+        sample_size=64,
+    ),
+    temporal=TemporalVAEConfig(
+        in_out_channels=SPATIAL_CHANNELS,
+        latent_embed_dim=LATENT_CHANNELS,
+        embed_dim=LATENT_CHANNELS,
+        filters=24,
+        num_res_blocks=1,
+        channel_multipliers=(1, 1, 2, 2),
+        num_groups=4,
+    ),
+    micro_frame_size=16,
+    micro_batch_size=None,
+    shift=(0.0,) * LATENT_CHANNELS,
+    scale=(1.0,) * LATENT_CHANNELS,
+)
+
+DIT = STDiT3Config(
+    input_sq_size=512,
+    in_channels=LATENT_CHANNELS,
+    patch_size=(1, 2, 2),
+    hidden_size=192,
+    depth=3,
+    num_heads=4,
+    pred_sigma=False,
+    caption_channels=CAPTION_CHANNELS,
+    model_max_length=MAX_PROMPT_TOKENS,
+)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What each stage may use; the seconds are a ceiling for slow machines and sum up to less than 90 minutes."""
+
+    spatial: Budget = Budget(steps=1200, seconds=7.5 * 60)
+    temporal: Budget = Budget(steps=1000, seconds=3 * 60)
+    joint: Budget = Budget(steps=1000, seconds=8.5 * 60)
+    dit: Budget = Budget(steps=4000, seconds=52 * 60)
+    clips_in_pool: int = 1200
+    latents: int = 8000

@@ -1,0 +1,145 @@
+"""Training the autoencoder: its two halves one after the other, then both together.
+
+1. `spatial`: the 2-D half learns from crops of single frames.
+2. `temporal`: the temporal half learns to squeeze the first one's latents.
+3. `joint`: both learn together from the pixels of short clips, with sampled latents and a slight KL term.
+
+Crops are mixed with whole pictures because group norms see the share of the picture that the object fills.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.models.demo.loop import Budget, Stage, generator_of, run, split_parameters, torch_generator_of
+from common.models.demo.optim import Average, Optimiser
+from common.models.demo.pool import ClipPool, pixel_weights
+from common.models.demo.settings import VAE, Budgets
+from common.models.opensora.temporal_vae import LatentDistribution
+from common.models.opensora.vae import OpenSoraVAE
+
+_CROPS: tuple[tuple[int, float], ...] = ((40, 0.6), (64, 0.25), (96, 0.1), (128, 0.05))
+"""(side in pixels, probability)."""
+_IMAGE_PIXELS = 48 * 1024
+_CLIP_PIXELS = 64 * 1024
+_TEMPORAL_PIXELS = 160 * 1024
+_KL_WEIGHT = 3e-4
+_KEPT_FROM_MUON = ("conv_in", "conv_out", "quant_conv", "encoder.conv2", "decoder.conv1")
+
+
+def train_vae(folder: Path, budgets: Budgets, seed: int, device: torch.device, resume: bool) -> OpenSoraVAE:
+    """Run the three stages, or what is left of them; the result is on `device`, in eval mode."""
+    torch.manual_seed(seed)
+    vae = OpenSoraVAE(VAE).to(device)
+    pool = ClipPool(budgets.clips_in_pool, generator_of(seed, 0))
+    spatial = vae.spatial_vae
+
+    def spatial_loss(rng: np.random.Generator) -> Tensor:
+        video = _crops(pool, rng, 1, _IMAGE_PIXELS).to(device)
+        latent = spatial.encode(video)
+        return pixel_loss(spatial.decode(latent), video) + 1e-4 * latent.pow(2).mean()
+
+    def temporal_loss(rng: np.random.Generator) -> Tensor:
+        frames = 16 if rng.random() < 0.75 else 8
+        video = _crops(pool, rng, frames, _TEMPORAL_PIXELS).to(device)
+        with torch.no_grad():
+            latent = spatial.encode(video)
+            weights = F.avg_pool2d(_frame_weights(video), kernel_size=video.shape[-1] // latent.shape[-1])
+        posterior = vae.temporal_vae.encode(latent)
+        decoded = vae.temporal_vae.decode(posterior.sample(torch_generator_of(rng)), frames)
+        error = (decoded - latent).transpose(1, 2).flatten(0, 1)
+        return (weights * (error.abs() + error.pow(2))).mean() + _KL_WEIGHT * kl_loss(posterior)
+
+    def joint_loss(rng: np.random.Generator) -> Tensor:
+        frames = 16 if rng.random() < 0.75 else 8
+        video = _crops(pool, rng, frames, _CLIP_PIXELS).to(device)
+        posterior = vae.temporal_vae.encode(spatial.encode(video))
+        sample = posterior.sample(torch_generator_of(rng))
+        decoded = spatial.decode(vae.temporal_vae.decode(sample, frames))
+        return pixel_loss(decoded, video) + _KL_WEIGHT * kl_loss(posterior)
+
+    rates = (("spatial", spatial, budgets.spatial, spatial_loss, 0.02, 2e-3),)
+    for stage in rates:
+        _run_stage(folder, seed + 1, resume, *stage)
+    if not (resume and (folder / "temporal.pt").exists()):
+        with torch.no_grad():
+            _normalise_spatial(vae, _crops(pool, generator_of(seed, 1), 1, 8 * _IMAGE_PIXELS).to(device))
+    _run_stage(folder, seed + 2, resume, "temporal", vae.temporal_vae, budgets.temporal, temporal_loss, 0.02, 2e-3)
+    _run_stage(folder, seed + 3, resume, "joint", vae, budgets.joint, joint_loss, 0.01, 1e-3)
+    return vae.eval()
+
+
+def load_vae(folder: Path, device: torch.device) -> OpenSoraVAE:
+    """The averaged weights of the last finished or interrupted `joint` stage."""
+    vae = OpenSoraVAE(VAE)
+    state = torch.load(folder / "joint.pt", map_location="cpu", weights_only=True)
+    vae.load_state_dict(state["average"]["values"])
+    return vae.to(device).eval()
+
+
+def _run_stage(
+    folder: Path,
+    seed: int,
+    resume: bool,
+    name: str,
+    module: nn.Module,
+    budget: Budget,
+    loss_of: Callable[[np.random.Generator], Tensor],
+    matrix_lr: float,
+    other_lr: float,
+) -> None:
+    matrices, others = split_parameters(module, _KEPT_FROM_MUON)
+    optimiser = Optimiser(matrices, others, matrix_lr, other_lr)
+    run(Stage(name, budget, module, optimiser, Average(module, 0.995), loss_of, seed), folder, resume)
+
+
+def _crops(pool: ClipPool, rng: np.random.Generator, frames: int, pixels: int) -> Tensor:
+    sides, shares = zip(*_CROPS, strict=True)
+    side = int(rng.choice(sides, p=shares))
+    return pool.crops(rng, max(1, pixels // (frames * side * side)), frames, side)
+
+
+def _frame_weights(video: Tensor) -> Tensor:
+    """`pixel_weights` of every frame of a video [B, 3, T, H, W], as [B*T, 1, H, W]."""
+    return pixel_weights(video.transpose(1, 2).flatten(0, 1))
+
+
+def pixel_loss(decoded: Tensor, video: Tensor) -> Tensor:
+    """L1 and L2 between videos [B, 3, T, H, W]; the object counts more than the background."""
+    error = (decoded - video).transpose(1, 2).flatten(0, 1)
+    return (_frame_weights(video) * (error.abs() + 2 * error.pow(2))).mean()
+
+
+def kl_loss(posterior: LatentDistribution) -> Tensor:
+    """Mean divergence of the posterior from a unit normal, per latent number."""
+    mean, logvar = posterior.mean, posterior.logvar
+    return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
+
+
+def _normalise_spatial(vae: OpenSoraVAE, images: Tensor) -> None:
+    """Scale the 2-D latents to unit deviation, without changing what is decoded from them; drop their noise."""
+    latent = vae.spatial_vae.encode(images)
+    deviation = latent.std(dim=(0, 2, 3, 4))
+    module = vae.spatial_vae.module
+    channels = deviation.shape[0]
+    module.quant_conv.weight[:channels] /= deviation[:, None, None, None]
+    module.quant_conv.bias[:channels] /= deviation
+    module.quant_conv.weight[channels:] = 0.0
+    module.quant_conv.bias[channels:] = -20.0
+    module.post_quant_conv.weight *= deviation[None, :, None, None]
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: OpenSoraVAE, pool: ClipPool) -> float:
+    """Peak signal-to-noise ratio in dB over whole clips, encoded and decoded as at inference."""
+    errors = []
+    for clip in pool.clips:
+        video = torch.from_numpy(clip.frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        video = video.to(vae.dtype).to(vae.shift.device)
+        decoded = vae.decode(vae.encode(video), clip.spec.frames).clamp(-1, 1)
+        errors.append(float((decoded - video).pow(2).mean()))
+    return float(10 * np.log10(4.0 / np.mean(errors)))
