@@ -1,0 +1,125 @@
+"""A small client of our HTTP interface, for the command line."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+
+from common.messages.video import VideoTimeline
+from compose.errors import ServerError
+
+_CONNECT_TIMEOUT_S = 10.0
+_SILENCE_TIMEOUT_S = 60.0
+_RETRY_EVENTS_AFTER_S = 0.5
+_CHUNK_BYTES = 256 * 1024
+
+
+class VideoClient:
+    """Talks to one server about videos. Use as ``async with VideoClient(url) as client``.
+
+    Every method raises ServerError where the server cannot be reached or refuses.
+    """
+
+    def __init__(self, base_url: str) -> None:
+        self._base_url = base_url.rstrip("/")
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_SILENCE_TIMEOUT_S)
+        self._session = aiohttp.ClientSession(timeout=timeout)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def create(self, fields: Mapping[str, object]) -> str:
+        """Order a video; returns its id."""
+        job: dict[str, Any] = await self._json("POST", "/v1/videos", json=dict(fields))
+        return str(job["id"])
+
+    async def retrieve(self, video_id: str) -> dict[str, Any]:
+        """The job as it stands."""
+        return await self._json("GET", f"/v1/videos/{video_id}")
+
+    async def cancel(self, video_id: str) -> None:
+        """Ask for an end to the job."""
+        await self._json("POST", f"/v1/videos/{video_id}/cancel")
+
+    async def timeline(self, video_id: str) -> VideoTimeline:
+        """Which slot did which part of the job."""
+        return VideoTimeline.model_validate_json(await self._body("GET", f"/v1/videos/{video_id}/timeline"))
+
+    async def progress(self, video_id: str) -> AsyncIterator[dict[str, Any]]:
+        """Every progress report until the job has ended. A stream that breaks off is taken up again."""
+        while True:
+            with contextlib.suppress(aiohttp.ClientPayloadError, TimeoutError):
+                async with self._request("GET", f"/v1/videos/{video_id}/events") as response:
+                    async for report in _events(response):
+                        yield report
+            if (await self.retrieve(video_id))["status"] in ("completed", "failed", "cancelled"):
+                return
+            await asyncio.sleep(_RETRY_EVENTS_AFTER_S)
+
+    async def download(self, video_id: str, target: Path) -> None:
+        """Write the finished file to ``target``, which appears only once it is whole."""
+        partial = target.with_name(f".{target.name}.part")
+        try:
+            async with self._request("GET", f"/v1/videos/{video_id}/content") as response:
+                with partial.open("wb") as file:
+                    async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+                        file.write(chunk)
+            partial.replace(target)
+        except aiohttp.ClientPayloadError as error:
+            raise ServerError(f"the download broke off: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    async def _json(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            body: dict[str, Any] = json.loads(await self._body(method, path, **arguments))
+        except ValueError as error:
+            raise ServerError(f"{self._base_url} is no Triptych server: {path} did not answer JSON") from error
+        return body
+
+    async def _body(self, method: str, path: str, **arguments: Any) -> bytes:
+        async with self._request(method, path, **arguments) as response:
+            return await response.read()
+
+    @contextlib.asynccontextmanager
+    async def _request(self, method: str, path: str, **arguments: Any) -> AsyncIterator[aiohttp.ClientResponse]:
+        try:
+            async with self._session.request(method, f"{self._base_url}{path}", **arguments) as response:
+                if response.status >= 400:
+                    raise ServerError(_refusal(response.status, await response.read()))
+                yield response
+        except aiohttp.ClientConnectionError as error:
+            raise ServerError(f"no server answers at {self._base_url}; start one with: triptych up") from error
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
+            raise ServerError(f"{self._base_url} is no address of a server, such as http://127.0.0.1:8080") from error
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """The data of server-sent events, as JSON objects; comments and other fields are passed over."""
+    data: list[str] = []
+    async for raw in response.content:
+        line = raw.decode().rstrip("\r\n")
+        if line.startswith("data:"):
+            data.append(line.removeprefix("data:").strip())
+        elif not line and data:
+            text, data = "\n".join(data), []
+            if text != "[DONE]":
+                yield json.loads(text)
+
+
+def _refusal(status: int, body: bytes) -> str:
+    """The message of an OpenAI error object, or what there is instead."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered {status}: {body[:200].decode(errors='replace')}"

@@ -1,0 +1,159 @@
+"""``triptych video``: orders one video, shows how it comes along, brings it home."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from compose.client import VideoClient
+from compose.errors import OptionError, ServerError, StackError
+from compose.local import StackOptions, running_stack
+from compose.sheet import write_sheet
+from compose.timeline import write_timeline
+from compose.up import Interruption, report
+
+_INTERRUPTED = 130
+_CANCEL_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class VideoOrder:
+    """What is to be made and where it goes. What is None is the server's choice."""
+
+    prompt: str
+    output: Path
+    sheet: Path | None = None
+    timeline: Path | None = None
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    fps: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    model: str | None = None
+
+    def fields(self) -> dict[str, object]:
+        """The body of the request."""
+        fields: dict[str, object | None] = {
+            "prompt": self.prompt,
+            "size": None if self.size is None else f"{self.size[0]}x{self.size[1]}",
+            "frames": self.frames,
+            "fps": self.fps,
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "negative_prompt": self.negative_prompt,
+            "seed": self.seed,
+            "model": self.model,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+def run_video(order: VideoOrder, base_url: str, private_stack: StackOptions | None) -> int:
+    """Make one video on the server at ``base_url``, or on a stack started for it; returns the exit code."""
+    return asyncio.run(_video(order, base_url, private_stack))
+
+
+async def _video(order: VideoOrder, base_url: str, private_stack: StackOptions | None) -> int:
+    interruption = Interruption()
+    console = Console(stderr=True)
+    try:
+        _prepare(order)
+        async with _server(base_url, private_stack, interruption, console) as url, VideoClient(url) as client:
+            video_id = await client.create(order.fields())
+            await _follow(client, video_id, console)
+            await _bring_home(client, video_id, order)
+    except asyncio.CancelledError:
+        if not interruption.asked:
+            raise
+        return _INTERRUPTED
+    except StackError as error:
+        report(f"triptych: {error}")
+        return 1
+    for path in (order.output, order.sheet, order.timeline):
+        if path is not None:
+            report(str(path))
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def _server(
+    base_url: str, private_stack: StackOptions | None, interruption: Interruption, console: Console
+) -> AsyncIterator[str]:
+    if private_stack is None:
+        yield base_url
+        return
+    async with contextlib.AsyncExitStack() as held:
+        with console.status("starting the stack"):
+            stack = await held.enter_async_context(running_stack(private_stack, report, interruption.hurries))
+        yield stack.base_url
+
+
+def _prepare(order: VideoOrder) -> None:
+    """Find out now, not after the work, that a file cannot be written."""
+    for path in (order.output, order.sheet, order.timeline):
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(f"cannot write {path}: {error.strerror}") from error
+        if path.is_dir():
+            raise OptionError(f"cannot write {path}: it is a folder; name a file")
+
+
+async def _follow(client: VideoClient, video_id: str, console: Console) -> None:
+    """Show the job's progress until it is completed.
+
+    Raises:
+        ServerError: it failed or was cancelled.
+    """
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"))
+    try:
+        with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+            task = progress.add_task("queued", total=None, detail="")
+            async for state in client.progress(video_id):
+                progress.update(
+                    task,
+                    description=f"{state['state']:<9}",
+                    completed=state.get("step") or 0,
+                    total=state.get("steps") or None,
+                    detail=detail_of(state),
+                )
+    except asyncio.CancelledError:
+        with contextlib.suppress(ServerError, TimeoutError):
+            async with asyncio.timeout(_CANCEL_TIMEOUT_S):
+                await client.cancel(video_id)
+        raise
+    job = await client.retrieve(video_id)
+    if job["status"] != "completed":
+        reason = (job.get("error") or {}).get("message", "no reason given")
+        raise ServerError(f"the video was {job['status']}: {reason}")
+
+
+def detail_of(state: dict[str, Any]) -> str:
+    """Queue place, step, degree of parallelism and estimate, as far as a progress report has them."""
+    parts = []
+    if state.get("queue_place"):
+        parts.append(f"place {state['queue_place']} in the queue")
+    if state.get("step"):
+        parts.append(f"step {state['step']}/{state['steps']}")
+    slots = state.get("degree_of_parallelism") or 0
+    if slots:
+        parts.append(f"on {slots} slot{'s' if slots > 1 else ''}")
+    if state.get("remaining_s") is not None:
+        parts.append(f"about {max(0.0, state['remaining_s']):.0f} s left")
+    return ", ".join(parts)
+
+
+async def _bring_home(client: VideoClient, video_id: str, order: VideoOrder) -> None:
+    await client.download(video_id, order.output)
+    if order.timeline is not None:
+        write_timeline(order.timeline, await client.timeline(video_id), order.prompt)
+    if order.sheet is not None:
+        await asyncio.to_thread(write_sheet, order.output, order.sheet, order.prompt)
