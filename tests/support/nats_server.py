@@ -5,8 +5,10 @@ import contextlib
 import shutil
 import signal
 import socket
+import subprocess
 import sysconfig
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,34 +38,19 @@ class NatsServer:
         self.store = store
         self.port = port
         self.url = f"nats://127.0.0.1:{port}"
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
         """Start the process and wait until it takes connections."""
-        self._process = await asyncio.create_subprocess_exec(
-            server_program(),
-            *("-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.store / "jetstream")),
-            *("-l", str(self.store / "nats.log")),
-        )
-        async with asyncio.timeout(_START_S):
-            while True:
-                if self._process.returncode is not None:
-                    raise RuntimeError((self.store / "nats.log").read_text())
-                with contextlib.suppress(OSError):
-                    _, writer = await asyncio.open_connection("127.0.0.1", self.port)
-                    writer.close()
-                    with contextlib.suppress(OSError):
-                        await writer.wait_closed()
-                    return
-                await asyncio.sleep(0.02)
+        await asyncio.to_thread(self.start_now)
 
     async def kill(self) -> None:
         """End the process as a power cut would."""
-        await self._end(signal.SIGKILL)
+        await asyncio.to_thread(self.end_now, signal.SIGKILL)
 
     async def stop(self) -> None:
         """End the process as an operator would."""
-        await self._end(signal.SIGTERM)
+        await asyncio.to_thread(self.end_now, signal.SIGTERM)
 
     def pause(self) -> None:
         """Keep the process from running: its connections stand, but nothing is answered."""
@@ -74,12 +61,38 @@ class NatsServer:
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
 
-    async def _end(self, how: signal.Signals) -> None:
+    def start_now(self) -> None:
+        log = self.store / "nats.log"
+        self._process = subprocess.Popen(
+            [server_program(), "-a", "127.0.0.1", "-p", str(self.port), "-js"]
+            + ["-sd", str(self.store / "jetstream"), "-l", str(log)]
+        )
+        end_s = time.monotonic() + _START_S
+        while time.monotonic() < end_s and self._process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1.0):
+                return
+            time.sleep(0.02)
+        self.end_now(signal.SIGKILL)
+        raise RuntimeError(f"nats-server did not come up:\n{log.read_text() if log.exists() else ''}")
+
+    def end_now(self, how: signal.Signals) -> None:
         process, self._process = self._process, None
-        if process is not None and process.returncode is None:
+        if process is not None:
             process.send_signal(how)
             process.send_signal(signal.SIGCONT)
-            await asyncio.wait_for(process.wait(), _START_S)
+            process.wait(_START_S)
+
+
+@contextlib.contextmanager
+def nats_server_process() -> Iterator[NatsServer]:
+    """A fresh broker with an empty store, for code without an event loop."""
+    with TemporaryDirectory(prefix="nats-") as store:
+        server = NatsServer(Path(store), free_port())
+        server.start_now()
+        try:
+            yield server
+        finally:
+            server.end_now(signal.SIGKILL)
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,27 @@
+"""Plumbing for every test: ``async def`` tests run in an event loop of their own, brokers are real processes."""
+
+import asyncio
+import inspect
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.nats_server import NatsServer, nats_server_process
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a coroutine test to its end; everything else is pytest's own business."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    names = inspect.signature(pyfuncitem.obj).parameters
+    arguments = {name: pyfuncitem.funcargs[name] for name in names if name in pyfuncitem.funcargs}
+    asyncio.run(pyfuncitem.obj(**arguments), debug=False)
+    return True
+
+
+@pytest.fixture
+def nats_server() -> Iterator[NatsServer]:
+    """A broker of this test's own, with an empty store."""
+    with nats_server_process() as server:
+        yield server
