@@ -142,6 +142,12 @@ class Cluster(RuleBasedStateMachine):
             assert books == set(holders)
 
     @invariant()
+    def a_job_without_gpus_to_use_holds_none(self) -> None:
+        if hasattr(self, "policy"):
+            idle = (Phase.WAITING, Phase.ENCODING, Phase.ENCODED)
+            assert not [job.job_id for job in self.policy.state.jobs.values() if job.phase in idle and job.slots]
+
+    @invariant()
     def epochs_only_grow(self) -> None:
         if hasattr(self, "policy"):
             assert self.epochs == sorted(set(self.epochs))
