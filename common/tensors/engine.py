@@ -1,0 +1,276 @@
+"""One UCX worker driven by one event loop: endpoints, sends, receives, and when to look.
+
+Messages are not received by posting buffers in advance. The engine asks UCX what has arrived (a large message is then
+only an announcement), and the handler decides where it goes, or that it goes nowhere. So nothing of a message that
+nobody waits for any more can land in memory: there is no posted receive to be cancelled in time.
+
+Progress sleeps. While something is in flight, and for ``_LINGER_S`` after the last event, every turn of the loop
+advances UCX by at most ``_TURN_S``; then the worker is armed and its event descriptor wakes the loop. The extra timer
+covers transports that raise no event, as UCX allows.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+from common.tensors.errors import TensorsClosed
+from common.tensors.memory import ByteRange
+from common.tensors.settings import LIBRARY_ENVIRONMENT, context_options
+
+_TURN_S = 0.001
+_BARREN_STEPS = 24
+_LINGER_S = 0.0003
+_HEARTBEAT_S = 1.0
+_HEARTBEAT_IN_FLIGHT_S = 0.05
+
+Done = Callable[[Exception | None], None]
+
+
+class PeerGone(Exception):
+    """The endpoint cannot be made or has failed."""
+
+
+class Arrival:
+    """A message that has come in and waits to be received or dropped. One of the two must be done at once."""
+
+    __slots__ = ("_probe", "size_bytes", "tag")
+
+    def __init__(self, probe: Any) -> None:
+        self._probe = probe
+        self.tag: int = probe.sender_tag.value
+        self.size_bytes: int = probe.length
+
+    @property
+    def probe(self) -> Any:
+        return self._probe
+
+
+class Peer:
+    """An endpoint. ``connection`` counts the endpoints between the two processes: see ``wire.FetchRequest``."""
+
+    __slots__ = ("address", "connection", "endpoint", "failed")
+
+    def __init__(self, address: bytes, connection: int, endpoint: Any) -> None:
+        self.address = address
+        self.connection = connection
+        self.endpoint = endpoint
+        self.failed = False
+
+
+class Engine:
+    """Owns the UCX context and worker of one ``UcxTensors``. Used from its event loop only."""
+
+    def __init__(
+        self,
+        on_arrival: Callable[[Arrival], None],
+        on_peer_lost: Callable[[Peer], None],
+    ) -> None:
+        for name, value in LIBRARY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from ucxx import libucxx  # here, not above: a service may fork after importing this module
+        from ucxx._lib.arr import Array
+
+        self._ucx = libucxx
+        self._array = Array
+        self._on_arrival = on_arrival
+        self._on_peer_lost = on_peer_lost
+        self._loop = asyncio.get_running_loop()
+        features = (libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
+        self._context = libucxx.UCXContext(context_options(os.environ), feature_flags=features)
+        self._worker = libucxx.UCXWorker(self._context)
+        self._worker.init_blocking_progress_mode()
+        self._any_tag, self._any_mask = libucxx.UCXXTag(0), libucxx.UCXXTagMask(0)
+        self._requests: list[tuple[Any, Any, Done]] = []
+        self._peers: dict[bytes, Peer] = {}
+        self._connections: dict[bytes, int] = {}
+        self._turn_handle: asyncio.Handle | None = None
+        self._heartbeat: asyncio.TimerHandle | None = None
+        self._last_event_s = 0.0
+        self.closed = False
+        self.address = bytes(self._worker.address)
+        self._descriptor: int = self._worker.epoll_file_descriptor
+        self._loop.add_reader(self._descriptor, self._woken)
+        self._beat()
+        self._schedule()
+
+    # Peers
+
+    def peer(self, address: bytes, connection: int = 0) -> Peer:
+        """The endpoint for ``address``, made at first use, and made anew where it failed or the other side began anew.
+
+        Raises:
+            PeerGone: nobody is there.
+            TensorsClosed: after ``close``.
+        """
+        if self.closed:
+            raise TensorsClosed("the tensors of this process are closed")
+        peer = self._peers.get(address)
+        if peer is not None:
+            if not peer.failed and peer.endpoint.alive and connection <= peer.connection:
+                return peer
+            self.break_off(peer)
+        number = max(connection, self._connections.get(address, -1) + 1)
+        try:
+            target = self._ucx.UCXAddress.create_from_buffer(address)
+            endpoint = self._ucx.UCXEndpoint.create_from_worker_address(self._worker, target, True)
+        except self._ucx.UCXError as error:
+            raise PeerGone(str(error)) from error
+        fresh = Peer(address, number, endpoint)
+        endpoint.set_close_callback(self._endpoint_closed, cb_args=(fresh,))
+        self._peers[address] = fresh
+        self._connections[address] = number
+        return fresh
+
+    def break_off(self, peer: Peer) -> None:
+        """Close the endpoint at once. What was in flight on it ends with an error in one of the next turns."""
+        if self._peers.get(peer.address) is peer:
+            del self._peers[peer.address]
+        if not peer.failed:
+            peer.failed = True
+            peer.endpoint.close_blocking(period=10**8, max_attempts=1)
+        self._schedule()
+
+    def _endpoint_closed(self, peer: Peer) -> None:
+        # UCX is in the middle of its progress here: only take note.
+        if not peer.failed and not self._loop.is_closed():
+            self._loop.call_soon(self._lose, peer)
+        peer.failed = True
+
+    def _lose(self, peer: Peer) -> None:
+        self.break_off(peer)
+        self._on_peer_lost(peer)
+
+    # Messages
+
+    def send(self, peer: Peer, data: ByteRange | bytes, tag: int, done: Done) -> None:
+        """Send in place: ``data`` must not change before ``done``.
+
+        Raises:
+            PeerGone: the endpoint has failed.
+        """
+        array = self._array(data)
+        try:
+            request = peer.endpoint.tag_send(array, self._ucx.UCXXTag(tag))
+        except self._ucx.UCXError as error:
+            raise PeerGone(str(error)) from error
+        self._follow(request, array, done)
+
+    def receive(self, arrival: Arrival, buffer: ByteRange | bytearray, done: Done) -> None:
+        """Receive into ``buffer``, which must be of the message's size and stay alive until ``done``."""
+        array = self._array(buffer)
+        self._follow(self._worker.tag_recv_with_handle(array, arrival.probe), array, done)
+
+    def drop(self, arrival: Arrival) -> None:
+        """Refuse a message. Its sender sees it as sent; no byte of a large one is moved.
+
+        An eager message is here already and is thrown away. For an announced one, a buffer that is too small makes UCX
+        answer the sender without reading its memory.
+        """
+        size = 1 if arrival.size_bytes else 0
+        self.receive(arrival, bytearray(size), _ignore)
+
+    def _follow(self, request: Any, array: Any, done: Done) -> None:
+        if request.completed:
+            done(self._error(request))
+            return
+        self._requests.append((request, array, done))
+        self._schedule()
+
+    def _error(self, request: Any) -> Exception | None:
+        try:
+            request.check_error()
+        except self._ucx.UCXError as error:
+            return PeerGone(str(error))
+        return None
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._requests)
+
+    # Progress
+
+    def _woken(self) -> None:
+        self._last_event_s = perf_counter()
+        self._turn()
+
+    def wake(self) -> None:
+        """Something will be answered soon: look actively for a while before sleeping."""
+        self._last_event_s = perf_counter()
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._turn_handle is None and not self.closed:
+            self._turn_handle = self._loop.call_soon(self._turn)
+
+    def _beat(self) -> None:
+        delay_s = _HEARTBEAT_IN_FLIGHT_S if self._requests else _HEARTBEAT_S
+        self._heartbeat = self._loop.call_later(delay_s, self._beat)
+        self._schedule()
+
+    def _turn(self) -> None:
+        """Advance for a while, then come again soon, or arm and sleep."""
+        if self._turn_handle is not None:
+            self._turn_handle.cancel()
+            self._turn_handle = None
+        if self.closed:
+            return
+        begun_s = perf_counter()
+        barren = 0
+        while barren < _BARREN_STEPS:
+            if self._step():
+                barren = 0
+                self._last_event_s = perf_counter()
+                if self.closed or self._last_event_s - begun_s > _TURN_S:
+                    break
+            else:
+                barren += 1
+        if self.closed:
+            return
+        if perf_counter() - self._last_event_s < _LINGER_S or not self._worker.arm():
+            self._schedule()
+
+    def _step(self) -> bool:
+        """One step of UCX, with what it brought handed on. Whether anything happened."""
+        moved: bool = self._worker.progress_once()
+        probe = self._worker.tag_probe(self._any_tag, self._any_mask, remove=True)
+        if probe.matched:
+            self._on_arrival(Arrival(probe))
+            moved = True
+        if self._requests and moved:
+            self._complete()
+        return moved
+
+    def _complete(self) -> None:
+        finished = [entry for entry in self._requests if entry[0].completed]
+        if not finished:
+            return
+        self._requests = [entry for entry in self._requests if not entry[0].completed]
+        for request, _, done in finished:
+            done(self._error(request))
+
+    # End
+
+    async def close(self, deadline_s: float) -> None:
+        """Let what is in flight end until ``deadline_s`` (the loop's time), then close every endpoint."""
+        while self._requests and self._loop.time() < deadline_s:
+            self._schedule()
+            await asyncio.sleep(0.005)
+        for peer in list(self._peers.values()):
+            self.break_off(peer)
+        grace_s = self._loop.time() + 0.2
+        while self._requests and self._loop.time() < grace_s:
+            self._schedule()
+            await asyncio.sleep(0.001)
+        self.closed = True
+        self._loop.remove_reader(self._descriptor)
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        self._requests.clear()
+        self._peers.clear()
+        del self._worker, self._context
+
+
+def _ignore(error: Exception | None) -> None:
+    """A dropped message ends as truncated: that is what was wanted."""

@@ -1,0 +1,77 @@
+"""Memory to receive into, touched once and used again.
+
+Fresh memory costs a page fault for every page at its first touch, for a large tensor as much as the transfer itself.
+So a buffer goes back to the pool when its tensor is dead, and not before: the tensor's storage holds a reference to
+the array it was made from, every view shares that storage, and the array's finalizer is what returns the memory.
+"""
+
+import weakref
+from collections import deque
+from math import prod
+
+import numpy as np
+import torch
+
+_SMALLEST_BYTES = 64 * 1024  # below this, the allocator's own reuse is as good
+Buffer = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+class ReceivePool:
+    """CPU buffers by size class. ``keep_bytes`` bounds what is kept idle; the rest is given back to the system."""
+
+    def __init__(self, keep_bytes: int) -> None:
+        self._keep_bytes = keep_bytes
+        self._idle: dict[int, list[Buffer]] = {}
+        self._idle_bytes = 0
+        self._returned: deque[Buffer] = deque()  # finalizers run on any thread: they only append here
+        self._open = True
+
+    @property
+    def idle_bytes(self) -> int:
+        self._collect()
+        return self._idle_bytes
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialized CPU tensor, in memory touched before where there is some."""
+        size = prod(shape) * dtype.itemsize
+        if size < _SMALLEST_BYTES:
+            return torch.empty(shape, dtype=dtype)
+        loan = self._buffer(size_class(size))[:size]
+        finalizer = weakref.finalize(loan, self._returned.append, _base(loan))
+        finalizer.atexit = False
+        return torch.from_numpy(loan).view(dtype).reshape(shape)
+
+    def close(self) -> None:
+        """Keep nothing more. Buffers still lent are freed when their tensors are."""
+        self._keep_bytes = 0
+        self._collect()
+        self._idle.clear()
+        self._idle_bytes = 0
+
+    def _buffer(self, size: int) -> Buffer:
+        self._collect()
+        idle = self._idle.get(size)
+        if idle:
+            self._idle_bytes -= size
+            return idle.pop()
+        return np.zeros(size, dtype=np.uint8)
+
+    def _collect(self) -> None:
+        while self._returned:
+            buffer = self._returned.popleft()
+            if self._idle_bytes + buffer.nbytes <= self._keep_bytes:
+                self._idle.setdefault(buffer.nbytes, []).append(buffer)
+                self._idle_bytes += buffer.nbytes
+
+
+def size_class(size_bytes: int) -> int:
+    """``size_bytes`` rounded up, by at most a quarter, so that tensors of nearly one size share buffers."""
+    step = 1 << max(12, (size_bytes - 1).bit_length() - 3)
+    return -(-size_bytes // step) * step
+
+
+def _base(loan: Buffer) -> Buffer:
+    base = loan.base
+    if not isinstance(base, np.ndarray):
+        raise TypeError("a loan is a view of a pooled buffer")
+    return base
