@@ -17,9 +17,7 @@ RUNS = pytest.mark.parametrize("run", REFERENCE["runs"], ids=lambda run: run["na
 
 
 def flow_of(run: dict) -> RectifiedFlow:
-    return RectifiedFlow(
-        use_timestep_transform=run["transform"], use_discrete_timesteps=run.get("discrete", False)
-    )
+    return RectifiedFlow(use_timestep_transform=run["transform"], use_discrete_timesteps=run.get("discrete", False))
 
 
 def toy_model(run: dict, seen: list[Tensor], masks: list[Tensor]):

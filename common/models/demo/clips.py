@@ -209,7 +209,8 @@ def draw(spec: ClipSpec) -> Frames:
         bar = np.maximum(np.abs(across) - 0.66 * radius, np.abs(down) - 0.17 * radius)
         distance = np.maximum(distance, -bar)
     coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
-    return (background + coverage * (colour - background) + 0.5).astype(np.uint8)
+    frames: Frames = (background + coverage * (colour - background) + 0.5).astype(np.uint8)
+    return frames
 
 
 def _circle_distance(x: Plane, y: Plane, radius: Plane) -> Plane:

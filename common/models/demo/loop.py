@@ -17,7 +17,7 @@ _SAVE_EVERY_S = 90.0
 
 @dataclass(frozen=True)
 class Budget:
-    """A stage ends after `steps`, or earlier when `seconds` have passed; the learning rate follows whichever is nearer."""
+    """A stage ends after `steps`, or after `seconds` if those pass first; the learning rate follows the nearer end."""
 
     steps: int
     seconds: float
@@ -50,7 +50,8 @@ def torch_generator_of(rng: np.random.Generator) -> torch.Generator:
 
 def split_parameters(module: nn.Module, keep_out: tuple[str, ...]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices and kernels for Muon, the rest for AdamW); names containing one of `keep_out` go to the rest."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             wanted = parameter.ndim >= 2 and min(parameter.flatten(1).shape) >= 8

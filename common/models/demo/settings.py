@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from common.models.demo.loop import Budget
 from common.models.opensora.stdit3 import STDiT3Config
-from common.models.opensora.temporal_vae import TemporalVAEConfig
-from common.models.opensora.vae import OpenSoraVAEConfig, SpatialVAEConfig
+from common.models.opensora.vae_config import OpenSoraVAEConfig, SpatialVAEConfig, TemporalVAEConfig
 
 LATENT_CHANNELS = 8
 SPATIAL_CHANNELS = 12
@@ -18,7 +17,6 @@ VAE = OpenSoraVAEConfig(
         layers_per_block=1,
         latent_channels=SPATIAL_CHANNELS,
         norm_num_groups=4,
-        sample_size=64,
     ),
     temporal=TemporalVAEConfig(
         in_out_channels=SPATIAL_CHANNELS,
@@ -50,11 +48,22 @@ DIT = STDiT3Config(
 
 @dataclass(frozen=True)
 class Budgets:
-    """What each stage may use; the seconds are a ceiling for slow machines and sum up to less than 90 minutes."""
+    """What each stage may use; a stage's seconds are its ceiling on a slow machine, all together under 90 minutes."""
 
-    spatial: Budget = Budget(steps=1200, seconds=7.5 * 60)
-    temporal: Budget = Budget(steps=1000, seconds=3 * 60)
-    joint: Budget = Budget(steps=1000, seconds=8.5 * 60)
-    dit: Budget = Budget(steps=4000, seconds=52 * 60)
-    clips_in_pool: int = 1200
-    latents: int = 8000
+    spatial: Budget
+    temporal: Budget
+    joint: Budget
+    dit: Budget
+    clips_in_pool: int
+    latent_share: float
+    """Share of `dataset.BUCKETS`' clips that is encoded."""
+
+
+FULL = Budgets(
+    spatial=Budget(steps=1200, seconds=7.5 * 60),
+    temporal=Budget(steps=1000, seconds=3 * 60),
+    joint=Budget(steps=1000, seconds=8.5 * 60),
+    dit=Budget(steps=4000, seconds=52 * 60),
+    clips_in_pool=1200,
+    latent_share=1.0,
+)

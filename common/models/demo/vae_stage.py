@@ -19,7 +19,7 @@ from common.models.demo.loop import Budget, Stage, generator_of, run, split_para
 from common.models.demo.optim import Average, Optimiser
 from common.models.demo.pool import ClipPool, pixel_weights
 from common.models.demo.settings import VAE, Budgets
-from common.models.opensora.temporal_vae import LatentDistribution
+from common.models.opensora.latents import LatentDistribution
 from common.models.opensora.vae import OpenSoraVAE
 
 _CROPS: tuple[tuple[int, float], ...] = ((40, 0.6), (64, 0.25), (96, 0.1), (128, 0.05))
@@ -28,6 +28,7 @@ _IMAGE_PIXELS = 48 * 1024
 _CLIP_PIXELS = 64 * 1024
 _TEMPORAL_PIXELS = 160 * 1024
 _KL_WEIGHT = 3e-4
+_LOG_VARIANCE_OF_NONE = -20.0
 _KEPT_FROM_MUON = ("conv_in", "conv_out", "quant_conv", "encoder.conv2", "decoder.conv1")
 
 
@@ -62,12 +63,9 @@ def train_vae(folder: Path, budgets: Budgets, seed: int, device: torch.device, r
         decoded = spatial.decode(vae.temporal_vae.decode(sample, frames))
         return pixel_loss(decoded, video) + _KL_WEIGHT * kl_loss(posterior)
 
-    rates = (("spatial", spatial, budgets.spatial, spatial_loss, 0.02, 2e-3),)
-    for stage in rates:
-        _run_stage(folder, seed + 1, resume, *stage)
-    if not (resume and (folder / "temporal.pt").exists()):
-        with torch.no_grad():
-            _normalise_spatial(vae, _crops(pool, generator_of(seed, 1), 1, 8 * _IMAGE_PIXELS).to(device))
+    _run_stage(folder, seed + 1, resume, "spatial", spatial, budgets.spatial, spatial_loss, 0.02, 2e-3)
+    with torch.no_grad():
+        _normalise_spatial(vae, _crops(pool, generator_of(seed, 1), 1, 8 * _IMAGE_PIXELS).to(device))
     _run_stage(folder, seed + 2, resume, "temporal", vae.temporal_vae, budgets.temporal, temporal_loss, 0.02, 2e-3)
     _run_stage(folder, seed + 3, resume, "joint", vae, budgets.joint, joint_loss, 0.01, 1e-3)
     return vae.eval()
@@ -126,11 +124,12 @@ def _normalise_spatial(vae: OpenSoraVAE, images: Tensor) -> None:
     deviation = latent.std(dim=(0, 2, 3, 4))
     module = vae.spatial_vae.module
     channels = deviation.shape[0]
-    module.quant_conv.weight[:channels] /= deviation[:, None, None, None]
-    module.quant_conv.bias[:channels] /= deviation
-    module.quant_conv.weight[channels:] = 0.0
-    module.quant_conv.bias[channels:] = -20.0
-    module.post_quant_conv.weight *= deviation[None, :, None, None]
+    module.quant_conv.weight[:channels].div_(deviation[:, None, None, None])
+    module.quant_conv.weight[channels:].zero_()
+    if module.quant_conv.bias is not None:
+        module.quant_conv.bias[:channels].div_(deviation)
+        module.quant_conv.bias[channels:].fill_(_LOG_VARIANCE_OF_NONE)
+    module.post_quant_conv.weight.mul_(deviation[None, :, None, None])
 
 
 @torch.no_grad()

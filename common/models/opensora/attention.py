@@ -27,7 +27,7 @@ class RotaryEmbedding(nn.Module):
         exponents = torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim
         self.freqs = nn.Parameter(1.0 / (10000**exponents), requires_grad=False)
         self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
-        self.register_load_state_dict_post_hook(lambda module, _: module._tables.clear())
+        self.register_load_state_dict_post_hook(lambda module, _: module._tables.clear())  # type: ignore[no-untyped-call]
 
     def forward(self, positions: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each [positions, head_dim] float32; the sines carry the sign of the rotation."""
@@ -50,7 +50,7 @@ class RotaryEmbedding(nn.Module):
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Turn x [..., positions, head_dim] by the tables of `RotaryEmbedding`."""
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    swapped = x.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
     return torch.addcmul(x * cosines, swapped, sines).to(x.dtype)
 
 
@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        out = out.unflatten(0, (batch, -1))
+        out = out.view(batch, -1, *out.shape[1:])
         out = out.permute(0, 3, 1, 2, 4) if temporal else out.permute(0, 1, 3, 2, 4)
         projected: Tensor = self.proj(out.reshape(batch, frames, patches, channels))
         return projected

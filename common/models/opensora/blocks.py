@@ -47,9 +47,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class STDiT3Block(nn.Module):
     """Spatial (attends within a frame) or temporal (attends within a place, with rotary positions)."""
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool, temporal: bool
-    ) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool, temporal: bool) -> None:
         super().__init__()
         self.temporal = temporal
         self.attn = SelfAttention(hidden_size, num_heads, qk_norm)
@@ -71,14 +69,14 @@ class STDiT3Block(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = conditions.select(
             self.scale_shift_table, conditions.modulation, conditions.still_modulation
         )
-        tokens = x.unflatten(1, (frames, patches))
+        layout = (x.shape[0], frames, patches, x.shape[2])
+        tokens = x.view(layout)
         attended = self.attn(modulate(tokens, shift_attn, scale_attn), self.temporal, rope)
         tokens = tokens + gate_attn * attended
         x = tokens.flatten(1, 2)
-        x = x + self.cross_attn(x, text[0], text[1], text_mask)
-        tokens = x.unflatten(1, (frames, patches))
-        tokens = tokens + gate_mlp * self.mlp(modulate(tokens, shift_mlp, scale_mlp))
-        return tokens.flatten(1, 2)
+        tokens = (x + self.cross_attn(x, text[0], text[1], text_mask)).view(layout)
+        out: Tensor = tokens + gate_mlp * self.mlp(modulate(tokens, shift_mlp, scale_mlp))
+        return out.flatten(1, 2)
 
 
 class FinalLayer(nn.Module):
@@ -90,7 +88,7 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, hidden_size) / hidden_size**0.5)
 
     def forward(self, x: Tensor, conditions: StepConditions, frames: int, patches: int) -> Tensor:
-        tokens = x.unflatten(1, (frames, patches))
+        tokens = x.view(x.shape[0], frames, patches, -1)
         moving = (self.scale_shift_table + conditions.embedding[:, None])[:, :, None, None]
         out = modulate(tokens, moving[:, 0], moving[:, 1])
         if conditions.frame_mask is not None and conditions.still_embedding is not None:

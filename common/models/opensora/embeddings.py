@@ -81,17 +81,19 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         self.frequency_size = frequency_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
 
     def forward(self, values: Tensor) -> Tensor:
         half = self.frequency_size // 2
         steps = torch.arange(half, dtype=torch.float32, device=values.device)
         angles = values.float()[:, None] * torch.exp(-math.log(10000) * steps / half)
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        embedded: Tensor = self.mlp(waves.to(self.mlp[0].weight.dtype))
+        embedded: Tensor = self.mlp(waves.to(self.dtype))
         return embedded
 
 
@@ -116,9 +118,7 @@ class CaptionEmbedder(nn.Module):
     def __init__(self, caption_channels: int, hidden_size: int, token_count: int) -> None:
         super().__init__()
         self.y_proj = Mlp(caption_channels, hidden_size, hidden_size)
-        self.register_buffer(
-            "y_embedding", torch.randn(token_count, caption_channels) / caption_channels**0.5
-        )
+        self.register_buffer("y_embedding", torch.randn(token_count, caption_channels) / caption_channels**0.5)
 
     def forward(self, caption: Tensor) -> Tensor:
         embedded: Tensor = self.y_proj(caption)

@@ -71,9 +71,7 @@ class RectifiedFlow:
         return tuple(values.tolist())
 
     def _transform(self, times: Tensor, height: int, width: int, num_frames: int) -> Tensor:
-        return timestep_transform(
-            times, height, width, num_frames, self.num_timesteps, scale=self.transform_scale
-        )
+        return timestep_transform(times, height, width, num_frames, self.num_timesteps, scale=self.transform_scale)
 
     @staticmethod
     def _check_transform(num_frames: int) -> None:
@@ -232,4 +230,6 @@ def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
 
 def first_rows(text: Text, count: int) -> Text:
     """The first `count` prompts of a batch."""
-    return text[:count] if isinstance(text, Tensor) else text.rows(0, count)
+    if isinstance(text, Tensor):
+        return text[:count]  # type: ignore[return-value]
+    return text.rows(0, count)

@@ -30,8 +30,8 @@ class ResnetBlock2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        shortcut: Tensor = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return shortcut + h
+        out: Tensor = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return out
 
 
 class AttentionBlock2D(nn.Module):
@@ -48,8 +48,8 @@ class AttentionBlock2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]
         q, k, v = self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)
-        attended = self.to_out[0](F.scaled_dot_product_attention(q, k, v))
-        return x + attended[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
+        attended: Tensor = self.to_out[0](F.scaled_dot_product_attention(q, k, v))
+        return x + attended[:, 0].transpose(1, 2).reshape(x.shape)
 
 
 class MidBlock2D(nn.Module):
@@ -93,13 +93,10 @@ class Upsample2D(nn.Module):
 class Level2D(nn.Module):
     """Residual blocks at one resolution, then the change to the next (`downsamplers` or `upsamplers`)."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, blocks: int, groups: int, change: str, last: bool
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, change: str, last: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock2D(in_channels if index == 0 else out_channels, out_channels, groups)
-            for index in range(blocks)
+            ResnetBlock2D(in_channels if index == 0 else out_channels, out_channels, groups) for index in range(blocks)
         )
         sampler = Downsample2D if change == "downsamplers" else Upsample2D
         self.change = change
@@ -187,17 +184,22 @@ class SpatialVAE(nn.Module):
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Frames in [-1, 1] to 2-D latents: a sample if a generator is given, else the mean."""
-        frames = x.transpose(1, 2).flatten(0, 1)
         latents = []
-        for part in frames.split(self.micro_batch_size or frames.shape[0]):
+        for part in self._parts(x):
             posterior = self.module.encode(part)
             latents.append(posterior.mean if generator is None else posterior.sample(generator))
-        encoded = torch.cat(latents) * SPATIAL_LATENT_FACTOR
-        return encoded.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        return _as_video(torch.cat(latents) * SPATIAL_LATENT_FACTOR, x.shape[0])
 
     def decode(self, z: Tensor) -> Tensor:
         """2-D latents to frames in about [-1, 1]."""
-        frames = z.transpose(1, 2).flatten(0, 1) / SPATIAL_LATENT_FACTOR
-        parts = frames.split(self.micro_batch_size or frames.shape[0])
-        decoded = torch.cat([self.module.decode(part) for part in parts])
-        return decoded.unflatten(0, (z.shape[0], -1)).transpose(1, 2)
+        parts = self._parts(z / SPATIAL_LATENT_FACTOR)
+        return _as_video(torch.cat([self.module.decode(part) for part in parts]), z.shape[0])
+
+    def _parts(self, video: Tensor) -> tuple[Tensor, ...]:
+        frames = video.transpose(1, 2).flatten(0, 1)
+        return torch.split(frames, self.micro_batch_size or frames.shape[0])
+
+
+def _as_video(frames: Tensor, batch: int) -> Tensor:
+    """[B*T, C, H, W] to [B, C, T, H, W]."""
+    return frames.view(batch, -1, *frames.shape[1:]).transpose(1, 2)

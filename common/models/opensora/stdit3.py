@@ -62,9 +62,7 @@ class STDiT3Config:
 
     def __post_init__(self) -> None:
         if self.hidden_size % (2 * self.num_heads) or self.hidden_size % 4:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must divide by 4 and by twice num_heads {self.num_heads}"
-            )
+            raise ValueError(f"hidden_size {self.hidden_size} must divide by 4 and by twice num_heads {self.num_heads}")
         if self.skip_y_embedder:
             raise ValueError("skip_y_embedder is not supported: give forward() a PreparedText instead")
         if self.qk_norm_legacy:
@@ -165,19 +163,18 @@ class STDiT3(nn.Module):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1), generator=generator)
-        for embedder in (self.t_embedder, self.fps_embedder):
-            nn.init.normal_(embedder.mlp[0].weight, std=0.02, generator=generator)
-            nn.init.normal_(embedder.mlp[2].weight, std=0.02, generator=generator)
-        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
-        nn.init.normal_(self.t_block[1].weight, std=0.02, generator=generator)
-        for block in self.temporal_blocks:
-            nn.init.zeros_(block.attn.proj.weight)
-            nn.init.zeros_(block.cross_attn.proj.weight)
-            nn.init.zeros_(block.mlp.fc2.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        for embedding in (self.t_embedder, self.t_block, self.fps_embedder):
+            for module in embedding.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02, generator=generator)
         width = self.config.hidden_size**-0.5
-        for block in (*self.spatial_blocks, *self.temporal_blocks, self.final_layer):
-            nn.init.normal_(block.scale_shift_table, std=width, generator=generator)
+        for spatial, temporal in self.block_pairs():
+            for block in (spatial, temporal):
+                nn.init.normal_(block.scale_shift_table, std=width, generator=generator)
+            for last in (temporal.attn.proj, temporal.cross_attn.proj, temporal.mlp.fc2):
+                nn.init.zeros_(last.weight)
+        nn.init.normal_(self.final_layer.scale_shift_table, std=width, generator=generator)
+        nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.normal_(self.y_embedder.y_embedding, std=self.config.caption_channels**-0.5, generator=generator)
 
     @property
@@ -253,33 +250,28 @@ class STDiT3(nn.Module):
         scale = (height * width) ** 0.5 / self.config.input_sq_size
         base_size = round(grid.patches**0.5)
         positions = self.pos_embed(rows, columns, scale, base_size, x.device, self.dtype)
-        tokens = self.x_embedder(x.to(self.dtype)).unflatten(1, (frames, grid.patches))
-        return (tokens + positions).flatten(1, 2), grid
+        tokens: Tensor = self.x_embedder(x.to(self.dtype))
+        tokens = tokens.view(x.shape[0], frames, grid.patches, -1) + positions
+        return tokens.flatten(1, 2), grid
 
-    def conditions(
-        self, timestep: Tensor, fps: Tensor | float, frame_mask: Tensor | None = None
-    ) -> StepConditions:
+    def conditions(self, timestep: Tensor, fps: Tensor | float, frame_mask: Tensor | None = None) -> StepConditions:
         """Timesteps [B] and frame rate as the blocks want them."""
         batch = timestep.shape[0]
         rate = torch.as_tensor(fps, dtype=torch.float32, device=timestep.device).reshape(-1)
         rate_embedding = self.fps_embedder(rate)
         rate_embedding = rate_embedding.repeat(batch // rate.shape[0], 1)
-        embedding = self.t_embedder(timestep.to(self.dtype)) + rate_embedding
+        embedding = self.t_embedder(timestep) + rate_embedding
         modulation = self.t_block(embedding).unflatten(-1, (6, -1))
         if frame_mask is None:
             return StepConditions(embedding, modulation)
         still = self.t_embedder(torch.zeros_like(timestep)) + rate_embedding
-        return StepConditions(
-            embedding, modulation, still, self.t_block(still).unflatten(-1, (6, -1)), frame_mask
-        )
+        return StepConditions(embedding, modulation, still, self.t_block(still).unflatten(-1, (6, -1)), frame_mask)
 
     def finish(self, tokens: Tensor, conditions: StepConditions, grid: TokenGrid) -> Tensor:
         """Tokens [B, T*S, C] back to a latent [B, C_out, T, H, W], float32, without the padding."""
         patches = self.final_layer(tokens, conditions, grid.frames, grid.patches)
         patch_t, patch_h, patch_w = self.config.patch_size
-        x = patches.view(
-            -1, grid.frames, grid.height, grid.width, patch_t, patch_h, patch_w, self.config.out_channels
-        )
+        x: Tensor = patches.view(-1, grid.frames, grid.height, grid.width, patch_t, patch_h, patch_w, self.config.out_channels)
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         frames, height, width = grid.latent_size
         return x[:, :, :frames, :height, :width].float()

@@ -45,15 +45,13 @@ class ResBlock(nn.Module):
         self.conv1 = CausalConv3d(in_channels, out_channels, 3, bias=False)
         self.norm2 = nn.GroupNorm(num_groups, out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels, 3, bias=False)
-        self.conv3 = (
-            CausalConv3d(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
-        )
+        self.conv3 = CausalConv3d(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        shortcut: Tensor = x if self.conv3 is None else self.conv3(x)
-        return shortcut + h
+        out: Tensor = h + (x if self.conv3 is None else self.conv3(x))
+        return out
 
 
 def _res_blocks(in_channels: int, out_channels: int, config: TemporalVAEConfig) -> nn.ModuleList:
@@ -78,9 +76,7 @@ class Encoder(nn.Module):
             channels = width
             if index < len(config.temporal_downsample):
                 shorten = config.temporal_downsample[index]
-                self.conv_blocks.append(
-                    CausalConv3d(width, width, 3, time_stride=2) if shorten else nn.Identity()
-                )
+                self.conv_blocks.append(CausalConv3d(width, width, 3, time_stride=2) if shorten else nn.Identity())
         self.res_blocks = _res_blocks(channels, channels, config)
         self.norm1 = nn.GroupNorm(config.num_groups, channels)
         self.conv2 = CausalConv3d(channels, 2 * config.latent_embed_dim, 1)
@@ -139,7 +135,7 @@ class Decoder(nn.Module):
 
 def _interleave_frames(x: Tensor) -> Tensor:
     """[B, 2C, T, H, W] to [B, C, 2T, H, W]: channel 2c+i of frame t becomes channel c of frame 2t+i."""
-    return x.unflatten(1, (-1, 2)).permute(0, 1, 3, 2, 4, 5).flatten(2, 3)
+    return x.reshape(x.shape[0], -1, 2, *x.shape[2:]).permute(0, 1, 3, 2, 4, 5).flatten(2, 3)
 
 
 class TemporalVAE(nn.Module):

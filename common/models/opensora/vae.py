@@ -42,7 +42,7 @@ class OpenSoraVAE(nn.Module):
         """Video in [-1, 1] to a normalised latent: drawn with `generator`, or the mean if there is none."""
         parts = []
         sizes = [frames for frames, _ in self.config.chunks(x.shape[2])]
-        for part in x.to(self.dtype).split(sizes, dim=2):
+        for part in torch.split(x.to(self.dtype), sizes, dim=2):
             posterior = self.temporal_vae.encode(self.spatial_vae.encode(part, generator))
             parts.append(posterior.mean if generator is None else posterior.sample(generator))
         return (torch.cat(parts, dim=2) - self.shift) / self.scale
@@ -54,7 +54,7 @@ class OpenSoraVAE(nn.Module):
         if z.shape[2] != expected:
             raise ValueError(f"{num_frames} frames have {expected} latent frames, got {z.shape[2]}")
         z = (z * self.scale + self.shift).to(self.dtype)
-        parts = z.split([latent for _, latent in chunks], dim=2)
+        parts = torch.split(z, [latent for _, latent in chunks], dim=2)
         for (frames, _), part in zip(chunks, parts, strict=True):
             yield self.spatial_vae.decode(self.temporal_vae.decode(part, frames))
 
