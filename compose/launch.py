@@ -137,7 +137,7 @@ class ForkLauncher:
         self._launching: dict[int, asyncio.Future[Running]] = {}
         self._running: dict[int, asyncio.Future[int]] = {}
 
-    def start(self) -> None:
+    def start(self) -> Running:
         """Start the server and let it import what all its children need."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -147,6 +147,7 @@ class ForkLauncher:
         self._control = ours
         asyncio.get_running_loop().add_reader(ours.fileno(), self._receive, ours)
         self._send({"preload": self._preload})
+        return self._server
 
     async def launch(self, what: Launch) -> Running:
         if what.command[:2] != ("python", "-m") or len(what.command) < 3:

@@ -41,7 +41,7 @@ def write_sheet(video: Path, target: Path, title: str, columns: int = 6, most_fr
         _PAPER,
     )
     draw = ImageDraw.Draw(sheet)
-    facts = f"{len(frames)} frames, {frames[0].width}×{frames[0].height}, {rate:g} frames per second"
+    facts = f"{len(frames)} frames, {frames[0].width}x{frames[0].height}, {rate:g} frames per second"
     draw.text((_MARGIN, _MARGIN - 4), _fitted(title, sheet.width - 2 * _MARGIN), _INK, ImageFont.load_default(22))
     draw.text((_MARGIN, _MARGIN + 28), facts, _FAINT, ImageFont.load_default(14))
     for place, number in enumerate(numbers):
@@ -72,6 +72,6 @@ def _fitted(text: str, width: int) -> str:
     line = " ".join(text.split())
     if font.getlength(line) <= width:
         return line
-    while line and font.getlength(line + "…") > width:
+    while line and font.getlength(line + "...") > width:
         line = line[:-1]
-    return line + "…"
+    return line + "..."

@@ -68,6 +68,8 @@ class Replica:
             async with asyncio.timeout(_LAUNCH_TIMEOUT_S):
                 self._process = await self._launcher.launch(self._what)
             self.started.set()
+            if self._stopping.is_set():
+                self._process.signal(signal.SIGKILL)
             code = await self._process.ended
             self._process = None
             if self._stopping.is_set() or not self._wants_another(code):

@@ -59,7 +59,9 @@ def _chart(spans: tuple[TimelineSpan, ...]) -> str:
     parts += _axis(scale, len(rows) * _ROW_HEIGHT)
     for index, row in enumerate(rows):
         middle = index * _ROW_HEIGHT + _ROW_HEIGHT / 2
-        parts.append(f'<line class="row" x1="0" x2="{_LABEL_WIDTH + _CHART_WIDTH}" y1="{middle}" y2="{middle}"/>')
+        parts.append(
+            f'<line class="row" x1="{_LABEL_WIDTH}" x2="{_LABEL_WIDTH + _CHART_WIDTH}" y1="{middle}" y2="{middle}"/>'
+        )
         where = "" if row[1] is None else f'<tspan class="slot" dx="8">slot {row[1]}</tspan>'
         parts.append(f'<text class="name" x="0" y="{middle + 5}">{escape(row[2])}{where}</text>')
         parts += [_box(span, scale, middle) for span in spans if _row(span) == row]
