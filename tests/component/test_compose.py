@@ -69,7 +69,7 @@ def _write(folder: Path, text: str) -> Path:
             "services: {a: {command: [x], depends_on: {b: {condition: service_healthy}}}, b: {command: [y]}}",
             "b has no healthcheck",
         ),
-        ("services: {a: {command: [x], depends_on: {b: {condition: done}}}, b: {command: [y]}}", "condition 'done'"),
+        ("services: {a: {command: [x], depends_on: {b: {condition: done}}}, b: {command: [y]}}", "'done' is neither"),
         ("services: {a: {command: ['${NOPE:?say which}']}}", "variable NOPE must be set: say which"),
         ("services: {a: {command: [x], healthcheck: {test: [CMD-SHELL, y]}}}", "write it as"),
         ("services: [", "cannot read"),
@@ -246,7 +246,7 @@ class Stage:
 
     async def until(self, holds: Callable[[], bool]) -> None:
         async with asyncio.timeout(_DEADLINE_S):
-            while not holds():
+            while not holds():  # noqa: ASYNC110 - other processes announce nothing to this loop
                 await asyncio.sleep(0.01)
 
     async def until_told(self, event: str, times: int = 1) -> None:
