@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import aiohttp
 
-from common.messages.video import VideoTimeline
+from common.messages.video import VideoState, VideoTimeline
 from compose.errors import ServerError
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -53,7 +53,8 @@ class VideoClient:
 
     async def timeline(self, video_id: str) -> VideoTimeline:
         """Which slot did which part of the job."""
-        return VideoTimeline.model_validate_json(await self._body("GET", f"/v1/videos/{video_id}/timeline"))
+        body = await self._json("GET", f"/v1/videos/{video_id}/timeline")
+        return VideoTimeline.model_validate({"job_id": body["id"], "spans": body["spans"]})
 
     async def progress(self, video_id: str) -> AsyncIterator[dict[str, Any]]:
         """Every progress report until the job has ended. A stream that breaks off is taken up again."""
@@ -62,7 +63,7 @@ class VideoClient:
                 async with self._request("GET", f"/v1/videos/{video_id}/events") as response:
                     async for report in _events(response):
                         yield report
-            if (await self.retrieve(video_id))["status"] in ("completed", "failed", "cancelled"):
+            if VideoState((await self.retrieve(video_id))["state"]).terminal:
                 return
             await asyncio.sleep(_RETRY_EVENTS_AFTER_S)
 

@@ -133,7 +133,7 @@ async def _follow(client: VideoClient, video_id: str, console: Console) -> None:
     job = await client.retrieve(video_id)
     if job["status"] != "completed":
         reason = (job.get("error") or {}).get("message", "no reason given")
-        raise ServerError(f"the video was {job['status']}: {reason}")
+        raise ServerError(f"the video is {job['state']}, not completed: {reason}")
 
 
 def detail_of(state: dict[str, Any]) -> str:
@@ -146,8 +146,8 @@ def detail_of(state: dict[str, Any]) -> str:
     slots = state.get("degree_of_parallelism") or 0
     if slots:
         parts.append(f"on {slots} slot{'s' if slots > 1 else ''}")
-    if state.get("remaining_s") is not None:
-        parts.append(f"about {max(0.0, state['remaining_s']):.0f} s left")
+    if state.get("estimate_s") is not None:
+        parts.append(f"about {max(0.0, state['estimate_s']):.0f} s left")
     return ", ".join(parts)
 
 

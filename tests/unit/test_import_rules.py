@@ -15,7 +15,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "common.policies": ("common.messages",),
     "common.bus": ("common.messages",),
     "common.tensors": ("common.messages",),
-    "common.runtime": ("common.messages", "common.bus"),
+    "common.runtime": ("common",),
     "common.mempool": ("common.messages", "common.bus", "common.tensors"),
     "common.models": (),
     "gateway": ("common",),
