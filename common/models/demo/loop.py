@@ -28,14 +28,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training: `loss_of(rng)` draws a batch with the generator of its step and returns its loss."""
+    """One stage of training: `loss_of(rng, progress)` draws a batch with its step's generator, returns its loss."""
 
     name: str
     budget: Budget
     module: nn.Module
     optimiser: Optimiser
     average: Average
-    loss_of: Callable[[np.random.Generator], Tensor]
+    loss_of: Callable[[np.random.Generator, float], Tensor]
     seed: int
 
 
@@ -88,7 +88,7 @@ def run(stage: Stage, folder: Path, resume: bool, on_save: Callable[[], None] | 
         if progress >= 1.0:
             break
         stage.optimiser.set_progress(progress)
-        loss = stage.loss_of(generator_of(stage.seed, step))
+        loss = stage.loss_of(generator_of(stage.seed, step), progress)
         loss.backward()  # type: ignore[no-untyped-call]
         stage.optimiser.step()
         stage.average.update(stage.module)

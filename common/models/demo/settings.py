@@ -9,7 +9,7 @@ from common.models.opensora.vae_config import OpenSoraVAEConfig, SpatialVAEConfi
 LATENT_CHANNELS = 8
 SPATIAL_CHANNELS = 12
 CAPTION_CHANNELS = 96
-MAX_PROMPT_TOKENS = 32
+MAX_PROMPT_TOKENS = 64
 
 VAE = OpenSoraVAEConfig(
     spatial=SpatialVAEConfig(
@@ -62,7 +62,7 @@ class Budgets:
 FULL = Budgets(
     spatial=Budget(steps=1200, seconds=7.5 * 60),
     temporal=Budget(steps=1000, seconds=3 * 60),
-    joint=Budget(steps=1000, seconds=8.5 * 60),
+    joint=Budget(steps=1500, seconds=12 * 60),
     dit=Budget(steps=4000, seconds=52 * 60),
     clips_in_pool=1200,
     latent_share=1.0,

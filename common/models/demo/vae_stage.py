@@ -39,12 +39,12 @@ def train_vae(folder: Path, budgets: Budgets, seed: int, device: torch.device, r
     pool = ClipPool(budgets.clips_in_pool, generator_of(seed, 0))
     spatial = vae.spatial_vae
 
-    def spatial_loss(rng: np.random.Generator) -> Tensor:
+    def spatial_loss(rng: np.random.Generator, _: float) -> Tensor:
         video = _crops(pool, rng, 1, _IMAGE_PIXELS).to(device)
         latent = spatial.encode(video)
         return pixel_loss(spatial.decode(latent), video) + 1e-4 * latent.pow(2).mean()
 
-    def temporal_loss(rng: np.random.Generator) -> Tensor:
+    def temporal_loss(rng: np.random.Generator, _: float) -> Tensor:
         frames = 16 if rng.random() < 0.75 else 8
         video = _crops(pool, rng, frames, _TEMPORAL_PIXELS).to(device)
         with torch.no_grad():
@@ -55,7 +55,7 @@ def train_vae(folder: Path, budgets: Budgets, seed: int, device: torch.device, r
         error = (decoded - latent).transpose(1, 2).flatten(0, 1)
         return (weights * (error.abs() + error.pow(2))).mean() + _KL_WEIGHT * kl_loss(posterior)
 
-    def joint_loss(rng: np.random.Generator) -> Tensor:
+    def joint_loss(rng: np.random.Generator, _: float) -> Tensor:
         frames = 16 if rng.random() < 0.75 else 8
         video = _crops(pool, rng, frames, _CLIP_PIXELS).to(device)
         posterior = vae.temporal_vae.encode(spatial.encode(video))
@@ -86,7 +86,7 @@ def _run_stage(
     name: str,
     module: nn.Module,
     budget: Budget,
-    loss_of: Callable[[np.random.Generator], Tensor],
+    loss_of: Callable[[np.random.Generator, float], Tensor],
     matrix_lr: float,
     other_lr: float,
 ) -> None:

@@ -199,6 +199,7 @@ class STDiT3(nn.Module):
             counted = mask.reshape(mask.shape[0], -1).to(text.device) != 0
             if not self.training:
                 used = counted.any(dim=0)
+                used[:1] |= ~used.any()  # attention needs a token to look at, even a masked one
                 text, counted = text[:, used], counted[:, used]
             if self.training or not bool(counted.all()):
                 attention_mask = counted.repeat(text.shape[0] // counted.shape[0], 1)[:, None, None]
@@ -271,7 +272,9 @@ class STDiT3(nn.Module):
         """Tokens [B, T*S, C] back to a latent [B, C_out, T, H, W], float32, without the padding."""
         patches = self.final_layer(tokens, conditions, grid.frames, grid.patches)
         patch_t, patch_h, patch_w = self.config.patch_size
-        x: Tensor = patches.view(-1, grid.frames, grid.height, grid.width, patch_t, patch_h, patch_w, self.config.out_channels)
+        x: Tensor = patches.view(
+            -1, grid.frames, grid.height, grid.width, patch_t, patch_h, patch_w, self.config.out_channels
+        )
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         frames, height, width = grid.latent_size
         return x[:, :, :frames, :height, :width].float()

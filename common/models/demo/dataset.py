@@ -1,0 +1,130 @@
+"""Encoded clips in buckets of one size and length, and token-sized batches of them for the diffusion transformer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.models.demo.clips import SIZES, Subject, draw, sample_clip, sample_subject
+from common.models.demo.loop import generator_of
+from common.models.demo.pool import to_video
+from common.models.opensora.vae import OpenSoraVAE
+
+_ENCODED_PIXELS = 512 * 1024
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One format; `clips` of it are encoded, and `share` of the last training steps draw from it."""
+
+    width: int
+    height: int
+    frames: int
+    clips: int
+    share: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one clip: latents are 8x8 pixels by 4 frames, patches 2x2 latents."""
+        return (self.width // 16) * (self.height // 16) * (self.frames // 4)
+
+    @property
+    def name(self) -> str:
+        return f"{self.width}x{self.height}x{self.frames}"
+
+
+_CLIPS: dict[int, tuple[int, int, int]] = {
+    64 * 64: (2000, 400, 300),
+    96 * 64: (300, 70, 60),
+    96 * 96: (220, 60, 60),
+    128 * 96: (90, 40, 40),
+    128 * 128: (160, 70, 130),
+}
+_SHARES: dict[int, tuple[float, float, float]] = {
+    64 * 64: (0.20, 0.07, 0.06),
+    96 * 64: (0.05, 0.02, 0.02),
+    96 * 96: (0.06, 0.02, 0.03),
+    128 * 96: (0.025, 0.015, 0.015),
+    128 * 128: (0.07, 0.05, 0.13),
+}
+BUCKETS: tuple[Bucket, ...] = tuple(
+    Bucket(width, height, frames, _CLIPS[width * height][index], _SHARES[width * height][index])
+    for width, height in SIZES
+    for index, frames in enumerate((16, 24, 32))
+)
+
+
+@dataclass(frozen=True)
+class EncodedBucket:
+    """latents: float16 [N, C, t, h, w], not yet normalised; subjects: what each clip shows."""
+
+    bucket: Bucket
+    latents: Tensor
+    subjects: tuple[Subject, ...]
+
+
+@torch.inference_mode()
+def encode_buckets(vae: OpenSoraVAE, folder: Path, share: float, seed: int) -> list[EncodedBucket]:
+    """Draw and encode every bucket's clips; those already in `folder` are read. `vae` must have shift 0, scale 1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoded = []
+    for index, bucket in enumerate(BUCKETS):
+        count = max(8, round(bucket.clips * share))
+        rng = generator_of(seed, index)
+        subjects = tuple(sample_subject(rng) for _ in range(count))
+        path = folder / f"{bucket.name}.pt"
+        if path.exists():
+            latents = torch.load(path, weights_only=True)
+        else:
+            latents = _encode(vae, bucket, subjects, rng)
+            torch.save(latents, path)
+            print(f"latents: {bucket.name}, {count} clips", flush=True)
+        encoded.append(EncodedBucket(bucket, latents, subjects))
+    return encoded
+
+
+def _encode(vae: OpenSoraVAE, bucket: Bucket, subjects: tuple[Subject, ...], rng: np.random.Generator) -> Tensor:
+    at_once = max(1, _ENCODED_PIXELS // (bucket.width * bucket.height * bucket.frames))
+    parts = []
+    for start in range(0, len(subjects), at_once):
+        clips = [
+            draw(sample_clip(rng, subject, bucket.width, bucket.height, bucket.frames))
+            for subject in subjects[start : start + at_once]
+        ]
+        parts.append(vae.encode(to_video(np.stack(clips)).to(vae.shift.device)).to("cpu", torch.float16))
+    return torch.cat(parts)
+
+
+def latent_statistics(encoded: list[EncodedBucket]) -> tuple[Tensor, Tensor]:
+    """(mean, standard deviation) [C] of the latents; every bucket weighs the same."""
+    means, squares = [], []
+    for bucket in encoded:
+        values = bucket.latents.float().transpose(0, 1).flatten(1)
+        means.append(values.mean(dim=1))
+        squares.append(values.pow(2).mean(dim=1))
+    mean = torch.stack(means).mean(dim=0)
+    return mean, (torch.stack(squares).mean(dim=0) - mean.pow(2)).sqrt()
+
+
+class LatentBatches:
+    """Batches of about `tokens` tokens. Early steps draw mostly from the small, short clips, late ones by share."""
+
+    def __init__(self, encoded: list[EncodedBucket], tokens: int) -> None:
+        self._encoded = encoded
+        self._tokens = tokens
+        self._mean, self._deviation = (value[:, None, None, None] for value in latent_statistics(encoded))
+        late = np.asarray([item.bucket.share for item in encoded])
+        cheap = np.asarray([1.0 / item.bucket.tokens**1.5 for item in encoded])
+        self._late, self._early = late / late.sum(), cheap / cheap.sum()
+
+    def draw(self, rng: np.random.Generator, progress: float) -> tuple[Bucket, Tensor, list[Subject]]:
+        """(bucket, normalised latents float32 [B, C, t, h, w], their subjects)."""
+        blend = min(1.0, progress / 0.5)
+        index = int(rng.choice(len(self._encoded), p=(1 - blend) * self._early + blend * self._late))
+        chosen = self._encoded[index]
+        count = min(max(4, self._tokens // chosen.bucket.tokens), len(chosen.subjects))
+        rows = rng.choice(len(chosen.subjects), size=count, replace=False)
+        latents = (chosen.latents[torch.from_numpy(rows)].float() - self._mean) / self._deviation
+        return chosen.bucket, latents, [chosen.subjects[row] for row in rows]
