@@ -134,8 +134,9 @@ class JetStream:
                 error = answer.get("error")
                 if error is None:
                     return answer
-                if error["code"] != _UNAVAILABLE:
-                    raise _rejection(subject, error)
+                rejection = _rejection(subject, error)
+                if error["code"] != _UNAVAILABLE or not isinstance(rejection, Rejected) or rejection.full:
+                    raise rejection
                 reason: Exception = BusUnavailable(f"{subject}: {error.get('description', 'unavailable')}")
             except NobodyThere as nobody:
                 # No stream listens on the subject, or JetStream is not up yet: in both cases nothing was stored.

@@ -63,10 +63,8 @@ class NatsServer:
 
     def start_now(self) -> None:
         log = self.store / "nats.log"
-        self._process = subprocess.Popen(
-            [server_program(), "-a", "127.0.0.1", "-p", str(self.port), "-js"]
-            + ["-sd", str(self.store / "jetstream"), "-l", str(log)]
-        )
+        options = ["-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.store / "jetstream")]
+        self._process = subprocess.Popen([server_program(), *options, "-l", str(log)])
         end_s = time.monotonic() + _START_S
         while time.monotonic() < end_s and self._process.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1.0):

@@ -1,0 +1,77 @@
+"""What the bus's contract is tested with: a connected bus, its log lines, and small queues and buckets."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from common.bus.nats_bus import NatsBus
+from common.messages.cluster import Heartbeat
+from common.messages.subjects import Bucket, EventSubject, ObjectBucket, RequestSubject, WorkQueue
+from common.messages.video import EncodePrompt, StepFinished, VideoQueued
+from tests.support.nats_server import NatsServer
+
+JOBS = WorkQueue("TEST_JOBS", "test.jobs.{}", VideoQueued, max_messages=4)
+RECORDS = Bucket("test_records", Heartbeat, max_bytes=16 * 1024 * 1024)
+FILES = ObjectBucket("test_files", max_bytes=64 * 1024 * 1024)
+ECHO = RequestSubject("test.{}.echo", EncodePrompt, EncodePrompt)
+STEPS = EventSubject("test.step.{}", StepFinished)
+
+
+class LogLines:
+    """Takes the bus's log lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, dict[str, object]]] = []
+
+    def __call__(self, event: str, **details: object) -> None:
+        self.lines.append((event, details))
+
+    @property
+    def events(self) -> list[str]:
+        return [event for event, _ in self.lines]
+
+
+@contextlib.asynccontextmanager
+async def connected_bus(
+    server: NatsServer,
+    name: str = "test",
+    *,
+    deadline_s: float = 5.0,
+    ack_wait_s: float = 30.0,
+    log: LogLines | None = None,
+) -> AsyncIterator[NatsBus]:
+    """A bus with the test queues and buckets, closed at the end."""
+    bus = await NatsBus.connect(
+        server.url, name, deadline_s=deadline_s, connect_deadline_s=10.0, on_log=log or LogLines()
+    )
+    async with bus:
+        await bus.prepare(queues=[JOBS], buckets=[RECORDS], object_buckets=[FILES], ack_wait_s=ack_wait_s)
+        yield bus
+
+
+async def eventually(condition: Callable[[], object], deadline_s: float = 20.0) -> None:
+    """Return once ``condition`` holds."""
+    async with asyncio.timeout(deadline_s):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event to wait on
+            await asyncio.sleep(0.01)
+
+
+def prompt(text: str = "a fox", job_id: str = "job-1") -> EncodePrompt:
+    return EncodePrompt(job_id=job_id, prompt=text)
+
+
+def step(number: int, instance: str = "dit-0") -> StepFinished:
+    return StepFinished(
+        job_id="job-1",
+        epoch=1,
+        instance=instance,
+        slots=(0,),
+        step=number,
+        steps=30,
+        started_at_s=0.0,
+        ended_at_s=1.0,
+    )
+
+
+def life(instance: str, incarnation: str = "1") -> Heartbeat:
+    return Heartbeat(instance=instance, incarnation=incarnation)
