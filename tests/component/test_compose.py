@@ -44,7 +44,7 @@ def test_the_shipped_file_describes_the_stack() -> None:
     assert stack.services["dit"].environment["TRIPTYCH_SLOT"] == ""
     assert stack.services["dit"].environment["TRIPTYCH_NATS_URL"] == "nats://nats:4222"
     assert "TRIPTYCH_SLOT" not in stack.services["encoder"].environment
-    assert "torch" in stack.services["dit"].preload
+    assert "common.runtime.worker" in stack.services["dit"].preload
     assert stack.services["gateway"].preload == ()
 
 

@@ -1,0 +1,64 @@
+"""The ``loadgen`` command: ``loadgen bench NAME`` runs one of the micro-benchmarks in ``loadgen/bench``.
+
+A benchmark is a module there with ``add_arguments(parser)`` and ``run(options)``; ``run`` prints the two things it
+compares and returns what ``--json`` writes.
+"""
+
+import argparse
+import ast
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from loadgen.bench.compare import write_json
+
+_BENCHMARKS = Path(__file__).with_name("bench")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser(_chosen(words)).parse_args(words)
+    result: dict[str, object] = options.run(options)
+    if options.json is not None:
+        write_json(options.json, result)
+    return 0
+
+
+def benchmarks() -> dict[str, str]:
+    """Every benchmark's name with the first line of its description, found without importing any."""
+    found = {}
+    for file in sorted(_BENCHMARKS.glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        if {"add_arguments", "run"} <= functions:
+            found[file.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
+
+
+def _chosen(words: Sequence[str]) -> str | None:
+    """The benchmark that is to be run: only that one is imported."""
+    match words:
+        case ["bench", name, *_] if name in benchmarks():
+            return name
+    return None
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="loadgen", description="Load, and measures of what it does.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    bench = commands.add_parser("bench", help="run a micro-benchmark")
+    names = bench.add_subparsers(required=True, metavar="NAME")
+    for name, summary in benchmarks().items():
+        command = names.add_parser(name, help=summary, description=summary)
+        command.add_argument("--json", type=Path, metavar="OUT", help="write the readings here")
+        if name == chosen:
+            module = importlib.import_module(f"loadgen.bench.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
