@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,3 +25,12 @@ def inputs(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def cases(folder: str) -> list[str]:
     return [case["name"] for case in golden(folder)["cases"]]
+
+
+def randomise(module: torch.nn.Module, seed: int, std: float = 0.2) -> None:
+    """Give every weight a random value, those that start at zero too; rotary frequencies stay."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if name != "rope.freqs":
+                value.normal_(std=std, generator=generator)

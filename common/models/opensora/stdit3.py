@@ -163,6 +163,8 @@ class STDiT3(nn.Module):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1), generator=generator)
+        if self.x_embedder.proj.bias is not None:
+            nn.init.zeros_(self.x_embedder.proj.bias)
         for embedding in (self.t_embedder, self.t_block, self.fps_embedder):
             for module in embedding.modules():
                 if isinstance(module, nn.Linear):
