@@ -1,0 +1,13 @@
+"""``python -m gateway``"""
+
+from common.runtime.process import run_service
+from gateway.config import GatewaySettings
+from gateway.service import serve
+
+
+def main() -> None:
+    run_service(GatewaySettings, serve)
+
+
+if __name__ == "__main__":
+    main()

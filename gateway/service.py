@@ -1,0 +1,114 @@
+"""The gateway process: connects, keeps its views current, serves HTTP, and drains."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import structlog
+from aiohttp import web
+
+from common.bus.nats_bus import NatsBus
+from common.bus.port import Bus
+from common.messages.cluster import Service
+from common.messages.subjects import VIDEO_BUCKETS, VIDEO_OBJECTS, VIDEO_QUEUES
+from common.runtime.membership import MemberChange, MembershipView, Registration
+from gateway.app import make_app
+from gateway.catalogue import Catalogue
+from gateway.config import GatewaySettings
+from gateway.desk import VideoDesk
+from gateway.edge import Edge
+from gateway.ledger import VideoLedger
+from gateway.metrics import Metrics
+from gateway.previews import Previews
+
+log = structlog.get_logger()
+
+_VIEWS_DEADLINE_S = 30.0
+_BACKLOG = 512
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A gateway that serves. ``url`` is where."""
+
+    url: str
+    edge: Edge
+    runner: web.AppRunner
+
+    async def drain(self) -> None:
+        """Take no new videos, end the event streams, let the other requests come to their end."""
+        self.edge.draining.set()
+        self.edge.ledger.wake_all()
+        await self.runner.cleanup()
+        await self.edge.work.settle(self.edge.settings.drain_s)
+
+
+@contextlib.asynccontextmanager
+async def running_gateway(bus: Bus, settings: GatewaySettings) -> AsyncIterator[Gateway]:
+    """Serve HTTP while the block runs; the address answers when the block starts, and everything is drained at its end.
+
+    Raises:
+        OSError: the address is taken.
+    """
+    await bus.prepare(queues=VIDEO_QUEUES, buckets=VIDEO_BUCKETS, object_buckets=VIDEO_OBJECTS)
+    catalogue = Catalogue()
+
+    def members_changed(_: MemberChange) -> None:
+        catalogue.update(view.members)
+
+    view = MembershipView(bus, settings.member_timeout_s, members_changed)
+    ledger = VideoLedger(bus, settings.listed_videos)
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(view.running())
+        await stack.enter_async_context(ledger.running(_VIEWS_DEADLINE_S))
+        edge = Edge(
+            settings=settings,
+            bus=bus,
+            members=lambda: view.members,
+            catalogue=catalogue,
+            ledger=ledger,
+            desk=VideoDesk(bus, ledger, settings.bus_deadline_s, settings.retry_after_s),
+            previews=Previews(),
+            metrics=Metrics(),
+        )
+        stack.callback(edge.previews.close)
+        # Without handler_cancellation, a client's leaving would be noticed only by the next write to it.
+        runner = web.AppRunner(
+            make_app(edge), handler_cancellation=True, access_log=None, shutdown_timeout=settings.drain_s
+        )
+        await runner.setup()
+        gateway = Gateway(await _listen(runner, settings), edge, runner)
+        stack.push_async_callback(gateway.drain)
+        yield gateway
+
+
+async def _listen(runner: web.AppRunner, settings: GatewaySettings) -> str:
+    """Open the port; the URL under which it is reached."""
+    try:
+        site = web.TCPSite(runner, settings.host, settings.port, backlog=_BACKLOG)
+        await site.start()
+    except BaseException:
+        await runner.cleanup()
+        raise
+    host, port = runner.addresses[0][:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
+    """Run the gateway until ``stop``."""
+    instance = settings.instance_of(Service.GATEWAY)
+    bus = await NatsBus.connect(settings.nats_url, name=instance)
+    try:
+        async with (
+            running_gateway(bus, settings) as gateway,
+            Registration(bus, settings, Service.GATEWAY) as registration,
+        ):
+            await registration.ready()
+            log.info("gateway serves", url=gateway.url, host=socket.gethostname())
+            await stop.wait()
+            await registration.draining()
+            await gateway.drain()
+    finally:
+        await bus.close()
