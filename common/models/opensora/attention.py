@@ -50,7 +50,8 @@ class RotaryEmbedding(nn.Module):
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Turn x [..., positions, head_dim] by the tables of `RotaryEmbedding`."""
-    swapped = x.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    swapped = torch.stack((pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
     return torch.addcmul(x * cosines, swapped, sines).to(x.dtype)
 
 
