@@ -116,10 +116,16 @@ class Link:
             started_s = asyncio.get_running_loop().time()
             await self.until_connected(deadline_s)
             deadline_s -= asyncio.get_running_loop().time() - started_s
+        cancellations = _cancellations()
         try:
-            return await self.client.request(
+            reply = await self.client.request(
                 subject, payload, timeout=deadline_s, headers=dict(headers) if headers else None
             )
+            if _cancellations() > cancellations:
+                # ``asyncio.wait_for`` before Python 3.12, which the client uses, forgets a cancellation that comes
+                # together with the answer.
+                raise asyncio.CancelledError
+            return reply
         except nats.errors.NoRespondersError as error:
             raise NobodyThere(f"nobody answers at {subject}") from error
         except nats.errors.TimeoutError as error:
@@ -252,3 +258,8 @@ class Link:
     def _notify(self) -> None:
         for callback in tuple(self._on_reconnect):
             callback()
+
+
+def _cancellations() -> int:
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
