@@ -1,0 +1,185 @@
+"""Plays encoder, DiT and VAE workers towards a real scheduler over a real broker, as far as a test lets them."""
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import AsyncIterator
+
+from common.bus.nats_bus import NatsBus
+from common.bus.port import Bus, Subscription
+from common.messages.cluster import Service
+from common.messages.failures import Acknowledged, Failure, Stage
+from common.messages.subjects import (
+    CANCEL_DECODING,
+    DECODE_VIDEO,
+    DECODING_FINISHED,
+    DENOISING_FINISHED,
+    ENCODE_PROMPT,
+    GRANT_LEASE,
+    PHASE_FAILED,
+    REVOKE_LEASE,
+    STEP_FINISHED,
+    VIDEO_FILES,
+)
+from common.messages.tensors import TensorRef
+from common.messages.video import (
+    CancelDecoding,
+    DecodeVideo,
+    DecodingFinished,
+    DenoisingFinished,
+    EncodePrompt,
+    Lease,
+    PhaseFailed,
+    PromptEncoded,
+    RevokeLease,
+    StepFinished,
+    VideoFile,
+)
+from common.runtime.membership import Registration
+from common.runtime.settings import ServiceSettings
+
+WAIT_S = 10.0
+
+
+class PlayedWorker:
+    """One member of the cluster. What it is asked for is put into the queues; a test answers when it likes."""
+
+    def __init__(self, bus: Bus, service: Service, slot: int | None) -> None:
+        self.bus = bus
+        self.service = service
+        self.slot = slot
+        self.instance = f"{service}-{slot or 0}"
+        self.leases: asyncio.Queue[Lease] = asyncio.Queue(100)
+        self.revoked: asyncio.Queue[RevokeLease] = asyncio.Queue(100)
+        self.decodings: asyncio.Queue[DecodeVideo] = asyncio.Queue(100)
+        self.cancelled: asyncio.Queue[CancelDecoding] = asyncio.Queue(100)
+        self.encoded: list[str] = []
+        self._life: contextlib.AsyncExitStack | None = None
+
+    async def join(self, url: str) -> None:
+        """Register and take work."""
+        settings = ServiceSettings(nats_url=url, instance=self.instance, slot=self.slot, heartbeat_s=0.1)
+        self._life = contextlib.AsyncExitStack()
+        registration = await self._life.enter_async_context(Registration(self.bus, settings, self.service))
+        for subscription in await self._listen():
+            self._life.push_async_callback(subscription.stop)
+        await registration.ready()
+
+    async def leave(self) -> None:
+        """Withdraw, with whatever was under way."""
+        if self._life is not None:
+            await self._life.aclose()
+            self._life = None
+
+    async def _listen(self) -> list[Subscription]:
+        match self.service:
+            case Service.ENCODER:
+                return [await self.bus.serve(ENCODE_PROMPT, self._encode, self.instance)]
+            case Service.DIT:
+                return [
+                    await self.bus.serve(GRANT_LEASE, self._lease, self.instance),
+                    await self.bus.serve(REVOKE_LEASE, self._revoke, self.instance),
+                ]
+            case _:
+                return [
+                    await self.bus.serve(DECODE_VIDEO, self._decode, self.instance),
+                    await self.bus.serve(CANCEL_DECODING, self._cancel, self.instance),
+                ]
+
+    async def _encode(self, request: EncodePrompt) -> PromptEncoded:
+        self.encoded.append(request.job_id)
+        now_s = time.time()
+        return PromptEncoded(job_id=request.job_id, text=self.ref(1), started_at_s=now_s, ended_at_s=now_s)
+
+    async def _lease(self, lease: Lease) -> Acknowledged:
+        self.leases.put_nowait(lease)
+        return Acknowledged()
+
+    async def _revoke(self, request: RevokeLease) -> Acknowledged:
+        if request.job_id is not None:
+            self.revoked.put_nowait(request)
+        return Acknowledged()
+
+    async def _decode(self, work: DecodeVideo) -> Acknowledged:
+        self.decodings.put_nowait(work)
+        return Acknowledged()
+
+    async def _cancel(self, request: CancelDecoding) -> Acknowledged:
+        if request.job_id is not None:
+            self.cancelled.put_nowait(request)
+        return Acknowledged()
+
+    def ref(self, tensor_id: int) -> TensorRef:
+        return TensorRef(
+            owner=self.instance, tensor_id=tensor_id, address=b"here", shape=(1,), dtype="float32", size_bytes=4
+        )
+
+    async def next_lease(self) -> Lease:
+        return await asyncio.wait_for(self.leases.get(), WAIT_S)
+
+    async def next_revoked(self) -> RevokeLease:
+        return await asyncio.wait_for(self.revoked.get(), WAIT_S)
+
+    async def next_decoding(self) -> DecodeVideo:
+        return await asyncio.wait_for(self.decodings.get(), WAIT_S)
+
+    async def next_cancelled(self) -> CancelDecoding:
+        return await asyncio.wait_for(self.cancelled.get(), WAIT_S)
+
+    async def do_step(self, lease: Lease, step: int) -> None:
+        now_s = time.time()
+        report = StepFinished(
+            job_id=lease.job_id,
+            epoch=lease.epoch,
+            instance=self.instance,
+            slots=(self.slot or 0,),
+            step=step,
+            steps=lease.request.steps,
+            started_at_s=now_s - 0.01,
+            ended_at_s=now_s,
+        )
+        await self.bus.publish(STEP_FINISHED, report, lease.job_id)
+
+    async def finish_denoising(self, lease: Lease) -> None:
+        report = DenoisingFinished(
+            job_id=lease.job_id, epoch=lease.epoch, instance=self.instance, latent=self.ref(lease.epoch)
+        )
+        await self.bus.request(DENOISING_FINISHED, report, deadline_s=WAIT_S)
+
+    async def finish_decoding(self, work: DecodeVideo) -> VideoFile:
+        data = f"the file of {work.job_id}".encode()
+        stored = await self.bus.put_object(VIDEO_FILES, work.object_name, data)
+        assert stored.sha256 == hashlib.sha256(data).hexdigest()
+        file = VideoFile(object_name=work.object_name, size_bytes=stored.size_bytes, sha256=stored.sha256)
+        now_s = time.time()
+        report = DecodingFinished(
+            job_id=work.job_id,
+            epoch=work.epoch,
+            instance=self.instance,
+            slot=self.slot or 0,
+            file=file,
+            started_at_s=now_s,
+            ended_at_s=now_s,
+        )
+        await self.bus.request(DECODING_FINISHED, report, deadline_s=WAIT_S)
+        return file
+
+    async def fail(self, work: Lease | DecodeVideo, code: str, *, retryable: bool) -> None:
+        stage = Stage.DIT if isinstance(work, Lease) else Stage.VAE
+        failure = Failure(stage=stage, code=code, message=f"{code} happened", retryable=retryable)
+        report = PhaseFailed(job_id=work.job_id, epoch=work.epoch, instance=self.instance, failure=failure)
+        await self.bus.request(PHASE_FAILED, report, deadline_s=WAIT_S)
+
+
+@contextlib.asynccontextmanager
+async def played_worker(url: str, service: Service, slot: int | None = None) -> AsyncIterator[PlayedWorker]:
+    """A worker that has joined; it leaves at the end of the block if it has not before."""
+    bus = await NatsBus.connect(url, name=f"played-{service}")
+    worker = PlayedWorker(bus, service, slot)
+    try:
+        await worker.join(url)
+        yield worker
+    finally:
+        await worker.leave()
+        await bus.close()
