@@ -49,12 +49,8 @@ class EncoderWorker:
         self._refuse_too_long("prompt", request.prompt)
         self._refuse_too_long("negative_prompt", request.negative_prompt)
         started_at_s = time.time()
-        text = self._batcher.encoded(request.prompt)
-        if request.negative_prompt:
-            embeddings = await asyncio.gather(text, self._batcher.encoded(request.negative_prompt))
-        else:
-            embeddings = [await text]
-        refs = [self._export(tensor) for tensor in embeddings]
+        prompts = [request.prompt, *([request.negative_prompt] if request.negative_prompt else [])]
+        refs = [self._export(tensor) for tensor in await asyncio.gather(*map(self._batcher.encoded, prompts))]
         return PromptEncoded(
             job_id=request.job_id,
             text=refs[0],
