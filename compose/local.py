@@ -81,6 +81,7 @@ async def running_stack(
             if any(spec.preload for spec in stack.services.values()):
                 forking.start()
             await _start(supervisor, stack, base_url, options.start_timeout_s)
+            supervisor.settled.set()
             yield LocalStack(f"http://{_bracketed(options.host)}:{port}", directory, supervisor)
         finally:
             await supervisor.stop()

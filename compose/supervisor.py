@@ -18,6 +18,8 @@ Report = Callable[[str], None]
 
 _LAUNCH_TIMEOUT_S = 120.0
 _KILL_TIMEOUT_S = 10.0
+# What fails while the stack comes up is wrong, not unlucky: a few quick words help more than patience.
+_ATTEMPTS_TO_START = 2
 
 
 class Replica:
@@ -28,6 +30,7 @@ class Replica:
         launcher: what starts it.
         restart: when to start the next one.
         grace_s: how long a process may take to end itself before it is killed.
+        settled: set once the stack is up; until then a second death is one too many.
         report: told what a person should know.
     """
 
@@ -37,13 +40,14 @@ class Replica:
         launcher: Launcher,
         restart: RestartPolicy,
         grace_s: float,
+        settled: asyncio.Event,
         report: Report,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = what.name
         self.started = asyncio.Event()
         self._what, self._launcher, self._restart, self._grace_s = what, launcher, restart, grace_s
-        self._report, self._clock = report, clock
+        self._settled, self._report, self._clock = settled, report, clock
         self._stopping = asyncio.Event()
         self._process: Running | None = None
         self._deaths_s: deque[float] = deque(maxlen=restart.max_attempts)
@@ -106,7 +110,8 @@ class Replica:
         now_s = self._clock()
         self._deaths_s.append(now_s)
         recent = sum(now_s - death_s <= self._restart.window_s for death_s in self._deaths_s)
-        if recent >= self._restart.max_attempts:
+        most = self._restart.max_attempts
+        if recent >= (most if self._settled.is_set() else min(_ATTEMPTS_TO_START, most)):
             raise CrashLoopError(
                 f"{self.name} died {recent} times within {self._restart.window_s:g} s (the last one {_how(code)}); "
                 f"giving up. The end of its log:\n{tail(self.log)}"
@@ -137,6 +142,7 @@ class Supervisor:
         self._report = report
         self._logs = logs
         self.hurry = asyncio.Event()
+        self.settled = asyncio.Event()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
         self.replicas: dict[str, Replica] = {}
@@ -146,7 +152,8 @@ class Supervisor:
             for index, name in enumerate(spec.instances):
                 environment = environment_of(spec, index)
                 what = Launch(name, spec.command, environment, logs / f"{name}.log", spec.preload)
-                replica = Replica(what, launcher_of(spec), spec.restart, spec.stop_grace_period_s, report)
+                launcher, grace_s = launcher_of(spec), spec.stop_grace_period_s
+                replica = Replica(what, launcher, spec.restart, grace_s, self.settled, report)
                 self.replicas[name] = replica
                 self._of_service.setdefault(spec.name, []).append(replica)
                 self._environments.setdefault(spec.name, environment)

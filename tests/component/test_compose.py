@@ -270,6 +270,7 @@ async def _stage(folder: Path, services: str, **variables: str) -> AsyncIterator
         folder,
         said.append,
     )
+    supervisor.settled.set()
     try:
         yield Stage(supervisor, forking, folder, said)
     finally:
@@ -340,6 +341,18 @@ def test_a_crash_loop_is_given_up_with_the_last_words(tmp_path: Path, forked: bo
             assert len(stage.events) == 3
             assert stage.said[0].endswith("starting it again")
             assert stage.said[1].endswith("starting it again in 0.01 s")
+
+    asyncio.run(play())
+
+
+def test_a_stack_that_is_still_starting_gives_up_sooner(tmp_path: Path) -> None:
+    async def play() -> None:
+        async with _stage(tmp_path, f"  a: {_service('broken')}") as stage:
+            stage.supervisor.settled.clear()
+            await stage.supervisor.start()
+            with pytest.raises(CrashLoopError, match="a-0 died 2 times"):
+                async with asyncio.timeout(_DEADLINE_S):
+                    await stage.supervisor.failed
 
     asyncio.run(play())
 
