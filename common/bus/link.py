@@ -64,10 +64,10 @@ class Link:
             async with asyncio.timeout(connect_deadline_s):
                 await link.client.connect(**options)
         except TimeoutError as error:
-            await link.client.close()
+            await link._close_client()
             raise BusUnavailable(f"no broker at {url} within {connect_deadline_s} s") from error
         except BaseException:
-            await link.client.close()
+            await link._close_client()
             raise
         link._ever_connected = True
         link._failed_attempts = 0
@@ -221,7 +221,15 @@ class Link:
             _, late = await asyncio.wait(set(self._tasks), timeout=deadline_s)
             for task in late:
                 task.cancel()
-        await self.client.close()
+        await self._close_client()
+
+    async def _close_client(self) -> None:
+        if not self.client.is_connected:
+            # The client would send its buffer over the dead connection, fail, and stop half-way through its closing.
+            self.client._pending.clear()
+            self.client._pending_data_size = 0
+        with contextlib.suppress(OSError):
+            await self.client.close()
 
     async def _error(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):

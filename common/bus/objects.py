@@ -8,7 +8,8 @@ import asyncio
 import base64
 import hashlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterable
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -58,14 +59,17 @@ class Objects:
     ) -> ObjectInfo:
         _check(name)
         unique_id = self._link.unique_name()
-        subject = f"$O.{bucket.name}.C.{unique_id}"
+        upload = _Upload(self._jetstream, f"$O.{bucket.name}.C.{unique_id}", deadline_s)
         try:
-            count, size_bytes, digest = await self._put_chunks(subject, chunks, deadline_s)
-            info = ObjectInfo(name, size_bytes, digest.hex())
-            await self._describe(bucket, info, unique_id, deadline_s, chunks=count)
+            async for piece in _pieces(chunks):
+                await upload.send(piece)
+            await upload.all_stored()
+            info = ObjectInfo(name, upload.size_bytes, upload.digest.hexdigest())
+            describing = self._describe(bucket, info, unique_id, deadline_s, chunks=upload.count)
+            await upload.end_with(describing)
         except BaseException as error:
             # Until it is described nobody sees it; what has been sent must not stay and take up room.
-            self._link.spawn(self._purge(bucket, subject), "removing an unfinished object")
+            self._link.spawn(self._abandon(bucket, name, unique_id, upload), "removing an unfinished object")
             if isinstance(error, Rejected):
                 raise _named(bucket, error) from error
             raise
@@ -94,34 +98,6 @@ class Objects:
             await self._jetstream.purge(object_stream(bucket), f"$O.{bucket.name}.C.{described.unique_id}", deadline_s)
         except Rejected as error:
             raise _named(bucket, error) from error
-
-    async def _put_chunks(
-        self, subject: str, chunks: AsyncIterable[bytes] | bytes, deadline_s: float
-    ) -> tuple[int, int, bytes]:
-        """Send the chunks, a few at a time on their way; how many, their bytes in all, their SHA-256."""
-        digest, size_bytes = hashlib.sha256(), 0
-        free = asyncio.Semaphore(_CHUNKS_ON_THE_WAY)
-        receipts: list[asyncio.Task[Stored]] = []
-
-        async def send(piece: bytes) -> Stored:
-            try:
-                return await self._jetstream.publish(subject, piece, None, deadline_s)
-            finally:
-                free.release()
-
-        try:
-            async with asyncio.TaskGroup() as sending:
-                async for piece in _pieces(chunks):
-                    digest.update(piece)
-                    size_bytes += len(piece)
-                    await free.acquire()
-                    receipts.append(sending.create_task(send(piece)))
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None
-        sequences = [receipt.result().sequence for receipt in receipts]
-        if sequences != sorted(sequences):
-            raise BusUnavailable(f"{subject}: the connection broke and chunks were stored out of order; put it again")
-        return len(receipts), size_bytes, digest.digest()
 
     async def _describe(
         self,
@@ -216,8 +192,62 @@ class Objects:
         except (ValueError, KeyError, TypeError) as error:
             raise ObjectDamaged(f"{name}: its description cannot be read: {error}") from error
 
+    async def _abandon(self, bucket: ObjectBucket, name: str, unique_id: str, upload: "_Upload") -> None:
+        await upload.settled()
+        described = await self._described(bucket, name, self._link.deadline_s)
+        # The description may have been stored and only its receipt lost: then the object is whole, and stays.
+        if described is None or described.unique_id != unique_id:
+            await self._purge(bucket, upload.subject)
+
     async def _purge(self, bucket: ObjectBucket, subject: str) -> None:
         await self._jetstream.purge(object_stream(bucket), subject, self._link.deadline_s)
+
+
+class _Upload:
+    """Chunks on their way into the store, a few at a time."""
+
+    def __init__(self, jetstream: JetStream, subject: str, deadline_s: float) -> None:
+        self._jetstream = jetstream
+        self._deadline_s = deadline_s
+        self._on_the_way: deque[asyncio.Task[Stored]] = deque()
+        self._end: asyncio.Task[None] | None = None
+        self._last_sequence = 0
+        self.subject = subject
+        self.digest = hashlib.sha256()
+        self.size_bytes = 0
+        self.count = 0
+
+    async def send(self, piece: bytes) -> None:
+        """Send one more chunk, once there is room on the way."""
+        if len(self._on_the_way) >= _CHUNKS_ON_THE_WAY:
+            await self._first_stored()
+        self.digest.update(piece)
+        self.size_bytes += len(piece)
+        self.count += 1
+        storing = self._jetstream.publish(self.subject, piece, None, self._deadline_s)
+        self._on_the_way.append(asyncio.create_task(storing, name="storing a chunk"))
+
+    async def all_stored(self) -> None:
+        """Wait until every chunk is stored, in order."""
+        while self._on_the_way:
+            await self._first_stored()
+
+    async def end_with(self, description: Coroutine[None, None, None]) -> None:
+        """Write the description, to its end even if nobody waits for it any more."""
+        self._end = asyncio.create_task(description, name="describing an object")
+        await asyncio.shield(self._end)
+
+    async def settled(self) -> None:
+        """Wait until nothing is on the way any more: it could still be stored behind a removal's back."""
+        await asyncio.gather(*self._on_the_way, *([self._end] if self._end else []), return_exceptions=True)
+        self._on_the_way.clear()
+
+    async def _first_stored(self) -> None:
+        stored = await asyncio.shield(self._on_the_way[0])
+        self._on_the_way.popleft()
+        if stored.sequence <= self._last_sequence:
+            raise BusUnavailable(f"{self.subject}: the connection broke, chunks came out of order; put it again")
+        self._last_sequence = stored.sequence
 
 
 async def _pieces(chunks: AsyncIterable[bytes] | bytes) -> AsyncGenerator[bytes, None]:

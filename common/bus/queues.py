@@ -135,14 +135,17 @@ class _Inbox:
         self._link = link
         self._queue_name = queue_name
         self._subject = link.client.new_inbox()
-        self._waiting: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        # None: the connection was made anew, and the broker has forgotten what it was asked.
+        self._waiting: asyncio.Future[Msg | None] = asyncio.get_running_loop().create_future()
         self._handed_over = False
+        self._undo_reconnect = link.on_reconnect(self._forgotten)
 
     async def __aenter__(self) -> Self:
         self._subscription = await self._link.subscribe(self._subject, self._heard, settle=False)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._undo_reconnect()
         if self._handed_over:
             await self._link.drop(self._subscription)
         else:
@@ -162,8 +165,12 @@ class _Inbox:
         if not self._waiting.done():
             return None
         message = self._waiting.result()
-        self._handed_over = _status(message) is None
+        self._handed_over = message is not None and _status(message) is None
         return message
+
+    def _forgotten(self) -> None:
+        if not self._waiting.done():
+            self._waiting.set_result(None)
 
     async def _heard(self, message: Msg) -> None:
         if not self._waiting.done():
@@ -174,7 +181,7 @@ class _Inbox:
     async def _leave(self, arrived: bool) -> None:
         if arrived:
             message = self._waiting.result()
-            if _status(message) is None:
+            if message is not None and _status(message) is None:
                 await message.nak()
         await self._link.drain(self._subscription)
 
