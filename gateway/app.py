@@ -92,6 +92,7 @@ def _broken_off(request: web.Request) -> web.StreamResponse | None:
 async def _began(request: web.Request, response: web.StreamResponse) -> None:
     """OpenAI's SDKs show this id with an error; the log has it too."""
     request[_BEGUN] = response
+    response.headers["Server"] = "triptych"
     if _REQUEST_ID in request:
         response.headers[_REQUEST_ID] = request[_REQUEST_ID]
 

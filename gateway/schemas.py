@@ -4,7 +4,7 @@ Video, list and deletion follow OpenAI's videos API, so that its SDKs read them 
 them. Fields without a unit suffix that hold a time are Unix seconds, as in OpenAI's own.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -43,7 +43,7 @@ class CreateVideo(Schema):
     prompt: str = Field(description="What the video shows.")
     model: str | None = Field(default=None, description="A model of /v1/models; without it, the only one there is.")
     size: str | None = Field(default=None, description="WIDTHxHEIGHT in pixels, such as 256x256.", examples=["256x256"])
-    seconds: Annotated[str | int | float, Field(allow_inf_nan=False)] | None = Field(
+    seconds: str | int | float | None = Field(
         default=None, description="Duration. Together with fps it determines the frames."
     )
     seed: int | None = Field(
