@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from common.models.opensora.loading import fetch, load_stdit3, load_vae, read_va
 from common.models.opensora.rectified_flow import RectifiedFlow
 from common.models.opensora.spec import VideoModelSpec
 from common.models.opensora.stdit3 import PreparedText
-from common.models.opensora.text import TextEmbedding, TextEncoder
+from common.models.opensora.text import TextEncoder
 
 # The frame rate by which the published model knows a still picture.
 IMAGE_FPS = 120
@@ -50,16 +51,19 @@ class GeneratedVideo:
 class PromptEncoder:
     """The first phase: prompts to embeddings."""
 
+    max_batch = 8
+
     def __init__(self, spec: VideoModelSpec, device: str | torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.max_tokens = spec.max_prompt_tokens
         self._encoder = TextEncoder(spec.text_encoder, spec.max_prompt_tokens, device, dtype)
 
     def token_count(self, prompt: str) -> int:
-        """Tokens of a prompt; the spec's `max_prompt_tokens` is the limit."""
+        """Tokens of a prompt; `max_tokens` is the limit."""
         return self._encoder.token_count(prompt)
 
-    def encode(self, prompts: list[str]) -> TextEmbedding:
-        """float32 [B, 1, L, C] with its mask. Raises PromptTooLongError."""
-        return self._encoder.encode(prompts)
+    def encode(self, prompts: list[str]) -> list[Tensor]:
+        """float32 [tokens, C] for each prompt. Raises PromptTooLongError."""
+        return self._encoder.encode_each(prompts)
 
 
 class Denoiser:
@@ -92,20 +96,23 @@ class Denoiser:
 
     @torch.no_grad()
     def prepare(
-        self, text: TextEmbedding, negative: TextEmbedding | None, frames: int, height: int, width: int, fps: float
+        self, text: Tensor, negative: Tensor | None, frames: int, height: int, width: int, fps: float
     ) -> Conditioning:
-        """Make ready what all steps share. Without a negative prompt the model's null caption takes its place.
+        """Make ready what all steps share, from encoded prompts [tokens, C].
 
-        As published, the null caption is read under the prompt's own mask.
+        Without a negative prompt the model's null caption takes its place, as published with as many tokens as
+        the prompt has.
         """
-        text = text.to(self.device)
-        if negative is None:
-            null = self.model.null_embedding(length=text.embeddings.shape[2]).to(text.embeddings.dtype)
-            prompts, mask = torch.cat((text.embeddings, null)), text.mask
-        else:
-            negative = negative.to(self.device)
-            prompts, mask = torch.cat((text.embeddings, negative.embeddings)), torch.cat((text.mask, negative.mask))
-        prepared = self.model.prepare_text(prompts, mask)
+        null = self.model.null_embedding(length=text.shape[0])[0, 0] if negative is None else negative
+        rows = [text.to(self.device), null.to(self.device)]
+        longest = max(row.shape[0] for row in rows)
+        limit = self.model.config.model_max_length
+        if longest > limit:
+            raise ValueError(f"an encoded prompt has {longest} tokens, the transformer reads at most {limit}")
+        prompts = torch.stack([F.pad(row, (0, 0, 0, longest - row.shape[0])) for row in rows])
+        counts = torch.tensor([[row.shape[0]] for row in rows], device=self.device)
+        mask = torch.arange(longest, device=self.device) < counts
+        prepared = self.model.prepare_text(prompts[:, None], mask)
         return Conditioning(prepared, IMAGE_FPS if frames == 1 else fps, height, width)
 
     @torch.no_grad()
@@ -132,6 +139,61 @@ class Denoiser:
 
         return self.flow.step(velocity, latent, index, timesteps, conditioning.text, guidance_scale)
 
+    def start(
+        self,
+        text: Tensor,
+        negative: Tensor | None,
+        *,
+        width: int,
+        height: int,
+        frames: int,
+        fps: float,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+        latent: Tensor | None = None,
+        steps_done: int = 0,
+    ) -> "DenoisingRun":
+        """Begin a video from its seed, or go on with `latent` [1, C, t, h, w] after `steps_done` steps."""
+        if (latent is None) != (steps_done == 0) or not 0 <= steps_done <= steps:
+            raise ValueError(f"to go on after step {steps_done} of {steps} takes the latent of that step")
+        if latent is None:
+            latent = self.initial_latent(seed, frames, height, width)
+        expected = self.latent_shape(frames, height, width)
+        if tuple(latent.shape) != expected:
+            raise ValueError(f"a {frames}x{height}x{width} video has a {expected} latent, got {tuple(latent.shape)}")
+        return DenoisingRun(
+            self,
+            self.prepare(text, negative, frames, height, width, fps),
+            self.timesteps(steps, frames, height, width),
+            guidance_scale,
+            latent.to(self.device),
+            steps_done,
+        )
+
+
+@dataclass
+class DenoisingRun:
+    """One video on its way; `latent` and `steps_done` are all that changes, and all that resuming takes."""
+
+    denoiser: Denoiser
+    conditioning: Conditioning
+    timesteps: tuple[float, ...]
+    guidance_scale: float
+    latent: Tensor
+    steps_done: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.steps_done == len(self.timesteps)
+
+    def step(self, transformer: Callable[..., Tensor] | None = None) -> None:
+        """Take the next step; see `Denoiser.step`."""
+        self.latent = self.denoiser.step(
+            self.latent, self.steps_done, self.timesteps, self.conditioning, self.guidance_scale, transformer
+        )
+        self.steps_done += 1
+
 
 class FrameDecoder:
     """The third phase: latent to frames, one micro-frame at a time."""
@@ -141,16 +203,17 @@ class FrameDecoder:
         self._vae = load_vae(spec.vae, self.device, dtype)
 
     def decode(self, latent: Tensor, frames: int, height: int, width: int) -> Iterator[Frames]:
-        """Latent [1, C, t, h, w] of a video of that size to chunks of uint8 [n, H, W, 3], in order.
+        """Latent [1, C, t, h, w] of a video of that size to chunks of uint8 [n, height, width, 3], in order.
 
-        Sizes that the autoencoder's factor does not divide come out rounded down to the next that it does.
+        The autoencoder itself rounds a size down to a multiple of its factor; what is missing then (at most
+        7 pixels for the published model) is filled by repeating the edges.
         """
         expected = self._vae.latent_size(frames, height, width)
         if tuple(latent.shape[2:]) != expected:
             raise ValueError(f"a {frames}x{height}x{width} video has a {expected} latent, got {tuple(latent.shape)}")
-        return self._chunks(latent, frames)
+        return self._chunks(latent, frames, height, width)
 
-    def _chunks(self, latent: Tensor, frames: int) -> Iterator[Frames]:
+    def _chunks(self, latent: Tensor, frames: int, height: int, width: int) -> Iterator[Frames]:
         chunks = self._vae.decode_chunks(latent.to(self.device), frames)
         while True:
             # Gradients are off for each chunk, not for whoever consumes it.
@@ -158,7 +221,16 @@ class FrameDecoder:
                 chunk = next(chunks, None)
             if chunk is None:
                 return
-            yield to_pixels(chunk[0])
+            yield to_pixels(fill_edges(chunk[0], height, width))
+
+
+def fill_edges(video: Tensor, height: int, width: int) -> Tensor:
+    """[3, T, H, W] grown evenly on both sides to `height` and `width` by repeating its edges."""
+    missing_h, missing_w = height - video.shape[2], width - video.shape[3]
+    if not missing_h and not missing_w:
+        return video
+    left, top = missing_w // 2, missing_h // 2
+    return F.pad(video, (left, missing_w - left, top, missing_h - top), mode="replicate")
 
 
 def to_pixels(video: Tensor) -> Frames:
@@ -196,14 +268,19 @@ class OpenSoraPipeline:
         frames = defaults.frames if frames is None else frames
         width = defaults.size[0] if width is None else width
         height = defaults.size[1] if height is None else height
-        text = self.encoder.encode([prompt])
-        negative = self.encoder.encode([negative_prompt]) if negative_prompt.strip() else None
-        conditioning = self.denoiser.prepare(
-            text, negative, frames, height, width, defaults.fps if fps is None else fps
+        text, *rest = self.encoder.encode([prompt, negative_prompt] if negative_prompt.strip() else [prompt])
+        run = self.denoiser.start(
+            text,
+            rest[0] if rest else None,
+            width=width,
+            height=height,
+            frames=frames,
+            fps=defaults.fps if fps is None else fps,
+            steps=defaults.steps if steps is None else steps,
+            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            seed=seed,
         )
-        timesteps = self.denoiser.timesteps(defaults.steps if steps is None else steps, frames, height, width)
-        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        latent = self.denoiser.initial_latent(seed, frames, height, width)
-        for index in range(len(timesteps)):
-            latent = self.denoiser.step(latent, index, timesteps, conditioning, scale)
-        return GeneratedVideo(latent, np.concatenate(list(self.decoder.decode(latent, frames, height, width))))
+        while not run.finished:
+            run.step()
+        chunks = list(self.decoder.decode(run.latent, frames, height, width))
+        return GeneratedVideo(run.latent, np.concatenate(chunks))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,13 +18,6 @@ class TextEmbedding:
     embeddings: Tensor
     mask: Tensor
 
-    def row(self, index: int) -> "TextEmbedding":
-        """One prompt of the batch."""
-        return TextEmbedding(self.embeddings[index : index + 1], self.mask[index : index + 1])
-
-    def to(self, device: str | torch.device) -> "TextEmbedding":
-        return TextEmbedding(self.embeddings.to(device), self.mask.to(device))
-
 
 def clean_prompt(prompt: str) -> str:
     """The prompt as the model was trained on prompts: lower case, single spaces."""
@@ -31,7 +25,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 class TextEncoder:
-    """The encoder half of a T5 in a folder or hub repository. Every prompt is padded to `max_length` tokens."""
+    """The encoder half of a T5, and its tokenizer, from a folder or hub repository."""
 
     def __init__(
         self,
@@ -53,14 +47,32 @@ class TextEncoder:
         """Tokens of a prompt, the end mark included."""
         return len(self._tokenizer(clean_prompt(prompt))["input_ids"])
 
-    @torch.no_grad()
     def encode(self, prompts: list[str]) -> TextEmbedding:
-        """Encode a batch. Raises PromptTooLongError for a prompt of more than `max_length` tokens."""
+        """Encode a batch, padded as published. Raises PromptTooLongError for more than `max_length` tokens."""
+        return self._encode(prompts, padding="max_length")
+
+    def encode_each(self, prompts: list[str]) -> list[Tensor]:
+        """Encode prompts to float32 [tokens, C] each, without padding. Raises PromptTooLongError.
+
+        On a CPU every prompt is encoded by itself: a batch gains nothing there, and a prompt's last bits do not
+        depend on its company.
+        """
+        batches = [[prompt] for prompt in prompts] if self.device.type == "cpu" else [prompts]
+        encoded = []
+        for batch in batches:
+            embedding = self._encode(batch, padding="longest")
+            counts = embedding.mask.sum(1).tolist()
+            encoded += [embedding.embeddings[row, 0, :count].contiguous() for row, count in enumerate(counts)]
+        return encoded
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str], padding: Literal["max_length", "longest"]) -> TextEmbedding:
         if not prompts:
             raise ValueError("no prompts to encode")
         texts = [clean_prompt(prompt) for prompt in prompts]
-        tokens = self._tokenizer(texts, padding="max_length", max_length=self.max_length, return_attention_mask=True)
-        longest = max(len(ids) for ids in tokens["input_ids"])
+        length = self.max_length if padding == "max_length" else None
+        tokens = self._tokenizer(texts, padding=padding, max_length=length, return_attention_mask=True)
+        longest = max(sum(mask) for mask in tokens["attention_mask"])
         if longest > self.max_length:
             raise PromptTooLongError(longest, self.max_length)
         ids = torch.tensor(tokens["input_ids"], device=self.device)
