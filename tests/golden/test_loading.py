@@ -63,6 +63,17 @@ def test_half_precision_on_disk_is_cast(tmp_path, small_stdit3):
     assert load_stdit3(tmp_path, "cpu", torch.bfloat16).dtype == torch.bfloat16
 
 
+@torch.no_grad()
+def test_a_vae_in_half_precision_decodes_nearly_the_same(tmp_path, small_vae):
+    save_vae(small_vae, tmp_path, torch.float16)
+    loaded = load_vae(tmp_path, "cpu", torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.scale, small_vae.scale)
+    z = torch.randn(1, 4, *small_vae.latent_size(9, 16, 16), generator=torch.Generator().manual_seed(1))
+    expected = small_vae.decode(z, 9)
+    assert (loaded.decode(z, 9) - expected).abs().mean() < 0.1 * expected.std()
+
+
 def test_weights_in_several_files(folder, small_stdit3):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

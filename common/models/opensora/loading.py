@@ -21,8 +21,8 @@ from common.models.opensora.vae_config import OpenSoraVAEConfig
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-# Rotary frequencies span four decades: half precision would move the positions.
-_KEEP_FLOAT32 = frozenset({"rope.freqs"})
+# Half precision would move the positions (rotary frequencies span four decades) and the colours.
+_KEEP_FLOAT32 = frozenset({"rope.freqs", "scale", "shift"})
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")
