@@ -4,7 +4,7 @@ It is started as ``python -m compose.forkserver FD`` with one end of a SEQPACKET
 one after the other; each packet is one JSON object.
 
     {"preload": [module, ...]}                                           no answer; imports ahead of time
-    {"launch": id, "module": ..., "arguments": [...], "environment": {...},
+    {"launch": id, "name": ..., "module": ..., "arguments": [...], "environment": {...},
      "preload": [...], "log": path}                                      {"launched": id, "pid": pid}
                                                                          {"refused": id, "reason": text}
     (a worker ends)                                                      {"ended": pid, "status": wait status}
@@ -26,7 +26,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from compose.tether import tether_to
+from compose.tether import show_as, tether_to
 
 MAX_PACKET_BYTES = 128 * 1024
 
@@ -35,6 +35,7 @@ MAX_PACKET_BYTES = 128 * 1024
 class Program:
     """What a forked child is to become."""
 
+    name: str
     module: str
     arguments: tuple[str, ...]
     environment: dict[str, str]
@@ -75,7 +76,13 @@ class ForkServer:
             return None
         if launch_id is None:
             return None
-        program = Program(request["module"], tuple(request["arguments"]), dict(request["environment"]), request["log"])
+        program = Program(
+            request["name"],
+            request["module"],
+            tuple(request["arguments"]),
+            dict(request["environment"]),
+            request["log"],
+        )
         # What is loaded by now is never collected, so collections in the children leave those pages shared.
         gc.collect()
         gc.freeze()
@@ -117,6 +124,7 @@ def run(program: Program) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable()
+    show_as(program.name)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(program.environment)

@@ -157,7 +157,7 @@ class ForkLauncher:
         self._next_id += 1
         answer: asyncio.Future[Running] = asyncio.get_running_loop().create_future()
         self._launching[self._next_id] = answer
-        request = {"launch": self._next_id, "module": what.command[2], "arguments": what.command[3:]}
+        request = {"launch": self._next_id, "name": what.name, "module": what.command[2], "arguments": what.command[3:]}
         request |= {"environment": dict(what.environment), "preload": what.preload, "log": str(what.log)}
         self._send(request)
         return await answer

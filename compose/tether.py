@@ -1,4 +1,7 @@
-"""Ties a process's life to its parent's: Linux kills it the moment the parent is gone, however the parent went."""
+"""Ties a process's life to its parent's: Linux kills it the moment the parent is gone, however the parent went.
+
+Also gives a process the name by which ``ps`` and ``top`` show it.
+"""
 
 import ctypes
 import os
@@ -6,6 +9,7 @@ import signal
 from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 
 
 def tether_to(parent_pid: int) -> Callable[[], None]:
@@ -23,3 +27,8 @@ def tether_to(parent_pid: int) -> Callable[[], None]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return tether
+
+
+def show_as(name: str) -> None:
+    """Show this process under ``name``; Linux keeps the first 15 bytes."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
