@@ -17,8 +17,8 @@ from gateway.table import ROUTES
 
 log = structlog.get_logger()
 
-_REQUEST_ID = "X-Request-Id"
-_BEGUN = "begun"
+_REQUEST_ID = web.RequestKey("request_id", str)
+_BEGUN = web.RequestKey("begun", web.StreamResponse)
 # What a client that leaves before its answer counts as, in metrics.
 _CLIENT_LEFT = 499
 
@@ -94,7 +94,7 @@ async def _began(request: web.Request, response: web.StreamResponse) -> None:
     request[_BEGUN] = response
     response.headers["Server"] = "triptych"
     if _REQUEST_ID in request:
-        response.headers[_REQUEST_ID] = request[_REQUEST_ID]
+        response.headers["X-Request-Id"] = request[_REQUEST_ID]
 
 
 def _refuse_other_sites(request: web.Request) -> None:

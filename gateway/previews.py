@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Literal
 
 import av
+from av.container import InputContainer
 from PIL import Image
 
 Variant = Literal["thumbnail", "spritesheet"]
@@ -84,26 +85,27 @@ def _render(variant: Variant, file: IO[bytes], frames: int) -> bytes:
 
 def _picture(variant: Variant, file: IO[bytes], frames: int) -> Image.Image:
     try:
-        if variant == "thumbnail":
-            return _chosen(file, [frames // 2], _THUMBNAIL_SIDE)[0]
-        count = min(_TILES, frames)
-        return _sheet(_chosen(file, [index * frames // count for index in range(count)], _TILE_SIDE))
+        with av.open(file, mode="r", format="mp4") as container:
+            count = container.streams.video[0].frames or frames
+            if variant == "thumbnail":
+                return _chosen(container, [count // 2], _THUMBNAIL_SIDE)[0]
+            tiles = min(_TILES, count)
+            return _sheet(_chosen(container, [index * count // tiles for index in range(tiles)], _TILE_SIDE))
     except (av.FFmpegError, IndexError, OSError, ValueError) as error:
         raise PreviewFailed(str(error)) from error
 
 
-def _chosen(file: IO[bytes], indices: Sequence[int], side: int) -> list[Image.Image]:
+def _chosen(container: InputContainer, indices: Sequence[int], side: int) -> list[Image.Image]:
     """The frames with these indices, in order, shrunk to at most ``side`` pixels either way."""
     wanted = set(indices)
     pictures: list[Image.Image] = []
-    with av.open(file, mode="r", format="mp4") as container:
-        for index, frame in enumerate(container.decode(video=0)):
-            if index in wanted:
-                picture: Image.Image = frame.to_image()
-                picture.thumbnail((side, side))
-                pictures.append(picture)
-            if index >= indices[-1]:
-                break
+    for index, frame in enumerate(container.decode(video=0)):
+        if index in wanted:
+            picture: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
+            picture.thumbnail((side, side))
+            pictures.append(picture)
+        if index >= indices[-1]:
+            break
     return pictures
 
 
