@@ -4,13 +4,15 @@ Messages are not received by posting buffers in advance. The engine asks UCX wha
 only an announcement), and the handler decides where it goes, or that it goes nowhere. So nothing of a message that
 nobody waits for any more can land in memory: there is no posted receive to be cancelled in time.
 
-Progress sleeps. While something is in flight, and for ``_LINGER_S`` after the last event, every turn of the loop
-advances UCX by at most ``_TURN_S``; then the worker is armed and its event descriptor wakes the loop. The extra timer
-covers transports that raise no event, as UCX allows.
+Progress sleeps. After an event, every turn of the loop advances UCX for at most ``_TURN_S``, until ``_LINGER_STEPS``
+steps in a row (some 50 µs) brought nothing; then the worker is armed and its event descriptor wakes the loop. That is
+counted in steps, not in time: a process that had to wait for a core has not looked yet. The heartbeat covers
+transports that raise no event, as UCX allows.
 """
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -20,8 +22,8 @@ from common.tensors.memory import ByteRange
 from common.tensors.settings import LIBRARY_ENVIRONMENT, context_options
 
 _TURN_S = 0.001
-_BARREN_STEPS = 24
-_LINGER_S = 0.0003
+_BARREN_STEPS = 16
+_LINGER_STEPS = 32
 _HEARTBEAT_S = 1.0
 _HEARTBEAT_IN_FLIGHT_S = 0.05
 
@@ -67,8 +69,9 @@ class Engine:
         on_arrival: Callable[[Arrival], None],
         on_peer_lost: Callable[[Peer], None],
     ) -> None:
-        for name, value in LIBRARY_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        if "ucxx" not in sys.modules:
+            for name, value in LIBRARY_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
         from ucxx import libucxx  # here, not above: a service may fork after importing this module
         from ucxx._lib.arr import Array
 
@@ -87,11 +90,11 @@ class Engine:
         self._connections: dict[bytes, int] = {}
         self._turn_handle: asyncio.Handle | None = None
         self._heartbeat: asyncio.TimerHandle | None = None
-        self._last_event_s = 0.0
+        self._barren = 0
         self.closed = False
         self.address = bytes(self._worker.address)
         self._descriptor: int = self._worker.epoll_file_descriptor
-        self._loop.add_reader(self._descriptor, self._woken)
+        self._sleeping = False
         self._beat()
         self._schedule()
 
@@ -130,6 +133,7 @@ class Engine:
         if not peer.failed:
             peer.failed = True
             peer.endpoint.close_blocking(period=10**8, max_attempts=1)
+        peer.endpoint.remove_close_callback()  # it refers to the peer: without this, only the collector could free it
         self._schedule()
 
     def _endpoint_closed(self, peer: Peer) -> None:
@@ -191,13 +195,20 @@ class Engine:
 
     # Progress
 
-    def _woken(self) -> None:
-        self._last_event_s = perf_counter()
-        self._turn()
+    def _sleep(self) -> None:
+        if not self._sleeping:
+            self._sleeping = True
+            self._loop.add_reader(self._descriptor, self._turn)
+
+    def _rouse(self) -> None:
+        # The descriptor stays readable until the worker is armed again: while awake, it must not call.
+        if self._sleeping:
+            self._sleeping = False
+            self._loop.remove_reader(self._descriptor)
 
     def wake(self) -> None:
         """Something will be answered soon: look actively for a while before sleeping."""
-        self._last_event_s = perf_counter()
+        self._barren = 0
         self._schedule()
 
     def _schedule(self) -> None:
@@ -216,20 +227,22 @@ class Engine:
             self._turn_handle = None
         if self.closed:
             return
+        self._rouse()
         begun_s = perf_counter()
-        barren = 0
-        while barren < _BARREN_STEPS:
+        pause_at = self._barren + _BARREN_STEPS
+        while self._barren < pause_at:
             if self._step():
-                barren = 0
-                self._last_event_s = perf_counter()
-                if self.closed or self._last_event_s - begun_s > _TURN_S:
+                self._barren, pause_at = 0, _BARREN_STEPS
+                if self.closed or perf_counter() - begun_s > _TURN_S:
                     break
             else:
-                barren += 1
+                self._barren += 1
         if self.closed:
             return
-        if perf_counter() - self._last_event_s < _LINGER_S or not self._worker.arm():
+        if self._barren < _LINGER_STEPS or not self._worker.arm():
             self._schedule()
+        else:
+            self._sleep()
 
     def _step(self) -> bool:
         """One step of UCX, with what it brought handed on. Whether anything happened."""
@@ -264,7 +277,7 @@ class Engine:
             self._schedule()
             await asyncio.sleep(0.001)
         self.closed = True
-        self._loop.remove_reader(self._descriptor)
+        self._rouse()
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         self._requests.clear()

@@ -64,6 +64,8 @@ class TensorBytes:
         """Raises TensorMismatch where the memory is not one dense run on the CPU or a CUDA device."""
         if tensor.layout is not torch.strided or not tensor.is_contiguous():
             raise TensorMismatch(f"{what} must be dense and contiguous: pass {what}.contiguous()")
+        if tensor.is_quantized:
+            raise TensorMismatch(f"{what} is quantized: send its int_repr(), scale and zero point")
         if tensor.device.type not in ("cpu", "cuda"):
             raise TensorMismatch(f"{what} is on {tensor.device}: move it to the CPU or a CUDA device")
         if tensor.is_conj() or tensor.is_neg():
