@@ -84,7 +84,7 @@ class JetStream:
         self,
         subject: str,
         data: bytes,
-        headers: Mapping[str, str] | None,
+        headers: dict[str, str] | None,
         deadline_s: float,
         *,
         again: bool = False,
@@ -120,7 +120,7 @@ class JetStream:
         return purged
 
     async def _ask(
-        self, subject: str, payload: bytes, headers: Mapping[str, str] | None, deadline_s: float, *, again: bool
+        self, subject: str, payload: bytes, headers: dict[str, str] | None, deadline_s: float, *, again: bool
     ) -> dict[str, Any]:
         clock = asyncio.get_running_loop().time
         end_s = clock() + deadline_s

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+import itertools
+from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
 import nats.errors
@@ -20,6 +21,16 @@ _UNANSWERED_PINGS = 3
 _LOG_EVERY_ATTEMPTS = 20
 # The client notices a lost connection a moment before it says so.
 _UP_SOON_S = 0.01
+_NO_RESPONDERS = "503"
+
+
+class _Expired(Exception):
+    """The time for an answer is over."""
+
+
+def _expire(answer: "asyncio.Future[Msg]") -> None:
+    if not answer.done():
+        answer.set_exception(_Expired())
 
 
 class Link:
@@ -37,6 +48,9 @@ class Link:
         self._dropped = 0
         self._on_reconnect: set[Callable[[], None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._inbox = self.client.new_inbox() + "."
+        self._request_numbers = itertools.count(1)
+        self._waiting: dict[str, asyncio.Future[Msg]] = {}
 
     @classmethod
     async def open(cls, url: str, name: str, log: BusLog, deadline_s: float, connect_deadline_s: float | None) -> Self:
@@ -69,6 +83,7 @@ class Link:
         except BaseException:
             await link._close_client()
             raise
+        await link.client.subscribe(link._inbox + "*", cb=link._answered)
         link._ever_connected = True
         link._failed_attempts = 0
         link._up.set()
@@ -104,7 +119,7 @@ class Link:
         )
 
     async def request(
-        self, subject: str, payload: bytes, deadline_s: float, headers: Mapping[str, str] | None = None
+        self, subject: str, payload: bytes, deadline_s: float, headers: dict[str, str] | None = None
     ) -> Msg:
         """One request, one reply message.
 
@@ -116,24 +131,33 @@ class Link:
             started_s = asyncio.get_running_loop().time()
             await self.until_connected(deadline_s)
             deadline_s -= asyncio.get_running_loop().time() - started_s
-        cancellations = _cancellations()
+        # Not the client's own request(): it wakes two tasks more for every answer, and the ``wait_for`` in it forgets,
+        # before Python 3.12, a cancellation that comes together with the answer.
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Msg] = loop.create_future()
+        inbox = f"{self._inbox}{next(self._request_numbers)}"
+        self._waiting[inbox] = answer
+        timer = loop.call_later(deadline_s, _expire, answer)
         try:
-            reply = await self.client.request(
-                subject, payload, timeout=deadline_s, headers=dict(headers) if headers else None
-            )
-            if _cancellations() > cancellations:
-                # ``asyncio.wait_for`` before Python 3.12, which the client uses, forgets a cancellation that comes
-                # together with the answer.
-                raise asyncio.CancelledError
-            return reply
-        except nats.errors.NoRespondersError as error:
-            raise NobodyThere(f"nobody answers at {subject}") from error
-        except nats.errors.TimeoutError as error:
+            await self.client.publish(subject, payload, inbox, headers)
+            message = await answer
+        except _Expired:
             if not self.client.is_connected:
-                raise BusUnavailable(f"the connection broke while {subject} was asked, no answer in time") from error
-            raise DeadlineExceeded(f"no answer from {subject} within {deadline_s:g} s") from error
+                raise BusUnavailable(f"the connection broke while {subject} was asked, no answer in time") from None
+            raise DeadlineExceeded(f"no answer from {subject} within {deadline_s:g} s") from None
         except (nats.errors.Error, OSError) as error:
             raise BusUnavailable(f"{subject}: {error}") from error
+        finally:
+            timer.cancel()
+            del self._waiting[inbox]
+        if message.headers is not None and message.headers.get("Status") == _NO_RESPONDERS:
+            raise NobodyThere(f"nobody answers at {subject}")
+        return message
+
+    async def _answered(self, message: Msg) -> None:
+        answer = self._waiting.get(message.subject)
+        if answer is not None and not answer.done():
+            answer.set_result(message)
 
     async def publish(self, subject: str, payload: bytes, reply: str = "") -> None:
         """Send and forget; while cut off, the client keeps what fits its buffer."""
@@ -266,8 +290,3 @@ class Link:
     def _notify(self) -> None:
         for callback in tuple(self._on_reconnect):
             callback()
-
-
-def _cancellations() -> int:
-    task = asyncio.current_task()
-    return task.cancelling() if task is not None else 0

@@ -34,8 +34,8 @@ _RESPONDER = "responder-0"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=int, default=21, help="readings of each side")
-    parser.add_argument("--operations", type=int, default=400, help="round trips per reading")
+    parser.add_argument("--pairs", type=int, default=61, help="readings of each side")
+    parser.add_argument("--operations", type=int, default=100, help="round trips per reading")
     parser.add_argument("--uvloop", action="store_true", help="run all processes on uvloop")
 
 
