@@ -10,15 +10,19 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from pydantic import BaseModel, ValidationError
 
 from gateway.errors import ApiError, invalid
 
 S = TypeVar("S", bound=BaseModel)
 
-_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_MULTIPART = "multipart/form-data"
+_FORMS = (_MULTIPART, "application/x-www-form-urlencoded")
+_MOST_FIELDS = 100
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20})([eE][+-]?[0-9]{1,3})?")
 _TYPES = {
@@ -72,15 +76,26 @@ async def _bytes(request: web.Request) -> bytes:
 
 async def _form(request: web.Request) -> dict[str, Any]:
     try:
-        form = await request.post()
-    except (ValueError, LookupError, AssertionError, web.RequestPayloadError) as error:
+        form = await (_multipart(request) if request.content_type == _MULTIPART else _urlencoded(request))
+    except (ValueError, LookupError, AssertionError, HttpProcessingError, web.RequestPayloadError) as error:
         raise invalid(
             None, "The form cannot be read; check its boundary and that text is UTF-8.", "bad_form"
         ) from error
-    twice = sorted({name for name in form if len(form.getall(name)) > 1})
-    if twice:
-        raise invalid(twice[0], f"The form has {twice[0]!r} more than once.", "duplicate_field")
-    return {name: value if isinstance(value, str) else _Upload() for name, value in form.items()}
+    names = [name for name, _ in form]
+    for name in names:
+        if names.count(name) > 1:
+            raise invalid(_printable(name), f"The form has {_printable(name)!r} more than once.", "duplicate_field")
+    return dict(form)
+
+
+async def _multipart(request: web.Request) -> list[tuple[str, Any]]:
+    form = await request.post()
+    return [(name, value if isinstance(value, str) else _Upload()) for name, value in form.items()]
+
+
+async def _urlencoded(request: web.Request) -> list[tuple[str, Any]]:
+    text = (await request.read()).decode()
+    return list(parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=_MOST_FIELDS))
 
 
 class _Upload:
