@@ -54,14 +54,17 @@ class TextEncoder:
     def encode_each(self, prompts: list[str]) -> list[Tensor]:
         """Encode prompts to float32 [tokens, C] each, without padding. Raises PromptTooLongError.
 
-        On a CPU every prompt is encoded by itself: a batch gains nothing there, and a prompt's last bits do not
-        depend on its company.
+        A prompt's bits do not depend on its company, as matrix kernels sum in another order for another shape: on a
+        CPU, where a batch gains nothing, each prompt is encoded by itself; elsewhere all batches have one shape.
         """
-        batches = [[prompt] for prompt in prompts] if self.device.type == "cpu" else [prompts]
-        encoded = []
-        for batch in batches:
-            embedding = self._encode(batch, padding="longest")
-            counts = embedding.mask.sum(1).tolist()
+        alone = self.device.type == "cpu"
+        rows = 1 if alone else self.max_batch
+        encoded: list[Tensor] = []
+        for start in range(0, len(prompts), rows):
+            batch = prompts[start : start + rows]
+            filled = batch + [""] * (rows - len(batch))
+            embedding = self._encode(filled, padding="longest" if alone else "max_length")
+            counts = embedding.mask.sum(1).tolist()[: len(batch)]
             encoded += [embedding.embeddings[row, 0, :count].contiguous() for row, count in enumerate(counts)]
         return encoded
 
