@@ -51,7 +51,7 @@ class GeneratedVideo:
 class PromptEncoder:
     """The first phase: prompts to embeddings."""
 
-    max_batch = 8
+    max_batch = TextEncoder.max_batch
 
     def __init__(self, spec: VideoModelSpec, device: str | torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.max_tokens = spec.max_prompt_tokens

@@ -25,7 +25,12 @@ def clean_prompt(prompt: str) -> str:
 
 
 class TextEncoder:
-    """The encoder half of a T5, and its tokenizer, from a folder or hub repository."""
+    """The encoder half of a T5, and its tokenizer, from a folder or hub repository.
+
+    max_batch: how many prompts go through the model at once, where batching pays.
+    """
+
+    max_batch = 4
 
     def __init__(
         self,
