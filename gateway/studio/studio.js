@@ -125,6 +125,7 @@ async function hear(id, event) {
 }
 
 async function present(id) {
+  $("player").style.aspectRatio = videos.get(id).size.replace("x", " / ");
   $("player").src = `/v1/videos/${id}/content`;
   $("download").href = $("player").src;
   $("download").download = `${id}.mp4`;
@@ -147,7 +148,7 @@ function drawStage() {
   $("again").disabled = !video;
   if (!video) return;
   $("state").textContent = video.state;
-  $("state").className = video.status;
+  $("state").className = video.state;
   $("detail").textContent = detail(video);
   $("shown-prompt").textContent = video.prompt ?? "";
   $("facts").textContent = facts(video);
@@ -331,7 +332,7 @@ function drawCard(item, video) {
   item.querySelector(".veil").style.height = ENDED.has(video.state) ? 0 : `${video.progress}%`;
   const chip = item.querySelector(".chip");
   chip.textContent = ENDED.has(video.state) ? video.state : `${video.state} ${video.progress} %`;
-  chip.className = `chip ${video.status}`;
+  chip.className = `chip ${video.state}`;
   if (video.state === "completed" && image.hidden) {
     image.hidden = false;
     image.src = `/v1/videos/${video.id}/content?variant=thumbnail`;

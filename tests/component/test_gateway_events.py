@@ -3,8 +3,6 @@
 import asyncio
 from typing import Any
 
-import aiohttp
-
 from common.messages.subjects import VIDEO_PROGRESS
 from common.messages.video import VideoProgress, VideoState
 from tests.component.gateway_support import ServerSentEvent, Stack, server_sent_events, stack, until
@@ -222,8 +220,7 @@ async def test_progress_of_unknown_and_ended_jobs_is_not_kept(nats_server: NatsS
 async def test_asking_only_for_the_head_of_a_stream_ends(nats_server: NatsServer) -> None:
     async with stack(nats_server) as s:
         video_id = (await s.create())["id"]
-        async with asyncio.timeout(20.0), aiohttp.ClientSession() as session:
-            async with session.head(f"{s.url}/v1/videos/{video_id}/events") as response:
-                assert response.status == 200
-                assert response.content_type == "text/event-stream"
+        async with asyncio.timeout(20.0), s.http.head(f"/v1/videos/{video_id}/events") as response:
+            assert response.status == 200
+            assert response.content_type == "text/event-stream"
         await listeners(s, 0)
