@@ -18,6 +18,7 @@ import psutil
 
 from compose.launch import PACKAGE_ROOT
 
+VIDEO_MODEL = os.environ.get("TRIPTYCH_TEST_VIDEO_MODEL", "demo")
 START_S = 180.0
 VIDEO_S = 120.0
 _STOP_S = 60.0
@@ -76,11 +77,13 @@ class Stack:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def process_of(self, instance: str) -> psutil.Process:
-        """A worker by its name; gateway and scheduler by their module."""
+        """A worker by its name; gateway and scheduler by their module, the broker by its program."""
+        service = instance.rpartition("-")[0]
+        program = f"{service}-server"
+        module = "gateway" if service == "gateway" else f"services.{service}"
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
-                module = f"services.{instance.rpartition('-')[0]}".replace("services.gateway", "gateway")
-                if process.name() == instance or process.cmdline()[-1:] == [module]:
+                if process.name() in (instance, program) or process.cmdline()[-1:] == [module]:
                     return process
         raise AssertionError(f"no process of {instance}")
 
@@ -105,7 +108,7 @@ class Stack:
 def running_stack(*options: str) -> Iterator[Stack]:
     """``triptych up`` on a free port while the block runs."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "compose.cli", "up", "--port", "0", *options],
+        [sys.executable, "-m", "compose.cli", "up", "--port", "0", "--video-model", VIDEO_MODEL, *options],
         cwd=PACKAGE_ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -126,8 +129,14 @@ def running_stack(*options: str) -> Iterator[Stack]:
         process.communicate()
 
 
-def shared_memory() -> set[str]:
-    """What there is of POSIX and System V shared memory on this machine."""
-    posix = {f"/dev/shm/{path.name}" for path in Path("/dev/shm").iterdir()}
-    segments = {f"sysv {line.split()[1]}" for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]}
-    return posix | segments
+def posix_shared_memory() -> set[str]:
+    """The names of what there is of POSIX shared memory on this machine."""
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def system_v_shared_memory(processes: list[psutil.Process]) -> list[str]:
+    """The System V segments that one of these processes made, dead or alive."""
+    pids = {process.pid for process in processes}
+    # key, shmid, perms, size, cpid (who made it), ...
+    rows = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
+    return [row[1] for row in rows if int(row[4]) in pids]

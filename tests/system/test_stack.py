@@ -1,0 +1,297 @@
+"""The whole stack as ``triptych up`` runs it: real processes, real broker, real UCX, the shipped model."""
+
+import hashlib
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import openai
+import psutil
+import pytest
+from PIL import Image
+
+from common.messages.video import VideoTimeline
+from compose.launch import PACKAGE_ROOT
+from tests.support.stack import (
+    VIDEO_MODEL,
+    VIDEO_S,
+    Stack,
+    posix_shared_memory,
+    running_stack,
+    system_v_shared_memory,
+)
+
+PROMPT = "a red circle moving right"
+LONG = 100  # steps: enough for a kill to fall into the middle
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _whole(request: pytest.FixtureRequest) -> None:
+    """Whatever the test before has killed is back."""
+    if "stack" in request.fixturenames:
+        running: Stack = request.getfixturevalue("stack")
+        running.wait_whole()
+
+
+@pytest.fixture(scope="module")
+def request_fields(stack: Stack) -> dict[str, Any]:
+    """A small video, every value spelled out."""
+    limits = stack.limits()
+    width, height = min(
+        (tuple(map(int, size.split("x"))) for size in limits["sizes"]), key=lambda size: size[0] * size[1]
+    )
+    return {
+        "prompt": PROMPT,
+        "size": f"{width}x{height}",
+        "frames": min(frames for frames in limits["frames"] if frames > 1),
+        "fps": limits["default_fps"],
+        "steps": 6,
+        "guidance_scale": limits["default_guidance_scale"],
+        "seed": 7,
+    }
+
+
+@pytest.fixture(scope="module")
+def made(stack: Stack, request_fields: dict[str, Any]) -> bytes:
+    """That video's file, made undisturbed."""
+    return stack.completed(stack.order(**request_fields))
+
+
+def _read(data: bytes) -> tuple[int, tuple[int, int], float]:
+    """Frame count, size and frame rate of an MP4; every frame is decoded."""
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        frames = list(container.decode(stream))
+        return len(frames), (frames[0].width, frames[0].height), float(stream.average_rate or 0)
+
+
+def test_one_ready_line(stack: Stack) -> None:
+    assert re.fullmatch(r"ready http://127\.0\.0\.1:\d+\n", stack.ready_line)
+    assert stack.json("GET", "/readyz")["status"] == "ready"
+    members = {member["instance"] for member in stack.json("GET", "/v1/cluster")["members"]}
+    assert members == {"gateway-0", "scheduler-0", "encoder-0", "dit-0", "dit-1", "vae-0", "vae-1"}
+
+
+def test_every_listener_is_on_loopback(stack: Stack) -> None:
+    own = [psutil.Process(stack.process.pid), *stack.processes()]
+    listening = [
+        connection.laddr.ip
+        for process in own
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening
+    assert set(listening) == {"127.0.0.1"}
+
+
+def test_a_video_is_the_file_that_was_ordered(made: bytes, request_fields: dict[str, Any]) -> None:
+    frames, size, rate = _read(made)
+    assert frames == request_fields["frames"]
+    assert "{}x{}".format(*size) == request_fields["size"]
+    assert rate == request_fields["fps"]
+
+
+def test_the_same_request_gives_the_same_bytes(stack: Stack, made: bytes, request_fields: dict[str, Any]) -> None:
+    assert stack.completed(stack.order(**request_fields)) == made
+    assert stack.completed(stack.order(**{**request_fields, "seed": 8})) != made
+
+
+def test_the_stack_makes_what_one_process_makes(stack: Stack, made: bytes, request_fields: dict[str, Any]) -> None:
+    width, height = map(int, request_fields["size"].split("x"))
+    arguments = {name: value for name, value in request_fields.items() if name != "size"}
+    answer = subprocess.run(
+        [sys.executable, "-m", "loadgen.in_process", VIDEO_MODEL, "1"],
+        input=json.dumps({**arguments, "width": width, "height": height}) + "\n",
+        cwd=PACKAGE_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=VIDEO_S,
+        check=True,
+    ).stdout.splitlines()
+    assert answer[0] == "ready"
+    assert json.loads(answer[1])["sha256"] == hashlib.sha256(made).hexdigest()
+
+
+def test_a_negative_prompt_changes_the_video(stack: Stack, made: bytes, request_fields: dict[str, Any]) -> None:
+    assert stack.completed(stack.order(**request_fields, negative_prompt="a blue square")) != made
+
+
+def test_openais_own_client(stack: Stack, request_fields: dict[str, Any]) -> None:
+    with openai.OpenAI(base_url=f"{stack.base_url}/v1", api_key="any", max_retries=0) as client:
+        models = [model.id for model in client.models.list()]
+        video = client.videos.create(
+            model=models[0],
+            prompt=PROMPT,
+            extra_body={name: request_fields[name] for name in ("size", "frames", "fps", "steps", "seed")},
+        )
+        assert video.object == "video"
+        video = client.videos.poll(video.id, poll_interval_ms=50)
+        assert video.status == "completed"
+        assert _read(client.videos.download_content(video.id).read())[0] == request_fields["frames"]
+        assert video.id in {listed.id for listed in client.videos.list()}
+        assert client.videos.delete(video.id).deleted
+        with pytest.raises(openai.NotFoundError):
+            client.videos.retrieve(video.id)
+
+
+def test_several_videos_at_once(stack: Stack, made: bytes, request_fields: dict[str, Any]) -> None:
+    ordered = [stack.order(**{**request_fields, "seed": seed}) for seed in (7, 11, 12, 13, 7)]
+    files = [stack.completed(video_id) for video_id in ordered]
+    assert files[0] == files[4] == made
+    assert len(set(files)) == 4
+
+
+def test_a_cancelled_video_ends(stack: Stack, made: bytes, request_fields: dict[str, Any]) -> None:
+    video_id = stack.order(**{**request_fields, "steps": LONG})
+    stack.wait(video_id, lambda video: video["step"] >= 1)
+    stack.call("POST", f"/v1/videos/{video_id}/cancel")
+    ended_by_s = time.monotonic() + VIDEO_S
+    while (video := stack.json("GET", f"/v1/videos/{video_id}"))["status"] != "failed":
+        assert time.monotonic() < ended_by_s
+        time.sleep(0.02)
+    assert video["state"] == "cancelled"
+    with pytest.raises(urllib.error.HTTPError):
+        stack.call("GET", f"/v1/videos/{video_id}/content")
+    assert stack.completed(stack.order(**request_fields)) == made
+
+
+def _video(stack: Stack, *options: str) -> subprocess.CompletedProcess[str]:
+    """``triptych video`` against the running stack."""
+    return subprocess.run(
+        [sys.executable, "-m", "compose.cli", "video", PROMPT, "--base-url", stack.base_url, *options],
+        cwd=PACKAGE_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=VIDEO_S,
+        check=False,
+    )
+
+
+def test_the_command_line_brings_video_sheet_and_timeline_home(
+    stack: Stack, tmp_path: Path, request_fields: dict[str, Any], made: bytes
+) -> None:
+    film, sheet, timeline = tmp_path / "out" / "a.mp4", tmp_path / "a.png", tmp_path / "a.html"
+    options = [f"--{name}={request_fields[name]}" for name in ("size", "frames", "fps", "steps", "seed")]
+    finished = _video(stack, "-o", str(film), "--sheet", str(sheet), "--timeline", str(timeline), *options)
+    assert finished.returncode == 0, finished.stderr
+    assert film.read_bytes() == made
+    with Image.open(sheet) as picture:
+        assert picture.width > picture.height / 4
+    page = timeline.read_text()
+    assert page.count('<g class="span step') == request_fields["steps"]
+    assert page.count('<g class="span encode') == page.count('<g class="span decode') == 1
+    assert not list(tmp_path.glob("out/.*"))
+
+
+def test_the_command_line_reports_a_refusal_in_one_line(stack: Stack, tmp_path: Path) -> None:
+    finished = _video(stack, "-o", str(tmp_path / "a.mp4"), "--steps", "100000")
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("triptych: ")
+    assert "steps" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_timeline_says_who_did_what(stack: Stack, request_fields: dict[str, Any]) -> None:
+    video_id = stack.order(**request_fields)
+    stack.completed(video_id)
+    body = stack.json("GET", f"/v1/videos/{video_id}/timeline")
+    spans = VideoTimeline.model_validate({"job_id": body["id"], "spans": body["spans"]}).spans
+    assert [span.phase for span in spans].count("encode") == 1
+    assert [span.step for span in spans if span.phase == "step"] == list(range(1, request_fields["steps"] + 1))
+    slot = {span.slot for span in spans if span.phase in ("step", "decode")}
+    assert len(slot) == 1, "one slot denoises and decodes"
+    assert all(span.ended_at_s >= span.started_at_s for span in spans)
+
+
+# --- killed in the middle ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long_video(stack: Stack, request_fields: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """A request that takes a while, and its file, made undisturbed."""
+    fields = {**request_fields, "steps": LONG}
+    return fields, stack.completed(stack.order(**fields))
+
+
+@pytest.mark.parametrize("victims", [["dit-0", "dit-1"], ["scheduler-0"], ["gateway-0"], ["nats-0"]], ids="+".join)
+def test_denoising_survives_a_kill(stack: Stack, long_video: tuple[dict[str, Any], bytes], victims: list[str]) -> None:
+    fields, expected = long_video
+    video_id = stack.order(**fields)
+    stack.wait(video_id, lambda video: video["state"] == "denoising" and video["step"] >= 1)
+    for victim in victims:
+        stack.process_of(victim).kill()
+    assert stack.completed(video_id) == expected
+
+
+def test_one_lost_dit_worker_leaves_the_other_video_alone(
+    stack: Stack, long_video: tuple[dict[str, Any], bytes]
+) -> None:
+    fields, expected = long_video
+    ordered = [stack.order(**fields), stack.order(**fields)]
+    for video_id in ordered:
+        stack.wait(video_id, lambda video: video["state"] == "denoising" and video["step"] >= 1)
+    stack.process_of("dit-0").kill()
+    assert [stack.completed(video_id) == expected for video_id in ordered] == [True, True]
+    attempts = sorted(stack.json("GET", f"/v1/videos/{video_id}")["attempt"] for video_id in ordered)
+    assert attempts == [1, 2]
+
+
+def test_decoding_survives_a_kill(stack: Stack, request_fields: dict[str, Any]) -> None:
+    limits = stack.limits()
+    fields = {**request_fields, "size": limits["default_size"], "frames": max(limits["frames"])}
+    expected = stack.completed(stack.order(**fields))
+    video_id = stack.order(**fields)
+    stack.wait(video_id, lambda video: video["state"] == "decoding")
+    for victim in ("vae-0", "vae-1"):
+        stack.process_of(victim).kill()
+    assert stack.completed(video_id) == expected
+    assert stack.json("GET", f"/v1/videos/{video_id}")["attempt"] == 2
+
+
+def test_a_killed_encoder_delays_a_video_and_no_more(stack: Stack, made: bytes, request_fields: dict[str, Any]) -> None:
+    stack.process_of("encoder-0").kill()
+    assert stack.completed(stack.order(**request_fields)) == made
+
+
+# --- the end -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_and_what_was_stored_stays(tmp_path: Path) -> None:
+    """Ctrl-C first, then, on the same state, kill -9 of the supervisor."""
+    before = posix_shared_memory()
+    with running_stack("--state-dir", str(tmp_path)) as stack:
+        limits = stack.limits()
+        fields = {"prompt": PROMPT, "seed": 7, "steps": limits["steps"][0], "size": limits["sizes"][0]}
+        video_id = stack.order(**fields)
+        data = stack.completed(video_id)
+        processes = stack.processes()
+        assert len(processes) >= 9
+        assert system_v_shared_memory(processes), "UCX has shared memory while the stack runs"
+        assert stack.stop(signal.SIGINT) == 0
+        assert psutil.wait_procs(processes, timeout=10)[1] == []
+    assert system_v_shared_memory(processes) == []
+    assert posix_shared_memory() <= before
+    with running_stack("--state-dir", str(tmp_path)) as stack:
+        assert stack.call("GET", f"/v1/videos/{video_id}/content") == data
+        stack.wait(stack.order(**{**fields, "steps": LONG}), lambda video: video["step"] >= 1)
+        processes = stack.processes()
+        stack.process.kill()
+        assert psutil.wait_procs(processes, timeout=10)[1] == []
+    assert system_v_shared_memory(processes) == []
+    assert posix_shared_memory() <= before
