@@ -46,11 +46,10 @@ class Gateway:
 
 
 @contextlib.asynccontextmanager
-async def running_gateway(bus: Bus, settings: GatewaySettings) -> AsyncIterator[Gateway]:
-    """Serve HTTP while the block runs; the address answers when the block starts, and everything is drained at its end.
+async def running_gateway(bus: Bus, settings: GatewaySettings, listener: socket.socket) -> AsyncIterator[Gateway]:
+    """Serve HTTP on the bound ``listener`` while the block runs.
 
-    Raises:
-        OSError: the address is taken.
+    The address answers when the block starts; at its end everything is drained and the socket closed.
     """
     await bus.prepare(queues=VIDEO_QUEUES, buckets=VIDEO_BUCKETS, object_buckets=VIDEO_OBJECTS)
     catalogue = Catalogue()
@@ -79,36 +78,62 @@ async def running_gateway(bus: Bus, settings: GatewaySettings) -> AsyncIterator[
             make_app(edge), handler_cancellation=True, access_log=None, shutdown_timeout=settings.drain_s
         )
         await runner.setup()
-        gateway = Gateway(await _listen(runner, settings), edge, runner)
+        gateway = Gateway(await _listen(runner, listener), edge, runner)
         stack.push_async_callback(gateway.drain)
         yield gateway
 
 
-async def _listen(runner: web.AppRunner, settings: GatewaySettings) -> str:
-    """Open the port; the URL under which it is reached."""
+class CannotListen(Exception):
+    """The address is taken, or not this machine's; the message says what to change."""
+
+
+def bind(settings: GatewaySettings) -> socket.socket:
+    """The socket on which to serve, bound but not yet listening.
+
+    Raises:
+        CannotListen: see there.
+    """
+    bound: socket.socket | None = None
     try:
-        site = web.TCPSite(runner, settings.host, settings.port, backlog=_BACKLOG)
-        await site.start()
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] is not socket.AF_INET)
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        if bound is not None:
+            bound.close()
+        raise CannotListen(
+            f"cannot serve on {settings.host} port {settings.port}: {error.strerror}. Set TRIPTYCH_HOST to an address "
+            "of this machine and TRIPTYCH_PORT to a free port (0 takes any)."
+        ) from error
+    return bound
+
+
+async def _listen(runner: web.AppRunner, listener: socket.socket) -> str:
+    """Answer on the socket; the URL under which it is reached."""
+    try:
+        await web.SockSite(runner, listener, backlog=_BACKLOG).start()
     except BaseException:
         await runner.cleanup()
         raise
-    host, port = runner.addresses[0][:2]
+    host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
     """Run the gateway until ``stop``."""
-    instance = settings.instance_of(Service.GATEWAY)
-    bus = await NatsBus.connect(settings.nats_url, name=instance)
-    try:
-        async with (
-            running_gateway(bus, settings) as gateway,
-            Registration(bus, settings, Service.GATEWAY) as registration,
-        ):
-            await registration.ready()
-            log.info("gateway serves", url=gateway.url, host=socket.gethostname())
-            await stop.wait()
-            await registration.draining()
-            await gateway.drain()
-    finally:
-        await bus.close()
+    with bind(settings) as listener:
+        bus = await NatsBus.connect(settings.nats_url, name=settings.instance_of(Service.GATEWAY))
+        try:
+            async with (
+                running_gateway(bus, settings, listener) as gateway,
+                Registration(bus, settings, Service.GATEWAY) as registration,
+            ):
+                await registration.ready()
+                log.info("gateway serves", url=gateway.url)
+                await stop.wait()
+                await registration.draining()
+                await gateway.drain()
+        finally:
+            await bus.close()

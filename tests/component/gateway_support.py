@@ -36,7 +36,7 @@ from common.runtime.membership import Registration
 from common.runtime.settings import ServiceSettings
 from gateway.config import GatewaySettings
 from gateway.desk import new_video_id
-from gateway.service import Gateway, running_gateway
+from gateway.service import Gateway, bind, running_gateway
 from tests.support.nats_server import NatsServer, nats_server_process
 
 T = TypeVar("T")
@@ -161,7 +161,9 @@ async def stack(
     async with contextlib.AsyncExitStack() as opened:
         own = await opened.enter_async_context(await NatsBus.connect(broker.url, name="test"))
         bus = await opened.enter_async_context(await NatsBus.connect(broker.url, name="gateway-0"))
-        gateway = await opened.enter_async_context(running_gateway(bus, GatewaySettings(port=0, **settings)))
+        own_settings = GatewaySettings(port=0, **settings)
+        listener = opened.enter_context(bind(own_settings))
+        gateway = await opened.enter_async_context(running_gateway(bus, own_settings, listener))
         http = await opened.enter_async_context(aiohttp.ClientSession(gateway.url))
         for service in services:
             await opened.enter_async_context(member(own, service))

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import sys
 from typing import Any
 
@@ -188,6 +189,25 @@ async def test_the_gateway_process_serves_without_any_model_library_and_drains(n
     imported = {line.rsplit("|", 1)[1].strip() for line in text.splitlines() if line.startswith("import time:")}
     assert "gateway.service" in imported
     assert not imported & {"torch", "diffusers", "transformers", "ucxx", "numpy.random"}
+    assert "Traceback" not in text
+
+
+async def test_a_port_that_is_taken_stops_the_start_with_one_clear_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "gateway",
+            env=os.environ | {"TRIPTYCH_PORT": port},
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(60.0):
+            _, errors = await process.communicate()
+    assert process.returncode == 2
+    text = errors.decode()
+    assert f"port {port}: Address already in use" in text
+    assert "TRIPTYCH_PORT" in text
     assert "Traceback" not in text
 
 
