@@ -52,7 +52,8 @@ class DitWorker:
     async def finish(self) -> None:
         """The lease under way is done and the VAE has fetched its latent."""
         await self._leases.idle.wait()
-        while self._tensors.exported_count:
+        # Looked at, not waited for: this happens once in a process's life, and the port promises no event for it.
+        while self._tensors.exported_count:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
     async def _revoke(self, request: RevokeLease) -> Acknowledged:

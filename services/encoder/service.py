@@ -42,7 +42,8 @@ class EncoderWorker:
 
     async def finish(self) -> None:
         """Nothing waits to be encoded, and everything encoded has been fetched."""
-        while not self._batcher.idle or self._tensors.exported_count:
+        # Looked at, not waited for: this happens once in a process's life, and the port promises no event for it.
+        while not self._batcher.idle or self._tensors.exported_count:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
     async def _answer(self, request: EncodePrompt) -> PromptEncoded:

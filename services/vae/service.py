@@ -1,6 +1,7 @@
 """The VAE process: turns a finished latent into an MP4, chunk by chunk, the file's encoder at work meanwhile."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from common.messages.failures import Acknowledged, Stage
 from common.messages.subjects import CANCEL_DECODING, DECODE_VIDEO, DECODING_FINISHED, VIDEO_FILES
 from common.messages.video import CancelDecoding, DecodeVideo, DecodingFinished, VideoFile
 from common.models.mp4 import Mp4Encoder
-from common.runtime.leases import LeaseHolder
+from common.runtime.leases import LeaseHolder, LeaseLost
 from common.runtime.settings import WorkerSettings
 from common.runtime.worker import ComputeThread, Equipment, serve_worker
 from common.tensors.errors import TensorError
@@ -72,12 +73,21 @@ class VaeWorker:
                 started_at_s=started_at_s,
                 ended_at_s=time.time(),
             )
-            await self._leases.report(work, DECODING_FINISHED, report)
+            await self._hand_over(work, report)
         except (TensorError, BusError) as error:
             await self._leases.report_failure(work, "decoding_interrupted", str(error), retryable=True)
         except (RuntimeError, ValueError) as error:
             log.exception("decoding failed", job=work.job_id)
             await self._leases.report_failure(work, "decoding_failed", str(error), retryable=False)
+
+    async def _hand_over(self, work: DecodeVideo, report: DecodingFinished) -> None:
+        try:
+            await self._leases.report(work, DECODING_FINISHED, report)
+        except LeaseLost:
+            # Nobody will ever ask for this file.
+            with contextlib.suppress(BusError):
+                await self._bus.delete_object(VIDEO_FILES, work.object_name)
+            raise
 
     async def _make_file(self, work: DecodeVideo, latent: torch.Tensor) -> bytes:
         """The MP4's bytes. While a chunk is decoded, the one before it is being compressed."""
