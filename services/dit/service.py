@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import structlog
 import torch
-from common.models.opensora.pipeline import Denoiser
 
 from common.bus.port import Subscription
 from common.messages.cluster import Service
 from common.messages.failures import Acknowledged, Stage
 from common.messages.subjects import DENOISING_FINISHED, GRANT_LEASE, REVOKE_LEASE, STEP_FINISHED
 from common.messages.video import DenoisingFinished, Lease, RevokeLease, StepFinished
+from common.models.opensora.pipeline import Denoiser
 from common.runtime.leases import LeaseHolder, LeaseLost
 from common.runtime.worker import Equipment, serve_worker
 from common.tensors.errors import TensorError

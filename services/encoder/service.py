@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import structlog
 import torch
-from common.models.opensora.pipeline import PromptEncoder
 
 from common.bus.errors import Refusal
 from common.bus.port import Subscription
@@ -15,6 +14,7 @@ from common.messages.failures import Failure, Stage
 from common.messages.subjects import ENCODE_PROMPT
 from common.messages.tensors import TensorRef
 from common.messages.video import EncodePrompt, PromptEncoded
+from common.models.opensora.pipeline import PromptEncoder
 from common.runtime.worker import Equipment, serve_worker
 from services.encoder.batcher import PromptBatcher
 from services.encoder.config import EncoderSettings

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import structlog
 import torch
-from common.models.opensora.pipeline import FrameDecoder
 
 from common.bus.errors import BusError
 from common.bus.port import Subscription
@@ -16,6 +15,7 @@ from common.messages.failures import Acknowledged, Stage
 from common.messages.subjects import CANCEL_DECODING, DECODE_VIDEO, DECODING_FINISHED, VIDEO_FILES
 from common.messages.video import CancelDecoding, DecodeVideo, DecodingFinished, VideoFile
 from common.models.mp4 import Mp4Encoder
+from common.models.opensora.pipeline import FrameDecoder
 from common.runtime.leases import LeaseHolder, LeaseLost
 from common.runtime.settings import WorkerSettings
 from common.runtime.worker import ComputeThread, Equipment, serve_worker
