@@ -22,8 +22,18 @@ class Message(BaseModel):
     version: ClassVar[int] = 1
 
     def pack(self) -> bytes:
-        """The wire form: msgpack of ``[kind, version, body]``."""
-        packed: bytes = msgpack.packb([type(self).__name__, self.version, self.model_dump(exclude_defaults=True)])
+        """The wire form: msgpack of ``[kind, version, body]``.
+
+        Raises:
+            MessageError: a text is no Unicode (half a surrogate pair), or an integer needs more than 64 bits.
+        """
+        # The serializer and the validator themselves, not ``model_dump`` and ``model_validate``: they do the same, and
+        # a request/reply round trip crosses them four times.
+        body = self.__pydantic_serializer__.to_python(self, exclude_defaults=True)
+        try:
+            packed: bytes = msgpack.packb([type(self).__name__, self.version, body])
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise MessageError(f"{type(self).__name__} cannot be packed: {error}") from error
         return packed
 
     @classmethod
@@ -39,7 +49,8 @@ class Message(BaseModel):
         if version != cls.version:
             raise MessageError(f"{kind}: expected version {cls.version}, got {version}; upgrade the older process")
         try:
-            return cls.model_validate(body)
+            message: Self = cls.__pydantic_validator__.validate_python(body)
+            return message
         except ValidationError as error:
             raise MessageError(f"{kind}: {error}") from error
 
@@ -54,7 +65,8 @@ def _envelope(data: bytes) -> tuple[str, int, Any]:
         envelope = msgpack.unpackb(data)
     except ValueError as error:
         raise MessageError(f"not a packed message: {error}") from error
-    match envelope:
-        case [str(kind), int(version), dict(body)]:
+    if isinstance(envelope, list) and len(envelope) == 3:
+        kind, version, body = envelope
+        if isinstance(kind, str) and isinstance(version, int) and isinstance(body, dict):
             return kind, version, body
     raise MessageError("not a packed message: expected [kind, version, body]")
