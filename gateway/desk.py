@@ -43,6 +43,7 @@ class VideoDesk:
         self._ledger = ledger
         self._deadline_s = deadline_s
         self._retry_after_s = retry_after_s
+        self._latest_ms = 0
 
     async def find(self, video_id: str) -> Entry[VideoRecord]:
         """The record as the bucket has it now.
@@ -65,7 +66,8 @@ class VideoDesk:
         Raises:
             ApiError: 429, the queue is full.
         """
-        now_ms = int(time.time() * 1000)
+        # No two at the same time, so that the order of creation is the order of the list.
+        now_ms = self._latest_ms = max(int(time.time() * 1000), self._latest_ms + 1)
         record = VideoRecord(
             job_id=new_video_id(now_ms),
             state=VideoState.QUEUED,

@@ -9,12 +9,37 @@ from tests.component.gateway_support import ServerSentEvent, Stack, server_sent_
 from tests.support.nats_server import NatsServer
 
 
-async def collected(s: Stack, video_id: str, **options: Any) -> list[ServerSentEvent]:
-    """Every event of one stream, to its end."""
-    async with asyncio.timeout(30.0), s.http.get(f"/v1/videos/{video_id}/events", **options) as response:
-        assert response.status == 200
-        assert response.content_type == "text/event-stream"
-        return [event async for event in server_sent_events(response) if isinstance(event, ServerSentEvent)]
+class Listener:
+    """Reads one stream to its end, and tells when something has been seen."""
+
+    def __init__(self, s: Stack, video_id: str) -> None:
+        self.events: list[ServerSentEvent] = []
+        self._more = asyncio.Condition()
+        self._reading = asyncio.create_task(self._read(s, video_id))
+
+    @property
+    def data(self) -> list[dict[str, Any]]:
+        return [event.data for event in self.events]
+
+    async def sees(self, **fields: Any) -> None:
+        """Wait until the latest event has these values."""
+        async with asyncio.timeout(30.0), self._more:
+            await self._more.wait_for(lambda: self.events and fields.items() <= self.events[-1].data.items())
+
+    async def ends(self) -> list[ServerSentEvent]:
+        async with asyncio.timeout(30.0):
+            await self._reading
+        return self.events
+
+    async def _read(self, s: Stack, video_id: str) -> None:
+        async with s.http.get(f"/v1/videos/{video_id}/events") as response:
+            assert response.status == 200
+            assert response.content_type == "text/event-stream"
+            async for event in server_sent_events(response):
+                if isinstance(event, ServerSentEvent):
+                    async with self._more:
+                        self.events.append(event)
+                        self._more.notify_all()
 
 
 async def listeners(s: Stack, count: int) -> None:
@@ -24,42 +49,42 @@ async def listeners(s: Stack, count: int) -> None:
     await until(there)
 
 
-async def run_job(s: Stack, video_id: str) -> None:
-    """A life of three steps, with a pause after each message so that listeners see them one by one."""
-    pause_s = 0.03
-    await s.progress(video_id, VideoState.QUEUED, queue_place=2)
-    await asyncio.sleep(pause_s)
-    await s.progress(video_id, VideoState.QUEUED, queue_place=1)
-    await asyncio.sleep(pause_s)
-    await s.move(video_id, VideoState.ENCODING)
-    await asyncio.sleep(pause_s)
-    # The progress of a state may come before the record has moved there.
-    await s.progress(video_id, VideoState.DENOISING, step=1, degree_of_parallelism=1, remaining_s=9.0)
-    await s.move(video_id, VideoState.DENOISING)
-    await asyncio.sleep(pause_s)
-    for step, degree in ((2, 2), (3, 4)):
-        await s.progress(
-            video_id, VideoState.DENOISING, step=step, degree_of_parallelism=degree, remaining_s=9.0 - step
-        )
-        await asyncio.sleep(pause_s)
-    await s.move(video_id, VideoState.DECODING)
-    await asyncio.sleep(pause_s)
-    await s.move(video_id, VideoState.CANCELLED)
-
-
 async def test_several_listeners_each_see_the_whole_life_in_order(nats_server: NatsServer) -> None:
     async with stack(nats_server) as s:
         video_id = (await s.create())["id"]
-        listening = [asyncio.create_task(collected(s, video_id)) for _ in range(3)]
-        await listeners(s, 3)
-        await run_job(s, video_id)
-        for events in await asyncio.gather(*listening):
-            data = [event.data for event in events]
+        listening = [Listener(s, video_id) for _ in range(3)]
+
+        async def all_see(**fields: Any) -> None:
+            await asyncio.gather(*(listener.sees(**fields) for listener in listening))
+
+        await all_see(state="queued")
+        for place in (2, 1):
+            await s.progress(video_id, VideoState.QUEUED, queue_place=place)
+            await all_see(queue_place=place)
+        await s.move(video_id, VideoState.ENCODING)
+        await all_see(state="encoding")
+        # The progress of a state may come before the record has moved there.
+        await s.progress(video_id, VideoState.DENOISING, step=1, degree_of_parallelism=1, remaining_s=9.0)
+        await s.move(video_id, VideoState.DENOISING)
+        await all_see(state="denoising", step=1)
+        for step, degree in ((2, 2), (3, 4)):
+            await s.progress(
+                video_id, VideoState.DENOISING, step=step, degree_of_parallelism=degree, remaining_s=9.0 - step
+            )
+            await all_see(step=step)
+        await s.move(video_id, VideoState.DECODING)
+        await all_see(state="decoding")
+        await s.move(video_id, VideoState.CANCELLED)
+
+        for listener in listening:
+            events = await listener.ends()
+            data = listener.data
             assert all(item["id"] == video_id and item["object"] == "video.event" for item in data)
             states = list(dict.fromkeys(item["state"] for item in data))
             assert states == ["queued", "encoding", "denoising", "decoding", "cancelled"]
             assert [item["queue_place"] for item in data if item["state"] == "queued"] == [None, 2, 1]
-            denoising = [item for item in data if item["state"] == "denoising"]
+            # Record and progress come by separate ways: the record's move may show before its first step.
+            denoising = [item for item in data if item["state"] == "denoising" and item["step"] > 0]
             assert [item["step"] for item in denoising] == [1, 2, 3]
             assert [item["degree_of_parallelism"] for item in denoising] == [1, 2, 4]
             assert [item["estimate_s"] for item in denoising] == [9.0, 7.0, 6.0]
@@ -80,19 +105,20 @@ async def test_a_listener_that_comes_later_begins_with_the_present_state(nats_se
             return bool((await s.call("GET", f"/v1/videos/{video_id}"))[1]["step"] == 4)
 
         await until(retrieved)
-        listening = asyncio.create_task(collected(s, video_id))
-        await listeners(s, 1)
+        listener = Listener(s, video_id)
+        await listener.sees(state="denoising")
         await s.move(video_id, VideoState.CANCELLED)
-        first, last = await listening
-        assert (first.data["state"], first.data["step"], first.data["degree_of_parallelism"]) == ("denoising", 4, 2)
-        assert last.data["state"] == "cancelled"
+        await listener.ends()
+        first, last = listener.data
+        assert (first["state"], first["step"], first["degree_of_parallelism"]) == ("denoising", 4, 2)
+        assert last["state"] == "cancelled"
 
 
 async def test_of_an_ended_video_there_is_one_event_and_on_reconnecting_none(nats_server: NatsServer) -> None:
     async with stack(nats_server) as s:
         video_id = (await s.create())["id"]
         await s.complete(video_id, b"film")
-        (only,) = await collected(s, video_id)
+        (only,) = await Listener(s, video_id).ends()
         assert (only.data["state"], only.data["progress"], only.data["step"]) == ("completed", 100, 10)
         async with s.http.get(f"/v1/videos/{video_id}/events", headers={"Last-Event-ID": only.id}) as response:
             assert response.status == 204
@@ -102,18 +128,14 @@ async def test_a_job_that_goes_back_to_the_queue_shows_nothing_of_its_lost_attem
     async with stack(nats_server) as s:
         video_id = (await s.create())["id"]
         await s.move(video_id, VideoState.ENCODING, VideoState.DENOISING)
-        listening = asyncio.create_task(collected(s, video_id))
-        await listeners(s, 1)
+        listener = Listener(s, video_id)
+        await listener.sees(state="denoising")
         await s.progress(video_id, VideoState.DENOISING, step=7, degree_of_parallelism=1)
-        await asyncio.sleep(0.05)
-        await s.move(video_id, VideoState.QUEUED)
-        await asyncio.sleep(0.05)
-        await s.move(video_id, VideoState.ENCODING)
-        await asyncio.sleep(0.05)
-        await s.move(video_id, VideoState.DENOISING)
-        await asyncio.sleep(0.05)
-        await s.move(video_id, VideoState.CANCELLED)
-        seen = [(event.data["state"], event.data["step"]) for event in await listening]
+        await listener.sees(step=7)
+        for state in (VideoState.QUEUED, VideoState.ENCODING, VideoState.DENOISING, VideoState.CANCELLED):
+            await s.move(video_id, state)
+            await listener.sees(state=state)
+        seen = [(event.data["state"], event.data["step"]) for event in await listener.ends()]
         assert seen == [
             ("denoising", 0),
             ("denoising", 7),
@@ -127,10 +149,10 @@ async def test_a_job_that_goes_back_to_the_queue_shows_nothing_of_its_lost_attem
 async def test_deleting_ends_the_stream(nats_server: NatsServer) -> None:
     async with stack(nats_server) as s:
         video_id = (await s.create())["id"]
-        listening = asyncio.create_task(collected(s, video_id))
-        await listeners(s, 1)
+        listener = Listener(s, video_id)
+        await listener.sees(state="queued")
         assert (await s.call("DELETE", f"/v1/videos/{video_id}"))[0] == 200
-        last = (await listening)[-1]
+        last = (await listener.ends())[-1]
         assert last.id == "ended"
         assert last.data.get("state") == "cancelled" or last.data["object"] == "video.deleted"
 
@@ -186,13 +208,13 @@ async def test_a_drain_ends_streams_and_refuses_new_videos(nats_server: NatsServ
 async def test_a_stream_outlives_a_restart_of_the_broker(nats_server: NatsServer) -> None:
     async with stack(nats_server) as s:
         video_id = (await s.create())["id"]
-        listening = asyncio.create_task(collected(s, video_id))
-        await listeners(s, 1)
+        listener = Listener(s, video_id)
+        await listener.sees(state="queued")
         await nats_server.kill()
         await nats_server.start()
         await s.move(video_id, VideoState.ENCODING, VideoState.DENOISING)
         await s.move(video_id, VideoState.CANCELLED)
-        events = await listening
+        events = await listener.ends()
         assert events[0].data["state"] == "queued"
         assert events[-1].data["state"] == "cancelled"
 
