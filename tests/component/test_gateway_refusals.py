@@ -42,6 +42,7 @@ def checked_error(status: int, body: Any) -> dict[str, Any]:
 BAD_FIELDS: list[tuple[dict[str, Any], int, str, str, str]] = [
     ({}, 400, "missing_field", "prompt", "required"),
     ({"prompt": ""}, 400, "empty_prompt", "prompt", "empty"),
+    ({"prompt": "a \ud800 circle"}, 400, "not_unicode", "prompt", "surrogate"),
     ({"prompt": 5}, 400, "invalid_type", "prompt", "must be a string"),
     ({"prompt": "x" * 1000}, 400, "prompt_too_long", "prompt", "at most 32 tokens"),
     ({"prompt": "x", "model": "sora-2"}, 404, "model_not_found", "model", "there is demo"),
