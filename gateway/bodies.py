@@ -182,7 +182,7 @@ def _check_text(name: str, value: object) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             raise invalid(
-                name, f"{name!r} holds half a character (a lone surrogate) at position {error.start}.", "bad_text"
+                name, f"{name!r} holds half a character (a lone surrogate) at position {error.start}.", "not_unicode"
             ) from error
 
 

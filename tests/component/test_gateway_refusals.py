@@ -89,7 +89,7 @@ BAD_BODIES: list[tuple[bytes, dict[str, str], int, str]] = [
     (b'{"prompt": "x", "seed": NaN}', JSON, 400, "bad_json"),
     (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", JSON, 400, "bad_json"),
     (b'{"prompt": "x", "prompt": "y"}', JSON, 400, "duplicate_field"),
-    (b'{"prompt": "\\ud800"}', JSON, 400, "bad_text"),
+    (b'{"prompt": "\\ud800"}', JSON, 400, "not_unicode"),
     (b'{"\\ud800": "x"}', JSON, 400, "unknown_field"),
     (b'{"prompt": "\xff"}', JSON, 400, "bad_json"),
     (b"[" * 60_000, JSON, 400, "bad_json"),
