@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.models.demo.clips import SIZES, Subject, draw, sample_clip, sample_subject
 from common.models.demo.loop import generator_of
+from common.models.demo.parallel import Workers
 from common.models.demo.pool import to_video
 from common.models.opensora.vae import OpenSoraVAE
 
@@ -65,36 +66,51 @@ class EncodedBucket:
     subjects: tuple[Subject, ...]
 
 
-@torch.inference_mode()
-def encode_buckets(vae: OpenSoraVAE, folder: Path, share: float, seed: int) -> list[EncodedBucket]:
-    """Draw and encode every bucket's clips; those already in `folder` are read. `vae` must have shift 0, scale 1."""
+@torch.no_grad()
+def encode_buckets(vae: OpenSoraVAE, folder: Path, share: float, seed: int, workers: Workers) -> list[EncodedBucket]:
+    """Draw and encode every bucket's clips, each worker its part; parts that lie in `folder` are read instead.
+
+    `vae` must have shift 0 and scale 1.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    encoded = []
-    for index, bucket in enumerate(BUCKETS):
-        count = max(8, round(bucket.clips * share))
-        rng = generator_of(seed, index)
-        subjects = tuple(sample_subject(rng) for _ in range(count))
-        path = folder / f"{bucket.name}.pt"
-        if path.exists():
-            latents = torch.load(path, weights_only=True)
-        else:
-            latents = _encode(vae, bucket, subjects, rng)
-            torch.save(latents, path)
-            print(f"latents: {bucket.name}, {count} clips", flush=True)
-        encoded.append(EncodedBucket(bucket, latents, subjects))
-    return encoded
+    plan = [(index, bucket, part) for index, bucket in enumerate(BUCKETS) for part in _parts(bucket, share)]
+    for index, bucket, part in plan[workers.rank :: workers.count]:
+        path = _path(folder, bucket, part)
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            torch.save(
+                _encode(vae, bucket, _subjects(seed, index, part), generator_of(seed, index, part[0], 1)), partial
+            )
+            partial.replace(path)
+    workers.wait()
+    return [_gather(folder, index, bucket, share, seed) for index, bucket in enumerate(BUCKETS)]
 
 
-def _encode(vae: OpenSoraVAE, bucket: Bucket, subjects: tuple[Subject, ...], rng: np.random.Generator) -> Tensor:
+def _parts(bucket: Bucket, share: float) -> list[tuple[int, int]]:
+    """(number, clips) of the parts that a bucket is encoded in."""
+    count = max(8, round(bucket.clips * share))
     at_once = max(1, _ENCODED_PIXELS // (bucket.width * bucket.height * bucket.frames))
-    parts = []
-    for start in range(0, len(subjects), at_once):
-        clips = [
-            draw(sample_clip(rng, subject, bucket.width, bucket.height, bucket.frames))
-            for subject in subjects[start : start + at_once]
-        ]
-        parts.append(vae.encode(to_video(np.stack(clips)).to(vae.shift.device)).to("cpu", torch.float16))
-    return torch.cat(parts)
+    return [(number, min(at_once, count - start)) for number, start in enumerate(range(0, count, at_once))]
+
+
+def _path(folder: Path, bucket: Bucket, part: tuple[int, int]) -> Path:
+    return folder / f"{bucket.name}-{part[0]}-{part[1]}.pt"
+
+
+def _subjects(seed: int, index: int, part: tuple[int, int]) -> list[Subject]:
+    rng = generator_of(seed, index, part[0], 0)
+    return [sample_subject(rng) for _ in range(part[1])]
+
+
+def _gather(folder: Path, index: int, bucket: Bucket, share: float, seed: int) -> EncodedBucket:
+    parts = _parts(bucket, share)
+    latents = torch.cat([torch.load(_path(folder, bucket, part), weights_only=True) for part in parts])
+    return EncodedBucket(bucket, latents, tuple(subject for part in parts for subject in _subjects(seed, index, part)))
+
+
+def _encode(vae: OpenSoraVAE, bucket: Bucket, subjects: list[Subject], rng: np.random.Generator) -> Tensor:
+    clips = [draw(sample_clip(rng, subject, bucket.width, bucket.height, bucket.frames)) for subject in subjects]
+    return vae.encode(to_video(np.stack(clips)).to(vae.shift.device)).to("cpu", torch.float16)
 
 
 def latent_statistics(encoded: list[EncodedBucket]) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,13 @@ from common.models.demo.clips import FPS
 from common.models.demo.dataset import EncodedBucket, LatentBatches
 from common.models.demo.loop import Budget, Stage, run, split_parameters, torch_generator_of
 from common.models.demo.optim import Average, Optimiser
+from common.models.demo.parallel import Workers
 from common.models.demo.settings import CAPTION_CHANNELS, DIT, MAX_PROMPT_TOKENS
 from common.models.demo.tokenizer import END, PAD
 from common.models.opensora.rectified_flow import RectifiedFlow
 from common.models.opensora.stdit3 import STDiT3
 
-_TOKENS_PER_STEP = 4096
+_TOKENS_PER_STEP = 3072
 _CAPTION_DROPOUT = 0.1
 _NOISE_CENTRE = 0.3
 _SMALLEST_GRID = 16
@@ -80,10 +81,11 @@ def train_dit(
     seed: int,
     device: torch.device,
     resume: bool,
+    workers: Workers,
 ) -> None:
     """Train with the velocity loss of rectified flow; the models hold the averaged weights afterwards."""
     module = models.module().to(device).train()
-    batches = LatentBatches(encoded, _TOKENS_PER_STEP)
+    batches = LatentBatches(encoded, _TOKENS_PER_STEP // workers.count)
     flow = RectifiedFlow()
 
     def loss_of(rng: np.random.Generator, progress: float) -> Tensor:
@@ -97,15 +99,13 @@ def train_dit(
         noise = torch.randn(latents.shape, generator=generator).to(device)
 
         def velocity(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            return models.dit(
-                noisy, timesteps, states, mask, fps=FPS, height=bucket.height, width=bucket.width
-            )
+            return models.dit(noisy, timesteps, states, mask, fps=FPS, height=bucket.height, width=bucket.width)
 
         return flow.training_losses(velocity, latents.to(device), times, noise).mean()
 
     matrices, others = split_parameters(module, _KEPT_FROM_MUON)
-    optimiser = Optimiser(matrices, others, matrix_lr=0.02, other_lr=2e-3)
-    run(Stage("dit", budget, module, optimiser, Average(module, 0.998), loss_of, seed), folder, resume)
+    optimiser = Optimiser(matrices, others, matrix_lr=0.02, other_lr=2e-3, workers=workers)
+    run(Stage("dit", budget, module, optimiser, Average(module, 0.998), loss_of, seed, workers), folder, resume)
     module.eval()
 
 
@@ -113,4 +113,3 @@ def load_dit(models: DiTModels, folder: Path) -> None:
     """The averaged weights of the last checkpoint."""
     state = torch.load(folder / "dit.pt", map_location="cpu", weights_only=True)
     models.module().load_state_dict(state["average"]["values"])
-

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.models.demo.optim import Average, Optimiser
+from common.models.demo.parallel import Workers
 
 _LOG_EVERY_S = 15.0
 _SAVE_EVERY_S = 90.0
@@ -37,6 +38,7 @@ class Stage:
     average: Average
     loss_of: Callable[[np.random.Generator, float], Tensor]
     seed: int
+    workers: Workers
 
 
 def generator_of(seed: int, *path: int) -> np.random.Generator:
@@ -59,42 +61,39 @@ def split_parameters(module: nn.Module, keep_out: tuple[str, ...]) -> tuple[list
     return matrices, others
 
 
-def run(stage: Stage, folder: Path, resume: bool, on_save: Callable[[], None] | None = None) -> float:
+def run(stage: Stage, folder: Path, resume: bool) -> float:
     """Train until the budget is used; leaves `NAME.pt` in `folder` and the average's values in the module.
 
     Returns the seconds trained, those before a resumption included.
     """
     path = folder / f"{stage.name}.pt"
     step, before_s = _load(stage, path) if resume and path.exists() else (0, 0.0)
+    workers = stage.workers
+    workers.wait()
     started_s = logged_s = saved_s = time.monotonic()
     losses: list[float] = []
     while True:
         now_s = time.monotonic()
         elapsed_s = before_s + now_s - started_s
-        progress = stage.budget.progress(step, elapsed_s)
-        if now_s - logged_s > _LOG_EVERY_S and losses:
-            rate = len(losses) / (now_s - logged_s)
-            print(
-                f"{stage.name}: step {step}, {progress:.1%}, loss {np.mean(losses):.5f}, "
-                f"{rate:.2f} steps/s, {elapsed_s / 60:.1f} min",
-                flush=True,
-            )
+        progress = workers.agree(stage.budget.progress(step, elapsed_s))
+        if workers.first and losses and (now_s - logged_s > _LOG_EVERY_S or progress >= 1.0):
+            pace = f"{len(losses) / (now_s - logged_s):.2f} steps/s, {elapsed_s / 60:.1f} min"
+            print(f"{stage.name}: step {step}, {progress:.1%}, loss {np.mean(losses):.5f}, {pace}", flush=True)
             losses, logged_s = [], now_s
-        if progress >= 1.0 or now_s - saved_s > _SAVE_EVERY_S:
+        if workers.first and (progress >= 1.0 or now_s - saved_s > _SAVE_EVERY_S):
             _save(stage, path, step, elapsed_s)
             saved_s = now_s
-            if on_save is not None:
-                on_save()
         if progress >= 1.0:
             break
         stage.optimiser.set_progress(progress)
-        loss = stage.loss_of(generator_of(stage.seed, step), progress)
+        loss = stage.loss_of(generator_of(stage.seed, step, workers.rank), progress)
         loss.backward()  # type: ignore[no-untyped-call]
         stage.optimiser.step()
         stage.average.update(stage.module)
         losses.append(float(loss.detach()))
         step += 1
     stage.module.load_state_dict(stage.average.values)
+    workers.wait()
     return elapsed_s
 
 

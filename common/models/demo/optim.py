@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from common.models.demo.parallel import Workers
+
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 
@@ -27,36 +29,44 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; kernels count as matrices [out, the rest]. Equal shapes go as one batch."""
+    """Nesterov momentum, orthogonalised; kernels count as matrices [out, the rest].
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    Equal shapes go as one batch. Of several workers each orthogonalises its share of the matrices for all.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, workers: Workers, momentum: float = 0.95) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum})
+        self._workers = workers
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for parameters in by_shape.values():
-                self._step_shape(parameters, group["lr"], group["momentum"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            updates = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
+            for parameter, direction in zip(parameters, self._directions(updates), strict=True):
+                scale = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
+                parameter.add_(direction.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
-    def _step_shape(self, parameters: list[nn.Parameter], lr: float, momentum: float) -> None:
-        updates = []
-        for parameter in parameters:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            state = self.state[parameter]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(gradient)
-            state["momentum"].lerp_(gradient, 1 - momentum)
-            updates.append(gradient.lerp(state["momentum"], momentum).flatten(1))
-        directions = orthogonalise(torch.stack(updates))
-        scale = max(1.0, directions.shape[1] / directions.shape[2]) ** 0.5
-        for parameter, direction in zip(parameters, directions, strict=True):
-            parameter.add_(direction.reshape(parameter.shape), alpha=-lr * scale)
+    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        gradient, state = parameter.grad, self.state[parameter]
+        if gradient is None:
+            raise ValueError("a parameter without a gradient has no momentum")
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(gradient)
+        state["momentum"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(state["momentum"], momentum).flatten(1)
+
+    def _directions(self, updates: list[Tensor]) -> list[Tensor]:
+        by_shape: dict[torch.Size, list[int]] = {}
+        for index, update in enumerate(updates):
+            by_shape.setdefault(update.shape, []).append(index)
+        directions = [torch.zeros_like(update) for update in updates]
+        for indices in by_shape.values():
+            mine = indices[self._workers.rank :: self._workers.count]
+            if mine:
+                for index, direction in zip(mine, orthogonalise(torch.stack([updates[i] for i in mine])), strict=True):
+                    directions[index] = direction
+        return self._workers.sum(directions)
 
 
 class Optimiser:
@@ -68,14 +78,16 @@ class Optimiser:
         others: list[nn.Parameter],
         matrix_lr: float,
         other_lr: float,
+        workers: Workers,
         warmup: float = 0.02,
         decay_from: float = 0.4,
     ) -> None:
-        self.muon = Muon(matrices, lr=matrix_lr)
+        self.muon = Muon(matrices, lr=matrix_lr, workers=workers)
         self.adam = torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0)
         self._rates = (matrix_lr, other_lr)
         self._warmup, self._decay_from = warmup, decay_from
         self._parameters = [*matrices, *others]
+        self._workers = workers
 
     def set_progress(self, progress: float) -> None:
         """`progress` in 0..1: linear warm-up, a level stretch, then a cosine down to zero."""
@@ -88,6 +100,7 @@ class Optimiser:
 
     def step(self, clip: float = 1.0) -> float:
         """One update from the gradients, which are then cleared. Returns the gradient's norm before clipping."""
+        self._workers.average_gradients(self._parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, clip))
         if math.isfinite(norm):
             self.muon.step()

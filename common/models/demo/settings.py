@@ -6,7 +6,7 @@ from common.models.demo.loop import Budget
 from common.models.opensora.stdit3 import STDiT3Config
 from common.models.opensora.vae_config import OpenSoraVAEConfig, SpatialVAEConfig, TemporalVAEConfig
 
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 16
 SPATIAL_CHANNELS = 12
 CAPTION_CHANNELS = 96
 MAX_PROMPT_TOKENS = 64
@@ -37,7 +37,7 @@ DIT = STDiT3Config(
     input_sq_size=512,
     in_channels=LATENT_CHANNELS,
     patch_size=(1, 2, 2),
-    hidden_size=192,
+    hidden_size=160,
     depth=3,
     num_heads=4,
     pred_sigma=False,
@@ -60,10 +60,10 @@ class Budgets:
 
 
 FULL = Budgets(
-    spatial=Budget(steps=1200, seconds=7.5 * 60),
-    temporal=Budget(steps=1000, seconds=3 * 60),
-    joint=Budget(steps=1500, seconds=12 * 60),
-    dit=Budget(steps=4000, seconds=52 * 60),
+    spatial=Budget(steps=1500, seconds=7 * 60),
+    temporal=Budget(steps=4000, seconds=6 * 60),
+    joint=Budget(steps=1000, seconds=4 * 60),
+    dit=Budget(steps=3200, seconds=52 * 60),
     clips_in_pool=1200,
     latent_share=1.0,
 )

@@ -2,7 +2,8 @@
 
 1. `spatial`: the 2-D half learns from crops of single frames.
 2. `temporal`: the temporal half learns to squeeze the first one's latents.
-3. `joint`: both learn together from the pixels of short clips, with sampled latents and a slight KL term.
+3. `joint`: all but the 2-D encoder learn together from the pixels of short clips, with sampled latents and a slight
+   KL term.
 
 Crops are mixed with whole pictures because group norms see the share of the picture that the object fills.
 """
@@ -17,57 +18,65 @@ from torch import Tensor, nn
 
 from common.models.demo.loop import Budget, Stage, generator_of, run, split_parameters, torch_generator_of
 from common.models.demo.optim import Average, Optimiser
+from common.models.demo.parallel import Workers
 from common.models.demo.pool import ClipPool, pixel_weights
 from common.models.demo.settings import VAE, Budgets
 from common.models.opensora.latents import LatentDistribution
+from common.models.opensora.spatial_vae import SpatialVAE
 from common.models.opensora.vae import OpenSoraVAE
 
-_CROPS: tuple[tuple[int, float], ...] = ((40, 0.6), (64, 0.25), (96, 0.1), (128, 0.05))
+_CROPS: tuple[tuple[int, float], ...] = ((32, 0.5), (48, 0.3), (64, 0.1), (96, 0.06), (128, 0.04))
 """(side in pixels, probability)."""
 _IMAGE_PIXELS = 48 * 1024
-_CLIP_PIXELS = 64 * 1024
-_TEMPORAL_PIXELS = 160 * 1024
+_CLIP_PIXELS = 128 * 1024
+_TEMPORAL_LATENTS = 6 * 1024
+_CACHED = ((48, 1400), (64, 400), (96, 100), (128, 40))
+"""(side in pixels, pieces of 16 frames) whose 2-D latents the temporal stage learns from."""
 _KL_WEIGHT = 3e-4
 _LOG_VARIANCE_OF_NONE = -20.0
 _KEPT_FROM_MUON = ("conv_in", "conv_out", "quant_conv", "encoder.conv2", "decoder.conv1")
 
 
-def train_vae(folder: Path, budgets: Budgets, seed: int, device: torch.device, resume: bool) -> OpenSoraVAE:
+def train_vae(
+    folder: Path, budgets: Budgets, seed: int, device: torch.device, resume: bool, workers: Workers
+) -> OpenSoraVAE:
     """Run the three stages, or what is left of them; the result is on `device`, in eval mode."""
     torch.manual_seed(seed)
     vae = OpenSoraVAE(VAE).to(device)
-    pool = ClipPool(budgets.clips_in_pool, generator_of(seed, 0))
+    pool = ClipPool(budgets.clips_in_pool // workers.count, generator_of(seed, 0, workers.rank))
+    calibration = ClipPool(56, generator_of(seed, 4))
     spatial = vae.spatial_vae
 
     def spatial_loss(rng: np.random.Generator, _: float) -> Tensor:
-        video = _crops(pool, rng, 1, _IMAGE_PIXELS).to(device)
+        video = _crops(pool, rng, 1, _IMAGE_PIXELS // workers.count).to(device)
         latent = spatial.encode(video)
         return pixel_loss(spatial.decode(latent), video) + 1e-4 * latent.pow(2).mean()
 
     def temporal_loss(rng: np.random.Generator, _: float) -> Tensor:
-        frames = 16 if rng.random() < 0.75 else 8
-        video = _crops(pool, rng, frames, _TEMPORAL_PIXELS).to(device)
-        with torch.no_grad():
-            latent = spatial.encode(video)
-            weights = F.avg_pool2d(_frame_weights(video), kernel_size=video.shape[-1] // latent.shape[-1])
+        latent, weights = (part.to(device) for part in latents.draw(rng, _TEMPORAL_LATENTS // workers.count))
         posterior = vae.temporal_vae.encode(latent)
-        decoded = vae.temporal_vae.decode(posterior.sample(torch_generator_of(rng)), frames)
-        error = (decoded - latent).transpose(1, 2).flatten(0, 1)
+        decoded = vae.temporal_vae.decode(posterior.sample(torch_generator_of(rng)), latent.shape[2])
+        error = decoded - latent
         return (weights * (error.abs() + error.pow(2))).mean() + _KL_WEIGHT * kl_loss(posterior)
 
     def joint_loss(rng: np.random.Generator, _: float) -> Tensor:
         frames = 16 if rng.random() < 0.75 else 8
-        video = _crops(pool, rng, frames, _CLIP_PIXELS).to(device)
-        posterior = vae.temporal_vae.encode(spatial.encode(video))
+        video = _crops(pool, rng, frames, _CLIP_PIXELS // workers.count).to(device)
+        with torch.no_grad():
+            latent = spatial.encode(video)
+        posterior = vae.temporal_vae.encode(latent)
         sample = posterior.sample(torch_generator_of(rng))
         decoded = spatial.decode(vae.temporal_vae.decode(sample, frames))
         return pixel_loss(decoded, video) + _KL_WEIGHT * kl_loss(posterior)
 
-    _run_stage(folder, seed + 1, resume, "spatial", spatial, budgets.spatial, spatial_loss, 0.02, 2e-3)
+    _run_stage(workers, folder, seed + 1, resume, "spatial", spatial, budgets.spatial, spatial_loss, 0.02, 2e-3)
     with torch.no_grad():
-        _normalise_spatial(vae, _crops(pool, generator_of(seed, 1), 1, 8 * _IMAGE_PIXELS).to(device))
-    _run_stage(folder, seed + 2, resume, "temporal", vae.temporal_vae, budgets.temporal, temporal_loss, 0.02, 2e-3)
-    _run_stage(folder, seed + 3, resume, "joint", vae, budgets.joint, joint_loss, 0.01, 1e-3)
+        _normalise_spatial(vae, _crops(calibration, generator_of(seed, 1), 1, 8 * _IMAGE_PIXELS).to(device))
+    latents = LatentPool(spatial, pool, generator_of(seed, 5, workers.rank), workers.count)
+    temporal = vae.temporal_vae
+    _run_stage(workers, folder, seed + 2, resume, "temporal", temporal, budgets.temporal, temporal_loss, 0.02, 2e-3)
+    # Batches are small here and the weights are good already: larger steps would undo more than they mend.
+    _run_stage(workers, folder, seed + 3, resume, "joint", vae, budgets.joint, joint_loss, 0.002, 5e-4)
     return vae.eval()
 
 
@@ -79,7 +88,39 @@ def load_vae(folder: Path, device: torch.device) -> OpenSoraVAE:
     return vae.to(device).eval()
 
 
+class LatentPool:
+    """2-D latents of pieces of clips, encoded once: the temporal half sees each many times, cut out anew."""
+
+    def __init__(self, spatial: SpatialVAE, pool: ClipPool, rng: np.random.Generator, workers: int) -> None:
+        self._groups: list[tuple[Tensor, Tensor]] = []
+        for side, count in _CACHED:
+            parts = [self._encode(spatial, pool.crops(rng, 4, 16, side)) for _ in range(-(-count // workers // 4))]
+            latents, weights = zip(*parts, strict=True)
+            self._groups.append((torch.cat(latents), torch.cat(weights)))
+        sizes = np.asarray([latent[:, 0].numel() for latent, _ in self._groups], dtype=float)
+        self._shares = sizes / sizes.sum()
+
+    @staticmethod
+    @torch.no_grad()
+    def _encode(spatial: SpatialVAE, video: Tensor) -> tuple[Tensor, Tensor]:
+        latent = spatial.encode(video.to(next(spatial.parameters()).device)).cpu()
+        weights = F.avg_pool2d(_frame_weights(video), kernel_size=video.shape[-1] // latent.shape[-1])
+        return latent, weights.unflatten(0, (video.shape[0], -1)).transpose(1, 2)
+
+    def draw(self, rng: np.random.Generator, positions: int) -> tuple[Tensor, Tensor]:
+        """(latents [B, C, T, h, w], weights [B, 1, T, h, w]) of about `positions` places in all."""
+        latents, weights = self._groups[int(rng.choice(len(self._groups), p=self._shares))]
+        frames = 16 if rng.random() < 0.8 else 8
+        side = min(latents.shape[-1], 8) - int(rng.integers(3)) if latents.shape[-1] <= 8 else latents.shape[-1]
+        rows = torch.from_numpy(rng.integers(len(latents), size=max(1, positions // (frames * side * side))))
+        start = int(rng.integers(16 - frames + 1))
+        top, left = (int(value) for value in rng.integers(latents.shape[-1] - side + 1, size=2))
+        window = (rows, slice(None), slice(start, start + frames), slice(top, top + side), slice(left, left + side))
+        return latents[window], weights[window]
+
+
 def _run_stage(
+    workers: Workers,
     folder: Path,
     seed: int,
     resume: bool,
@@ -91,8 +132,8 @@ def _run_stage(
     other_lr: float,
 ) -> None:
     matrices, others = split_parameters(module, _KEPT_FROM_MUON)
-    optimiser = Optimiser(matrices, others, matrix_lr, other_lr)
-    run(Stage(name, budget, module, optimiser, Average(module, 0.995), loss_of, seed), folder, resume)
+    optimiser = Optimiser(matrices, others, matrix_lr, other_lr, workers)
+    run(Stage(name, budget, module, optimiser, Average(module, 0.995), loss_of, seed, workers), folder, resume)
 
 
 def _crops(pool: ClipPool, rng: np.random.Generator, frames: int, pixels: int) -> Tensor:
