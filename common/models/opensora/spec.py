@@ -193,18 +193,21 @@ OPEN_SORA_1_2 = VideoModelSpec(
 
 PUBLISHED = {OPEN_SORA_1_2.name: OPEN_SORA_1_2}
 
+# The models in this repository, by the name they are asked for.
+SHIPPED = {"demo": Path(__file__).parent.parent / "demo" / "weights"}
+
 
 def load_spec(location: str | Path) -> VideoModelSpec:
-    """Read the spec of a model folder, with its parts' folders made absolute, or of a published model by name.
+    """Read the spec of a model folder, with its parts' folders made absolute, or of a known model by name.
 
     Raises ModelLoadError.
     """
-    folder = Path(location)
+    folder = SHIPPED.get(str(location), Path(location))
     if not folder.exists() and str(location) in PUBLISHED:
         return PUBLISHED[str(location)]
     index = folder / MODEL_INDEX
     if not index.is_file():
-        known = ", ".join(PUBLISHED)
+        known = ", ".join((*SHIPPED, *PUBLISHED))
         raise ModelLoadError(
             f"{location}: no {MODEL_INDEX} there; give a model folder that has one, or one of: {known}"
         )
