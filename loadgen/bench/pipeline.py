@@ -58,7 +58,8 @@ class _Hashes:
 
 
 async def _run(options: argparse.Namespace) -> dict[str, object]:
-    environment = {**os.environ, "TRIPTYCH_THREADS": str(options.threads), "OMP_NUM_THREADS": str(options.threads)}
+    threads = str(options.threads)
+    environment = {**os.environ, "TRIPTYCH_THREADS": threads, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
     stack = [sys.executable, "-m", "compose.cli", "up", "--port", "0", "--set", "dit=1", "--set", "vae=1"]
     stack += ["--video-model", options.video_model, "--log-level", "warning"]
     process = [sys.executable, "-m", "loadgen.in_process", options.video_model, str(options.threads)]
