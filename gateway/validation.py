@@ -63,10 +63,6 @@ def _prompt(field: str, text: str, model: VideoModelInfo) -> str:
             f"is never more than {most} characters. Shorten it.",
             "prompt_too_long",
         )
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise invalid(
-            field, f"{field!r} holds half a surrogate pair, which is no character. Send it as UTF-8.", "not_unicode"
-        )
     return text
 
 

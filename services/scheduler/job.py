@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from common.bus.errors import BusError, RemoteFailure
+from common.bus.errors import BusError, ObjectMissing, RemoteFailure
 from common.bus.port import Bus
 from common.messages.failures import Failure, Stage
 from common.messages.subjects import (
@@ -16,6 +16,7 @@ from common.messages.subjects import (
     ENCODE_PROMPT,
     GRANT_LEASE,
     REVOKE_LEASE,
+    VIDEO_FILES,
     VIDEO_TIMELINES,
 )
 from common.messages.tensors import TensorRef
@@ -178,7 +179,14 @@ class VideoJob:
         timeline = VideoTimeline(job_id=self.record.job_id, spans=tuple(self.spans))
         await self._bus.put(VIDEO_TIMELINES, timeline.job_id, timeline)
         file = self.files[max(self.files)]
-        await self._keeper.move(VideoState.COMPLETED, time.time(), file=file)
+        try:
+            await self._keeper.move(VideoState.COMPLETED, time.time(), file=file)
+        except JobGone:
+            # Cancelled or deleted in the last moment: nobody will ask for what was made.
+            await self._bus.delete(VIDEO_TIMELINES, timeline.job_id)
+            with contextlib.suppress(ObjectMissing):
+                await self._bus.delete_object(VIDEO_FILES, file.object_name)
+            raise
 
     async def _fail(self, reason: str) -> None:
         failure = self.failure or Failure(stage=Stage.SCHEDULER, code="attempts_exhausted", message=reason)

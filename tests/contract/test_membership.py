@@ -1,0 +1,110 @@
+"""Membership over a real broker: who is there, who has gone, and how soon the others know."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from common.bus.nats_bus import NatsBus
+from common.messages.cluster import MemberState, Service
+from common.messages.subjects import VIDEO_BUCKETS
+from common.runtime.membership import (
+    MemberChange,
+    MemberDraining,
+    MemberJoined,
+    MemberLost,
+    MembershipView,
+    Registration,
+)
+from common.runtime.settings import ServiceSettings
+from tests.support.nats_server import NatsServer
+
+WAIT_S = 10.0
+
+
+class Watcher:
+    """A view, and what it told."""
+
+    def __init__(self, bus: NatsBus, timeout_s: float) -> None:
+        self.changes: asyncio.Queue[MemberChange] = asyncio.Queue(100)
+        self.view = MembershipView(bus, timeout_s, self.changes.put_nowait)
+
+    async def next(self) -> MemberChange:
+        return await asyncio.wait_for(self.changes.get(), WAIT_S)
+
+
+@contextlib.asynccontextmanager
+async def watching(url: str, timeout_s: float = 1.0) -> AsyncIterator[Watcher]:
+    async with await NatsBus.connect(url, name="watcher") as bus:
+        await bus.prepare(buckets=VIDEO_BUCKETS)
+        watcher = Watcher(bus, timeout_s)
+        async with watcher.view.running():
+            yield watcher
+
+
+def settings(url: str, instance: str = "dit-0") -> ServiceSettings:
+    return ServiceSettings(nats_url=url, instance=instance, slot=0, heartbeat_s=0.1)
+
+
+async def test_a_member_joins_drains_and_withdraws(nats_server: NatsServer) -> None:
+    async with (
+        watching(nats_server.url) as watcher,
+        await NatsBus.connect(nats_server.url, name="dit-0") as bus,
+    ):
+        async with Registration(bus, settings(nats_server.url), Service.DIT) as registration:
+            assert watcher.changes.empty()
+            await registration.ready()
+            joined = await watcher.next()
+            assert isinstance(joined, MemberJoined)
+            assert (joined.member.instance, joined.member.slot) == ("dit-0", 0)
+            await registration.draining()
+            assert isinstance(await watcher.next(), MemberDraining)
+            assert watcher.view.members["dit-0"].state is MemberState.DRAINING
+        lost = await watcher.next()
+        assert isinstance(lost, MemberLost) and lost.reason == "withdrew"
+        assert watcher.view.members == {}
+
+
+async def test_silence_is_a_loss_and_a_life_sign_brings_the_member_back(nats_server: NatsServer) -> None:
+    async with watching(nats_server.url) as watcher:
+        bus = await NatsBus.connect(nats_server.url, name="dit-0")
+        registration = Registration(bus, settings(nats_server.url), Service.DIT)
+        await registration.__aenter__()
+        await registration.ready()
+        assert isinstance(await watcher.next(), MemberJoined)
+        # As after kill -9: the connection goes, the record stays.
+        await bus.close()
+        lost = await watcher.next()
+        assert isinstance(lost, MemberLost) and "no sign of life" in lost.reason
+        assert watcher.view.members == {}
+        await registration.__aexit__(None, None, None)
+
+
+async def test_another_life_under_the_same_name_is_a_loss_at_once(nats_server: NatsServer) -> None:
+    async with (
+        watching(nats_server.url, timeout_s=60.0) as watcher,
+        await NatsBus.connect(nats_server.url, name="dit-0") as bus,
+        Registration(bus, settings(nats_server.url), Service.DIT) as first,
+    ):
+        await first.ready()
+        assert isinstance(await watcher.next(), MemberJoined)
+        async with Registration(bus, settings(nats_server.url), Service.DIT) as second:
+            lost = await watcher.next()
+            assert isinstance(lost, MemberLost) and lost.reason == "restarted"
+            await second.ready()
+            joined = await watcher.next()
+            assert isinstance(joined, MemberJoined)
+            assert joined.member.incarnation == second.member.incarnation
+
+
+async def test_a_record_nobody_stands_behind_is_not_a_member(nats_server: NatsServer) -> None:
+    bus = await NatsBus.connect(nats_server.url, name="dit-0")
+    await bus.prepare(buckets=VIDEO_BUCKETS)
+    registration = Registration(bus, settings(nats_server.url), Service.DIT)
+    await registration.__aenter__()
+    await registration.ready()
+    await bus.close()
+    async with watching(nats_server.url, timeout_s=0.5) as watcher:
+        # It has a time-out's grace, in case its next life sign is on its way.
+        assert isinstance(await watcher.next(), MemberJoined)
+        assert isinstance(await watcher.next(), MemberLost)
+    await registration.__aexit__(None, None, None)
