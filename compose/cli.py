@@ -63,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--start", action="store_true", help="start a stack of its own for this one video")
     _add_stack_options(video)
     video.set_defaults(run=_run_video)
+    for name, run, text in (
+        ("status", _run_status, "show the processes of a running stack and its jobs"),
+        ("models", _run_models, "show what the served models can be asked for"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--base-url", default=_DEFAULT_URL, help="a running stack (default %(default)s)")
+        command.set_defaults(run=run)
     return parser
 
 
@@ -126,6 +133,18 @@ def _run_video(options: argparse.Namespace) -> int:
         log_level=options.log_level,
     )
     return run_video(order, options.base_url, stack if options.start else None)
+
+
+def _run_status(options: argparse.Namespace) -> int:
+    from compose.status import run_status
+
+    return run_status(options.base_url)
+
+
+def _run_models(options: argparse.Namespace) -> int:
+    from compose.status import run_models
+
+    return run_models(options.base_url)
 
 
 def _refuse_language_model(options: argparse.Namespace) -> None:

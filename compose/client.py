@@ -19,8 +19,8 @@ _RETRY_EVENTS_AFTER_S = 0.5
 _CHUNK_BYTES = 256 * 1024
 
 
-class VideoClient:
-    """Talks to one server about videos. Use as ``async with VideoClient(url) as client``.
+class StackClient:
+    """Talks to one server. Use as ``async with StackClient(url) as client``.
 
     Every method raises ServerError where the server cannot be reached or refuses.
     """
@@ -37,6 +37,10 @@ class VideoClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._session.close()
+
+    async def get(self, path: str) -> dict[str, Any]:
+        """What the server says at ``path``."""
+        return await self._json("GET", path)
 
     async def create(self, fields: Mapping[str, object]) -> str:
         """Order a video; returns its id."""

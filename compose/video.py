@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from compose.client import VideoClient
+from compose.client import StackClient
 from compose.errors import OptionError, ServerError, StackError
 from compose.local import StackOptions, running_stack
 from compose.sheet import write_sheet
@@ -64,7 +64,7 @@ async def _video(order: VideoOrder, base_url: str, private_stack: StackOptions |
     console = Console(stderr=True)
     try:
         _prepare(order)
-        async with _server(base_url, private_stack, interruption, console) as url, VideoClient(url) as client:
+        async with _server(base_url, private_stack, interruption, console) as url, StackClient(url) as client:
             video_id = await client.create(order.fields())
             await _follow(client, video_id, console)
             await _bring_home(client, video_id, order)
@@ -107,7 +107,7 @@ def _prepare(order: VideoOrder) -> None:
             raise OptionError(f"cannot write {path}: it is a folder; name a file")
 
 
-async def _follow(client: VideoClient, video_id: str, console: Console) -> None:
+async def _follow(client: StackClient, video_id: str, console: Console) -> None:
     """Show the job's progress until it is completed.
 
     Raises:
@@ -151,7 +151,7 @@ def detail_of(state: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-async def _bring_home(client: VideoClient, video_id: str, order: VideoOrder) -> None:
+async def _bring_home(client: StackClient, video_id: str, order: VideoOrder) -> None:
     await client.download(video_id, order.output)
     if order.timeline is not None:
         write_timeline(order.timeline, await client.timeline(video_id), order.prompt)

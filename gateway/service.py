@@ -14,6 +14,7 @@ from common.bus.port import Bus
 from common.messages.cluster import Service
 from common.messages.subjects import VIDEO_BUCKETS, VIDEO_OBJECTS, VIDEO_QUEUES
 from common.runtime.membership import MemberChange, MembershipView, Registration
+from common.runtime.process import CannotServe
 from gateway.app import make_app
 from gateway.catalogue import Catalogue
 from gateway.config import GatewaySettings
@@ -83,7 +84,7 @@ async def running_gateway(bus: Bus, settings: GatewaySettings, listener: socket.
         yield gateway
 
 
-class CannotListen(Exception):
+class CannotListen(CannotServe):
     """The address is taken, or not this machine's; the message says what to change."""
 
 

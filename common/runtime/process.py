@@ -15,20 +15,25 @@ from common.runtime.settings import ServiceSettings, SettingsError, load_setting
 Settings = TypeVar("Settings", bound=ServiceSettings)
 
 
+class CannotServe(Exception):
+    """The service cannot do its work as it is set up; the message says what to change."""
+
+
 def run_service(kind: type[Settings], serve: Callable[[Settings, asyncio.Event], Awaitable[None]]) -> None:
     """Read the settings, then run ``serve(settings, stop)`` on a fresh event loop until it returns.
 
     ``stop`` is set by SIGTERM or SIGINT; ``serve`` then takes no new work, finishes or hands over what it holds,
-    and returns. Settings that do not fit end the process with one clear line and status 2.
+    and returns. What only a person can mend (settings, a model that does not load) ends the process with one clear
+    line and status 2.
     """
     try:
         settings = load_settings(kind)
-    except SettingsError as error:
+        configure_logging(settings.log_level)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_until_done(serve, settings))
+    except (SettingsError, CannotServe) as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(2) from error
-    configure_logging(settings.log_level)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_until_done(serve, settings))
 
 
 def configure_logging(level: str) -> None:

@@ -13,8 +13,10 @@ import torch
 from common.bus.nats_bus import NatsBus
 from common.bus.port import Bus, Subscription
 from common.messages.cluster import Service, VideoModelInfo
+from common.models.opensora.errors import ModelLoadError
 from common.models.opensora.spec import VideoModelSpec, load_spec
 from common.runtime.membership import Registration
+from common.runtime.process import CannotServe
 from common.runtime.settings import WorkerSettings
 from common.tensors.port import Tensors
 from common.tensors.ucx import UcxTensors
@@ -76,14 +78,20 @@ async def serve_worker(
     """Load a part of the video model, join the cluster, work until ``stop``, finish what is under way."""
     instance = settings.instance_of(service)
     device = choose_device(settings)
-    spec = load_spec(settings.video_model)
+    try:
+        spec = load_spec(settings.video_model)
+    except ModelLoadError as error:
+        raise CannotServe(f"video model: {error}") from error
     bus = await NatsBus.connect(settings.nats_url, name=instance)
     compute = ComputeThread(service, settings.threads)
     tensors = await UcxTensors.open(owner=instance, device=device)
     try:
         async with Registration(bus, settings, service, str(device)) as registration:
             started_s = time.monotonic()
-            model = await compute.run(load, spec, device)
+            try:
+                model = await compute.run(load, spec, device)
+            except ModelLoadError as error:
+                raise CannotServe(f"video model: {error}") from error
             log.info("model loaded", instance=instance, device=str(device), seconds=time.monotonic() - started_s)
             worker = make(Equipment(instance, settings.slot, device, bus, tensors, compute), model)
             subscriptions = await worker.listen()

@@ -8,9 +8,9 @@ import contextlib
 import time
 
 import structlog
-from common.bus.nats_bus import NatsBus
 
 from common.bus.errors import BusError, KeyExists, KeyMissing, WrongRevision
+from common.bus.nats_bus import NatsBus
 from common.bus.port import Bus, Change
 from common.messages.cluster import Member, SchedulerLife, Service
 from common.messages.failures import Acknowledged
@@ -243,7 +243,7 @@ class Scheduler:
             case MemberDraining():
                 self._tell(event.WorkerDraining(member.instance))
             case MemberLost(reason=reason):
-                log.warning("worker lost", instance=member.instance, reason=reason)
+                log.info("member lost", instance=member.instance, reason=reason)
                 self._tell(event.WorkerLost(member.instance))
 
     async def _welcome(self, member: Member) -> None:
