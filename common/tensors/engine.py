@@ -5,8 +5,8 @@ only an announcement), and the handler decides where it goes, or that it goes no
 nobody waits for any more can land in memory: there is no posted receive to be cancelled in time.
 
 Progress sleeps. After an event, every turn of the loop advances UCX for at most ``_TURN_S``, until ``_LINGER_STEPS``
-steps in a row (some 50 µs) brought nothing; then the worker is armed and its event descriptor wakes the loop. That is
-counted in steps, not in time: a process that had to wait for a core has not looked yet. The heartbeat covers
+steps in a row (less than 0.1 ms) brought nothing; then the worker is armed and its event descriptor wakes the loop.
+That is counted in steps, not in time: a process that had to wait for a core has not looked yet. The heartbeat covers
 transports that raise no event, as UCX allows.
 """
 
@@ -22,8 +22,8 @@ from common.tensors.memory import ByteRange
 from common.tensors.settings import LIBRARY_ENVIRONMENT, context_options
 
 _TURN_S = 0.001
-_BARREN_STEPS = 16
-_LINGER_STEPS = 32
+_BARREN_STEPS = 64
+_LINGER_STEPS = 192
 _HEARTBEAT_S = 1.0
 _HEARTBEAT_IN_FLIGHT_S = 0.05
 
@@ -206,8 +206,21 @@ class Engine:
             self._sleeping = False
             self._loop.remove_reader(self._descriptor)
 
-    def wake(self) -> None:
-        """Something will be answered soon: look actively for a while before sleeping."""
+    def look(self, until: Callable[[], bool]) -> None:
+        """Advance at once, without a turn of the event loop: a near answer is here in less time than that takes.
+
+        Ends when ``until`` holds, nothing came in ``_LINGER_STEPS`` steps, or a turn's time is over. What is left is
+        done in the turns that follow.
+        """
+        ends_s = perf_counter() + _TURN_S
+        self._barren = 0
+        while self._barren < _LINGER_STEPS:
+            if self._step():
+                self._barren = 0
+                if until() or perf_counter() > ends_s:
+                    break
+            else:
+                self._barren += 1
         self._barren = 0
         self._schedule()
 
@@ -228,6 +241,7 @@ class Engine:
         if self.closed:
             return
         self._rouse()
+        self._hand_on()  # making an endpoint advances UCX as well, and may have brought something in
         begun_s = perf_counter()
         pause_at = self._barren + _BARREN_STEPS
         while self._barren < pause_at:
@@ -246,14 +260,19 @@ class Engine:
 
     def _step(self) -> bool:
         """One step of UCX, with what it brought handed on. Whether anything happened."""
-        moved: bool = self._worker.progress_once()
-        probe = self._worker.tag_probe(self._any_tag, self._any_mask, remove=True)
-        if probe.matched:
-            self._on_arrival(Arrival(probe))
-            moved = True
-        if self._requests and moved:
+        if not self._worker.progress_once():
+            return False
+        self._hand_on()
+        if self._requests:
             self._complete()
-        return moved
+        return True
+
+    def _hand_on(self) -> None:
+        while not self.closed:
+            probe = self._worker.tag_probe(self._any_tag, self._any_mask, remove=True)
+            if not probe.matched:
+                return
+            self._on_arrival(Arrival(probe))
 
     def _complete(self) -> None:
         finished = [entry for entry in self._requests if entry[0].completed]

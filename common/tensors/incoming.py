@@ -36,7 +36,13 @@ class Fetch:
         self._loop = loop
         self._missing = set(range(piece_count(ref.size_bytes, piece_bytes)))
         self._idle: asyncio.Event | None = None
-        self._timer = loop.call_at(deadline, self._expire)
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def wait(self) -> None:
+        """Until all of it is here. Raises what ``fail`` was given, or TensorFetchTimeout at the deadline."""
+        if not self.done.done():
+            self._timer = self._loop.call_at(self.deadline, self._expire)
+        await self.done
 
     def place(self, piece: int, size_bytes: int) -> ByteRange | None:
         """Where an arriving piece goes, or None where it is not wanted: too late, twice, or of the wrong size."""
@@ -82,7 +88,8 @@ class Fetch:
 
     def stop(self) -> None:
         """No more pieces are wanted."""
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if not self.done.cancel() and not self.done.cancelled():
             self.done.exception()  # seen: it is not an error that nobody waits for it any more
 

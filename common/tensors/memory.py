@@ -70,16 +70,16 @@ class TensorBytes:
             raise TensorMismatch(f"{what} is on {tensor.device}: move it to the CPU or a CUDA device")
         if tensor.is_conj() or tensor.is_neg():
             raise TensorMismatch(f"{what} is a lazy conjugate or negative: pass {what}.resolve_conj().resolve_neg()")
-        self.tensor = tensor.detach()
-        self.size_bytes = tensor.numel() * tensor.element_size()
+        self.tensor = tensor.detach() if tensor.requires_grad else tensor
+        self.size_bytes = tensor.nbytes
         self._flat: np.ndarray[tuple[int], np.dtype[np.uint8]] | None = None
         if tensor.device.type == "cpu":
-            self._flat = self.tensor.reshape(-1).view(torch.uint8).numpy()
+            self._flat = self.tensor.view(-1).view(torch.uint8).numpy()
 
     def range(self, start: int, stop: int) -> ByteRange:
         if self._flat is None:
             return CudaBytes(self.tensor, start, stop)
-        return self._flat[start:stop]
+        return self._flat if stop - start == self.size_bytes else self._flat[start:stop]
 
 
 def check_reference(ref: TensorRef) -> torch.dtype:

@@ -36,10 +36,12 @@ class ReceivePool:
         size = prod(shape) * dtype.itemsize
         if size < _SMALLEST_BYTES:
             return torch.empty(shape, dtype=dtype)
-        loan = self._buffer(size_class(size))[:size]
-        finalizer = weakref.finalize(loan, self._returned.append, _base(loan))
+        buffer = self._buffer(size_class(size))
+        loan = buffer[:size]
+        finalizer = weakref.finalize(loan, self._returned.append, buffer)
         finalizer.atexit = False
-        return torch.from_numpy(loan).view(dtype).reshape(shape)
+        flat = torch.from_numpy(loan)
+        return (flat if dtype is torch.uint8 else flat.view(dtype)).view(shape)
 
     def close(self) -> None:
         """Keep nothing more. Buffers still lent are freed when their tensors are."""
@@ -68,10 +70,3 @@ def size_class(size_bytes: int) -> int:
     """``size_bytes`` rounded up, by at most a quarter, so that tensors of nearly one size share buffers."""
     step = 1 << max(12, (size_bytes - 1).bit_length() - 3)
     return -(-size_bytes // step) * step
-
-
-def _base(loan: Buffer) -> Buffer:
-    base = loan.base
-    if not isinstance(base, np.ndarray):
-        raise TypeError("a loan is a view of a pooled buffer")
-    return base

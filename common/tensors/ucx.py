@@ -39,6 +39,7 @@ from common.tensors.wire import (
     unpack_id,
 )
 
+DEFAULT_STRIPE_BYTES = 32 << 20
 _CONTROL = frozenset((Kind.FETCH, Kind.UNKNOWN, Kind.TAKEN, Kind.RELEASE))
 _SETTLE_S = 0.2
 _DRAIN_S = 0.5
@@ -53,7 +54,7 @@ class UcxTensors:
         owner: str,
         *,
         device: torch.device | str = "cpu",
-        stripe_bytes: int = 32 << 20,
+        stripe_bytes: int = DEFAULT_STRIPE_BYTES,
         max_exported_bytes: int | None = None,
         keep_receive_bytes: int = 512 << 20,
     ) -> None:
@@ -80,7 +81,7 @@ class UcxTensors:
         owner: str,
         *,
         device: torch.device | str = "cpu",
-        stripe_bytes: int = 32 << 20,
+        stripe_bytes: int = DEFAULT_STRIPE_BYTES,
         max_exported_bytes: int | None = None,
         keep_receive_bytes: int = 512 << 20,
     ) -> Self:
@@ -231,18 +232,15 @@ class UcxTensors:
         try:
             peer = self._engine.peer(ref.address)
             fetch.peer = peer
+            remaining_s = fetch.deadline - self._loop.time()
             request = FetchRequest(
-                tensor_id=ref.tensor_id,
-                size_bytes=ref.size_bytes,
-                piece_bytes=fetch.piece_bytes,
-                remaining_s=fetch.deadline - self._loop.time(),
-                connection=peer.connection,
-                address=self._engine.address,
+                ref.tensor_id, ref.size_bytes, fetch.piece_bytes, remaining_s, peer.connection, self._engine.address
             )
             self._fetches[fetch_id] = fetch
             self._engine.send(peer, request.pack(), tag_of(Kind.FETCH, fetch_id), fetch.requested)
-            self._engine.wake()
-            await fetch.done
+            if len(self._fetches) == 1:
+                self._engine.look(fetch.done.done)
+            await fetch.wait()
         except PeerGone as error:
             raise TensorOwnerLost(ref, f"its owner is gone ({error})") from error
         finally:

@@ -5,8 +5,8 @@ number is the fetcher's, fresh for every fetch, so that a piece of an older one 
 """
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 MAXIMUM_PIECES = 1 << 16
 MAXIMUM_CONTROL_BYTES = 1 << 16
@@ -36,8 +36,7 @@ def read_tag(tag: int) -> tuple[int, int, int]:
     return tag >> (_FETCH_BITS + _PIECE_BITS), tag >> _PIECE_BITS & _FETCH_MASK, tag & _PIECE_MASK
 
 
-@dataclass(frozen=True, slots=True)
-class FetchRequest:
+class FetchRequest(NamedTuple):
     """Ask for ``size_bytes`` of ``tensor_id`` in pieces of ``piece_bytes``, the last one shorter.
 
     ``address`` is the fetcher's worker address. ``connection`` counts how often the fetcher has begun anew with this
