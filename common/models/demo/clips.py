@@ -233,12 +233,14 @@ def _triangle_distance(x: Plane, y: Plane, radius: Plane) -> Plane:
 
 def _star_distance(x: Plane, y: Plane, radius: Plane) -> Plane:
     """Five points, one of them up: the plane is folded onto one half of one point, then one edge remains."""
-    size = radius * np.float32(1.25)
-    x, y = np.abs(x), -y
+    size: Plane = radius * np.float32(1.25)
+    across: Plane = np.abs(x)
+    x, y = across, -y
     normal_x, normal_y = np.float32(math.cos(math.radians(36))), np.float32(-math.sin(math.radians(36)))
     for _ in range(2):  # each fold mirrors what lies more than 36 degrees off the vertical; two reach the lowest point
-        beyond = 2 * np.maximum(x * normal_x + y * normal_y, np.float32(0), dtype=np.float32)
-        x, y = np.abs(x - beyond * normal_x), y - beyond * normal_y
+        beyond: Plane = np.maximum(x * normal_x + y * normal_y, np.float32(0)) * np.float32(2)
+        folded: Plane = np.abs(x - beyond * normal_x)
+        x, y = folded, y - beyond * normal_y
     corner_x, corner_y = 0.5 * math.sin(math.radians(36)), 0.5 * math.cos(math.radians(36))
     length = math.hypot(corner_x, 1 - corner_y)
     edge_x, edge_y = np.float32((1 - corner_y) / length), np.float32(corner_x / length)

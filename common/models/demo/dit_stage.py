@@ -99,7 +99,9 @@ def train_dit(
         noise = torch.randn(latents.shape, generator=generator).to(device)
 
         def velocity(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            return models.dit(noisy, timesteps, states, mask, fps=FPS, height=bucket.height, width=bucket.width)
+            size = {"height": bucket.height, "width": bucket.width}
+            predicted: Tensor = models.dit(noisy, timesteps, states, mask, fps=FPS, **size)
+            return predicted
 
         return flow.training_losses(velocity, latents.to(device), times, noise).mean()
 

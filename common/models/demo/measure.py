@@ -216,8 +216,7 @@ def _drift(track: Track, action: Action | None) -> float:
 
 def _line(values: Floats) -> Floats:
     time = np.arange(len(values))
-    fitted: Floats = np.polyval(np.polyfit(time, values, 1), time)
-    return fitted
+    return np.polyval(np.polyfit(time, values, 1), time).astype(np.float64)
 
 
 def _residual(values: Floats) -> float:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.multiprocessing import start_processes
+from torch.multiprocessing.spawn import start_processes
 
 from common.models.demo.card import write_card
 from common.models.demo.dataset import EncodedBucket, encode_buckets, latent_statistics
@@ -51,7 +51,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     count = options.workers or (1 if options.device != "cpu" else min(8, len(os.sched_getaffinity(0))))
     with tempfile.TemporaryDirectory() as meeting:
-        start_processes(_work, (count, Path(meeting) / "meeting", options), nprocs=count, start_method="spawn")
+        start_processes(_work, (count, Path(meeting) / "meeting", options), nprocs=count, start_method="spawn")  # type: ignore[no-untyped-call]
 
 
 def _work(rank: int, count: int, meeting: Path, options: argparse.Namespace) -> None:

@@ -105,7 +105,7 @@ class LatentPool:
     def _encode(spatial: SpatialVAE, video: Tensor) -> tuple[Tensor, Tensor]:
         latent = spatial.encode(video.to(next(spatial.parameters()).device)).cpu()
         weights = F.avg_pool2d(_frame_weights(video), kernel_size=video.shape[-1] // latent.shape[-1])
-        return latent, weights.unflatten(0, (video.shape[0], -1)).transpose(1, 2)
+        return latent, weights.view(video.shape[0], -1, *weights.shape[1:]).transpose(1, 2)
 
     def draw(self, rng: np.random.Generator, positions: int) -> tuple[Tensor, Tensor]:
         """(latents [B, C, T, h, w], weights [B, 1, T, h, w]) of about `positions` places in all."""
