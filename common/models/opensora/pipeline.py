@@ -18,7 +18,6 @@ from common.models.opensora.loading import fetch, load_stdit3, load_vae, read_va
 from common.models.opensora.rectified_flow import RectifiedFlow
 from common.models.opensora.spec import VideoModelSpec
 from common.models.opensora.stdit3 import PreparedText
-from common.models.opensora.text import TextEncoder
 
 # The frame rate by which the published model knows a still picture.
 IMAGE_FPS = 120
@@ -51,10 +50,12 @@ class GeneratedVideo:
 class PromptEncoder:
     """The first phase: prompts to embeddings."""
 
-    max_batch = TextEncoder.max_batch
-
     def __init__(self, spec: VideoModelSpec, device: str | torch.device, dtype: torch.dtype = torch.float32) -> None:
+        # Here, not above: transformers takes seconds to import, and the other phases do not need it.
+        from common.models.opensora.text import TextEncoder
+
         self.max_tokens = spec.max_prompt_tokens
+        self.max_batch = TextEncoder.max_batch
         self._encoder = TextEncoder(spec.text_encoder, spec.max_prompt_tokens, device, dtype)
 
     def token_count(self, prompt: str) -> int:
