@@ -233,6 +233,7 @@ class Supervisor:
             return False
         finally:
             probe.signal(signal.SIGKILL)
+            await asyncio.wait({probe.ended}, timeout=_KILL_TIMEOUT_S)
 
 
 def tail(log: Path, lines: int = 15) -> str:
