@@ -125,7 +125,10 @@ def latent_statistics(encoded: list[EncodedBucket]) -> tuple[Tensor, Tensor]:
 
 
 class LatentBatches:
-    """Batches of about `tokens` tokens. Early steps draw mostly from the small, short clips, late ones by share."""
+    """Batches of about `tokens` tokens.
+
+    Most steps draw from the small, short clips, which show most captions for the work; the last ones by share.
+    """
 
     def __init__(self, encoded: list[EncodedBucket], tokens: int) -> None:
         self._encoded = encoded
@@ -137,7 +140,7 @@ class LatentBatches:
 
     def draw(self, rng: np.random.Generator, progress: float) -> tuple[Bucket, Tensor, list[Subject]]:
         """(bucket, normalised latents float32 [B, C, t, h, w], their subjects)."""
-        blend = min(1.0, progress / 0.5)
+        blend = 0.6 * max(0.0, (progress - 0.6) / 0.4)
         index = int(rng.choice(len(self._encoded), p=(1 - blend) * self._early + blend * self._late))
         chosen = self._encoded[index]
         count = min(max(4, self._tokens // chosen.bucket.tokens), len(chosen.subjects))

@@ -144,4 +144,6 @@ class Average:
         updates, values = state["updates"], state["values"]
         if not isinstance(updates, int) or not isinstance(values, dict):
             raise ValueError("a checkpoint's average must hold updates and values")
-        self.updates, self.values = updates, values
+        self.updates = updates
+        for name, value in values.items():
+            self.values[name].copy_(value)
