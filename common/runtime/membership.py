@@ -146,6 +146,12 @@ class MembershipView:
         finally:
             await heartbeats.stop()
 
+    def doubt(self, instance: str) -> None:
+        """It does not answer: take it for lost until its next life sign."""
+        incarnation, _ = self._heard_s.get(instance, ("", 0.0))
+        self._heard_s[instance] = (incarnation, float("-inf"))
+        self._update()
+
     async def _watch(self) -> None:
         async for change in self._bus.watch(MEMBERS):
             if not isinstance(change, Change):
@@ -204,7 +210,7 @@ class MembershipView:
         if record.incarnation != member.incarnation:
             return "restarted"
         if not self._alive(member, now_s):
-            return f"gave no sign of life for {self._timeout_s:g} s"
+            return f"does not answer, or gave no sign of life for {self._timeout_s:g} s"
         return ""
 
     def _tell(self, change: MemberChange) -> None:

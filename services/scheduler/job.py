@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from common.bus.errors import BusError, ObjectMissing, RemoteFailure
+from common.bus.errors import BusError, NobodyThere, ObjectMissing, RemoteFailure
 from common.bus.port import Bus
 from common.messages.failures import Failure, Stage
 from common.messages.subjects import (
@@ -18,6 +18,9 @@ from common.messages.subjects import (
     REVOKE_LEASE,
     VIDEO_FILES,
     VIDEO_TIMELINES,
+    Reply,
+    Request,
+    RequestSubject,
 )
 from common.messages.tensors import TensorRef
 from common.messages.video import (
@@ -47,7 +50,8 @@ class VideoJob:
     """One admitted job.
 
     Decisions are queued and carried out one after the other by ``run``; what comes of them goes to ``tell``, as
-    events for the policy. ``changed`` is called whenever the record has moved.
+    events for the policy. ``doubt`` is told of a worker that does not answer; ``changed`` is called whenever the record
+    has moved.
     """
 
     def __init__(
@@ -56,11 +60,13 @@ class VideoJob:
         record: VideoRecord,
         revision: int,
         tell: Callable[[event.Event], None],
+        doubt: Callable[[str], None],
         changed: Callable[[], None],
     ) -> None:
         self._bus = bus
         self._keeper = RecordKeeper(bus, record, revision)
         self._tell = tell
+        self._doubt = doubt
         self._changed = changed
         self._decisions: asyncio.Queue[decide.Decision] = asyncio.Queue()
         self._encoded: dict[int, PromptEncoded] = {}
@@ -126,7 +132,7 @@ class VideoJob:
             negative_prompt=self.record.request.negative_prompt,
         )
         try:
-            encoded = await self._bus.request(ENCODE_PROMPT, request, decision.encoder, deadline_s=ENCODE_DEADLINE_S)
+            encoded = await self._ask(ENCODE_PROMPT, request, decision.encoder, ENCODE_DEADLINE_S)
         except RemoteFailure as refusal:
             self.failure = refusal.failure
             self._failed(refusal.failure.message, refusal.failure.retryable, decision.attempt)
@@ -161,7 +167,7 @@ class VideoJob:
             negative=encoded.negative,
         )
         for member in decision.members:
-            await self._bus.request(GRANT_LEASE, lease, member, deadline_s=CONTROL_DEADLINE_S)
+            await self._ask(GRANT_LEASE, lease, member)
 
     async def _start_decoding(self, decision: decide.StartDecoding) -> None:
         await self._keeper.move(VideoState.DECODING, time.time())
@@ -173,7 +179,21 @@ class VideoJob:
             # One name for each epoch: a worker that was given up too early cannot overwrite its successor's file.
             object_name=f"{decision.job_id}/{decision.epoch}.mp4",
         )
-        await self._bus.request(DECODE_VIDEO, work, decision.instance, deadline_s=CONTROL_DEADLINE_S)
+        await self._ask(DECODE_VIDEO, work, decision.instance)
+
+    async def _ask(
+        self,
+        subject: RequestSubject[Request, Reply],
+        request: Request,
+        instance: str,
+        deadline_s: float = CONTROL_DEADLINE_S,
+    ) -> Reply:
+        """Ask a worker. One that is not there is not chosen again before it has given a sign of life."""
+        try:
+            return await self._bus.request(subject, request, instance, deadline_s=deadline_s)
+        except NobodyThere:
+            self._doubt(instance)
+            raise
 
     async def _complete(self) -> None:
         timeline = VideoTimeline(job_id=self.record.job_id, spans=tuple(self.spans))

@@ -71,6 +71,8 @@ class Scheduler:
         self._jobs: dict[str, VideoJob] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._unfinished: dict[str, VideoRecord] = {}
+        self._view = MembershipView(bus, settings.member_timeout_s, self._member_changed)
+        self._present: dict[str, str] = {}
         self._records_read = asyncio.Event()
         self._room = asyncio.Event()
         self._progress = ProgressReporter(policy)
@@ -90,8 +92,7 @@ class Scheduler:
                 tasks.create_task(self._watch_records(), name="watch-records"),
                 tasks.create_task(self._publish_progress(), name="publish-progress"),
             ]
-            view = MembershipView(self._bus, self._settings.member_timeout_s, self._member_changed)
-            async with view.running():
+            async with self._view.running():
                 await asyncio.wait_for(self._records_read.wait(), timeout=30.0)
                 await self._recover()
                 intake = [
@@ -163,7 +164,7 @@ class Scheduler:
                 revision = await self._bus.replace(VIDEO_RECORDS, job_id, record, revision)
             except WrongRevision:
                 return
-        job = VideoJob(self._bus, record, revision, self._tell, self._dirty.set)
+        job = VideoJob(self._bus, record, revision, self._tell, self._view.doubt, self._dirty.set)
         self._jobs[job_id] = job
         self._running[job_id] = self._tasks.create_task(self._run_job(job), name=job_id)
         request = record.request
@@ -235,6 +236,10 @@ class Scheduler:
 
     def _member_changed(self, change: MemberChange) -> None:
         member = change.member
+        if isinstance(change, MemberLost):
+            self._present.pop(member.instance, None)
+        else:
+            self._present[member.instance] = member.incarnation
         match change:
             case MemberJoined():
                 if member.service in (Service.ENCODER, Service.DIT, Service.VAE):
@@ -256,7 +261,8 @@ class Scheduler:
                 await cancel_decoding(self._bus, member.instance, None, everything)
             case _:
                 pass
-        self._tell(event.WorkerJoined(member.instance, member.service, member.slot))
+        if self._present.get(member.instance) == member.incarnation:
+            self._tell(event.WorkerJoined(member.instance, member.service, member.slot))
 
     async def _step_finished(self, report: StepFinished) -> None:
         job = self._jobs.get(report.job_id)

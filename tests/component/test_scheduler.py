@@ -103,11 +103,13 @@ class Stage:
         ended = entry.value.moved(VideoState.CANCELLED, time.time())
         await self.bus.replace(VIDEO_RECORDS, job_id, ended, entry.revision)
 
-    async def reaches(self, job_id: str, state: VideoState) -> VideoRecord:
+    async def reaches(self, job_id: str, state: VideoState, attempt: int = 1) -> VideoRecord:
+        """The record once it is in ``state``, in that attempt or a later one."""
         async with asyncio.timeout(WAIT_S):
             async for change in self.bus.watch(VIDEO_RECORDS, job_id):
-                if isinstance(change, Change) and change.value is not None and change.value.state is state:
-                    return change.value
+                record = change.value if isinstance(change, Change) else None
+                if record is not None and record.state is state and record.attempt >= attempt:
+                    return record
         raise AssertionError("the watch ended")
 
     async def complete(self, job_id: str) -> VideoRecord:
@@ -235,6 +237,20 @@ async def test_a_silent_worker_is_lost_after_the_timeout(nats_server: NatsServer
         # Its connection is gone, its record stands: as after a kill -9 that nobody cleaned up behind.
         await play.dit.bus.close()
         assert (await play.reaches("video_a", VideoState.ENCODING)).attempt == 2
+        async with played_worker(play.url, Service.DIT, 0) as other:
+            play.dit = other
+            assert (await play.complete("video_a")).attempt == 2
+
+
+async def test_a_worker_that_does_not_answer_is_not_asked_again_before_it_lives(nats_server: NatsServer) -> None:
+    async with stage(nats_server.url) as play:
+        # Killed this very moment: its record stands and its last life sign is fresh, but it hears nothing.
+        await play.dit.bus.close()
+        await play.submit("video_a")
+        await play.reaches("video_a", VideoState.ENCODING, attempt=2)
+        await asyncio.sleep(0.5)
+        record = (await play.bus.get(VIDEO_RECORDS, "video_a")).value
+        assert (record.state, record.attempt) == (VideoState.ENCODING, 2)
         async with played_worker(play.url, Service.DIT, 0) as other:
             play.dit = other
             assert (await play.complete("video_a")).attempt == 2
