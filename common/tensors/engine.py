@@ -5,7 +5,7 @@ only an announcement), and the handler decides where it goes, or that it goes no
 nobody waits for any more can land in memory: there is no posted receive to be cancelled in time.
 
 Progress sleeps. After an event, every turn of the loop advances UCX for at most ``_TURN_S``, until ``_LINGER_STEPS``
-steps in a row (less than 0.1 ms) brought nothing; then the worker is armed and its event descriptor wakes the loop.
+steps in a row (well under a millisecond) brought nothing; then the worker is armed and its event descriptor wakes the loop.
 That is counted in steps, not in time: a process that had to wait for a core has not looked yet. The heartbeat covers
 transports that raise no event, as UCX allows.
 """
@@ -22,8 +22,9 @@ from common.tensors.memory import ByteRange
 from common.tensors.settings import LIBRARY_ENVIRONMENT, context_options
 
 _TURN_S = 0.001
+_STARVING_S = 0.005
 _BARREN_STEPS = 64
-_LINGER_STEPS = 192
+_LINGER_STEPS = 1200
 _HEARTBEAT_S = 1.0
 _HEARTBEAT_IN_FLIGHT_S = 0.05
 
@@ -91,6 +92,7 @@ class Engine:
         self._turn_handle: asyncio.Handle | None = None
         self._heartbeat: asyncio.TimerHandle | None = None
         self._barren = 0
+        self._last_turn_s = perf_counter()
         self.closed = False
         self.address = bytes(self._worker.address)
         self._descriptor: int = self._worker.epoll_file_descriptor
@@ -224,6 +226,10 @@ class Engine:
         self._barren = 0
         self._schedule()
 
+    def starving(self) -> bool:
+        """Whether the event loop has not had a turn for long, because ``look`` found all that was wanted each time."""
+        return perf_counter() - self._last_turn_s > _STARVING_S
+
     def _schedule(self) -> None:
         if self._turn_handle is None and not self.closed:
             self._turn_handle = self._loop.call_soon(self._turn)
@@ -241,13 +247,14 @@ class Engine:
         if self.closed:
             return
         self._rouse()
+        self._last_turn_s = perf_counter()
         self._hand_on()  # making an endpoint advances UCX as well, and may have brought something in
-        begun_s = perf_counter()
+        ends_s = self._last_turn_s + _TURN_S
         pause_at = self._barren + _BARREN_STEPS
         while self._barren < pause_at:
             if self._step():
                 self._barren, pause_at = 0, _BARREN_STEPS
-                if self.closed or perf_counter() - begun_s > _TURN_S:
+                if self.closed or perf_counter() > ends_s:
                     break
             else:
                 self._barren += 1

@@ -1,12 +1,14 @@
 """A tensor's memory as UCX wants it: flat bytes, where they are, without a copy."""
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 
 from common.messages.tensors import TensorRef
 from common.tensors.errors import TensorMismatch
+
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
 def _dtypes() -> dict[str, torch.dtype]:
@@ -72,9 +74,16 @@ class TensorBytes:
             raise TensorMismatch(f"{what} is a lazy conjugate or negative: pass {what}.resolve_conj().resolve_neg()")
         self.tensor = tensor.detach() if tensor.requires_grad else tensor
         self.size_bytes = tensor.nbytes
-        self._flat: np.ndarray[tuple[int], np.dtype[np.uint8]] | None = None
+        self._flat: Bytes | None = None
         if tensor.device.type == "cpu":
             self._flat = self.tensor.view(-1).view(torch.uint8).numpy()
+
+    @classmethod
+    def over(cls, flat: Bytes, tensor: torch.Tensor) -> Self:
+        """Of a CPU tensor that was made over ``flat``: there is nothing to be checked."""
+        made = cls.__new__(cls)
+        made.tensor, made.size_bytes, made._flat = tensor, flat.nbytes, flat
+        return made
 
     def range(self, start: int, stop: int) -> ByteRange:
         if self._flat is None:

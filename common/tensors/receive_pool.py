@@ -12,8 +12,9 @@ from math import prod
 import numpy as np
 import torch
 
+from common.tensors.memory import Bytes, TensorBytes
+
 _SMALLEST_BYTES = 64 * 1024  # below this, the allocator's own reuse is as good
-Buffer = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
 class ReceivePool:
@@ -21,9 +22,9 @@ class ReceivePool:
 
     def __init__(self, keep_bytes: int) -> None:
         self._keep_bytes = keep_bytes
-        self._idle: dict[int, list[Buffer]] = {}
+        self._idle: dict[int, list[Bytes]] = {}
         self._idle_bytes = 0
-        self._returned: deque[Buffer] = deque()  # finalizers run on any thread: they only append here
+        self._returned: deque[Bytes] = deque()  # finalizers run on any thread: they only append here
         self._open = True
 
     @property
@@ -31,17 +32,17 @@ class ReceivePool:
         self._collect()
         return self._idle_bytes
 
-    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> TensorBytes:
         """An uninitialized CPU tensor, in memory touched before where there is some."""
         size = prod(shape) * dtype.itemsize
         if size < _SMALLEST_BYTES:
-            return torch.empty(shape, dtype=dtype)
+            return TensorBytes(torch.empty(shape, dtype=dtype))
         buffer = self._buffer(size_class(size))
         loan = buffer[:size]
         finalizer = weakref.finalize(loan, self._returned.append, buffer)
         finalizer.atexit = False
         flat = torch.from_numpy(loan)
-        return (flat if dtype is torch.uint8 else flat.view(dtype)).view(shape)
+        return TensorBytes.over(loan, (flat if dtype is torch.uint8 else flat.view(dtype)).view(shape))
 
     def close(self) -> None:
         """Keep nothing more. Buffers still lent are freed when their tensors are."""
@@ -50,7 +51,7 @@ class ReceivePool:
         self._idle.clear()
         self._idle_bytes = 0
 
-    def _buffer(self, size: int) -> Buffer:
+    def _buffer(self, size: int) -> Bytes:
         self._collect()
         idle = self._idle.get(size)
         if idle:

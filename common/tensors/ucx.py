@@ -10,6 +10,7 @@ How it stays sound when a process dies or stops: see ``docs/tensors.md``.
 
 import asyncio
 import secrets
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
@@ -33,10 +34,10 @@ from common.tensors.wire import (
     MAXIMUM_PIECES,
     FetchRequest,
     Kind,
-    pack_id,
+    pack_ids,
     read_tag,
     tag_of,
-    unpack_id,
+    unpack_ids,
 )
 
 DEFAULT_STRIPE_BYTES = 32 << 20
@@ -44,6 +45,7 @@ _CONTROL = frozenset((Kind.FETCH, Kind.UNKNOWN, Kind.TAKEN, Kind.RELEASE))
 _SETTLE_S = 0.2
 _DRAIN_S = 0.5
 _RELEASE_S = 1.0
+_MAXIMUM_NOTED = 64
 
 
 class UcxTensors:
@@ -71,6 +73,8 @@ class UcxTensors:
         self._pool = ReceivePool(keep_receive_bytes)
         self._fetches: dict[int, Fetch] = {}
         self._next_fetch = secrets.randbits(39)
+        self._taken: dict[Peer, list[int]] = {}
+        self._taken_timer: asyncio.Handle | None = None
         self._lease_timer: asyncio.TimerHandle | None = None
         self._engine = Engine(self._arrived, self._peer_lost)
         self._outgoing = Outgoing(self._engine, self._loop)
@@ -171,7 +175,7 @@ class UcxTensors:
         sent: asyncio.Future[None] = self._loop.create_future()
         try:
             peer = self._engine.peer(ref.address)
-            self._engine.send(peer, pack_id(ref.tensor_id), tag_of(Kind.RELEASE), lambda _: _resolve(sent))
+            self._engine.send(peer, pack_ids([ref.tensor_id]), tag_of(Kind.RELEASE), lambda _: _resolve(sent))
             async with asyncio.timeout(_RELEASE_S):
                 await sent
         except (PeerGone, TimeoutError):
@@ -198,23 +202,22 @@ class UcxTensors:
         deadline = self._loop.time() + deadline_s
         dtype = check_reference(ref)
         if into is None:
-            target = self._allocate(ref, dtype, self._device if device is None else torch.device(device))
+            memory = self._allocate(ref, dtype, self._device if device is None else torch.device(device))
         else:
             check_destination(ref, dtype, into)
-            target = into
-        memory = TensorBytes(target, "into")
+            memory = TensorBytes(into, "into")
         if ref.address == self._engine.address:
             await self._fetch_own(ref, memory)
-            return target
-        piece_bytes = max(self._stripe_bytes, -(-ref.size_bytes // MAXIMUM_PIECES))
-        fetch = Fetch(ref, memory, piece_bytes, deadline, self._loop)
-        await self._fetch_from_peer(fetch, settle=into is not None)
-        return target
+        else:
+            piece_bytes = max(self._stripe_bytes, -(-ref.size_bytes // MAXIMUM_PIECES))
+            fetch = Fetch(ref, memory, piece_bytes, deadline, self._loop)
+            await self._fetch_from_peer(fetch, settle=into is not None)
+        return memory.tensor if into is None else into
 
-    def _allocate(self, ref: TensorRef, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def _allocate(self, ref: TensorRef, dtype: torch.dtype, device: torch.device) -> TensorBytes:
         if device.type == "cpu":
-            return self._pool.tensor(ref.shape, dtype)
-        return torch.empty(ref.shape, dtype=dtype, device=device)
+            return self._pool.take(ref.shape, dtype)
+        return TensorBytes(torch.empty(ref.shape, dtype=dtype, device=device))
 
     async def _fetch_own(self, ref: TensorRef, memory: TensorBytes) -> None:
         export = self._exports.find(ref.tensor_id, self._loop.time())
@@ -232,9 +235,14 @@ class UcxTensors:
         try:
             peer = self._engine.peer(ref.address)
             fetch.peer = peer
-            remaining_s = fetch.deadline - self._loop.time()
             request = FetchRequest(
-                ref.tensor_id, ref.size_bytes, fetch.piece_bytes, remaining_s, peer.connection, self._engine.address
+                ref.tensor_id,
+                ref.size_bytes,
+                fetch.piece_bytes,
+                fetch.deadline - self._loop.time(),
+                peer.connection,
+                self._engine.address,
+                tuple(self._taken.pop(peer, ())),
             )
             self._fetches[fetch_id] = fetch
             self._engine.send(peer, request.pack(), tag_of(Kind.FETCH, fetch_id), fetch.requested)
@@ -248,11 +256,28 @@ class UcxTensors:
             self._fetches.pop(fetch_id, None)
             if settle and fetch.receiving:
                 await self._settle(fetch)
-        self._say_taken(peer, ref)
+        self._note_taken(peer, ref.tensor_id)
+        if self._engine.starving():
+            await asyncio.sleep(0)
 
-    def _say_taken(self, peer: Peer, ref: TensorRef) -> None:
+    def _note_taken(self, peer: Peer, tensor_id: int) -> None:
+        """Have it said with the next fetch from that owner, or in the loop's next turn, whichever is first."""
+        noted = self._taken.setdefault(peer, [])
+        noted.append(tensor_id)
+        if len(noted) >= _MAXIMUM_NOTED:
+            self._say_taken(peer)
+        elif self._taken_timer is None:
+            self._taken_timer = self._loop.call_soon(self._say_all_taken)
+
+    def _say_all_taken(self) -> None:
+        self._taken_timer = None
+        for peer in list(self._taken):
+            self._say_taken(peer)
+
+    def _say_taken(self, peer: Peer) -> None:
+        tensor_ids = self._taken.pop(peer)
         try:
-            self._engine.send(peer, pack_id(ref.tensor_id), tag_of(Kind.TAKEN), lambda _: None)
+            self._engine.send(peer, pack_ids(tensor_ids), tag_of(Kind.TAKEN), lambda _: None)
         except PeerGone:
             return  # the owner died after its bytes had arrived: nothing is left to be counted
 
@@ -288,13 +313,16 @@ class UcxTensors:
     def _control(self, kind: int, fetch_id: int, data: bytes) -> None:
         try:
             if kind == Kind.FETCH:
-                self._serve(fetch_id, FetchRequest.unpack(data))
+                request = FetchRequest.unpack(data)
+                self._count(request.taken)  # first: the tensor asked for may be one whose last use that was
+                self._serve(fetch_id, request)
             elif kind == Kind.UNKNOWN and (fetch := self._fetches.get(fetch_id)) is not None:
                 fetch.fail(TensorUnknown(fetch.ref))
             elif kind == Kind.TAKEN:
-                self._exports.taken(unpack_id(data))
+                self._count(unpack_ids(data))
             elif kind == Kind.RELEASE:
-                self._exports.drop(unpack_id(data))
+                for tensor_id in unpack_ids(data):
+                    self._exports.drop(tensor_id)
         except ValueError:
             return  # not of our making, or of another version: its sender's deadline tells it
 
@@ -303,6 +331,10 @@ class UcxTensors:
         if export is not None and export.memory.size_bytes != request.size_bytes:
             export = None
         self._outgoing.answer(fetch_id, request, export)
+
+    def _count(self, tensor_ids: Iterable[int]) -> None:
+        for tensor_id in tensor_ids:
+            self._exports.taken(tensor_id)
 
     def _peer_lost(self, peer: Peer) -> None:
         for fetch in list(self._fetches.values()):
@@ -321,9 +353,11 @@ class UcxTensors:
             return
         for fetch in list(self._fetches.values()):
             fetch.fail(TensorsClosed(f"the tensors of {self.owner} were closed"))
+        self._say_all_taken()
         self._exports.clear()
-        if self._lease_timer is not None:
-            self._lease_timer.cancel()
+        for timer in (self._lease_timer, self._taken_timer):
+            if timer is not None:
+                timer.cancel()
         await self._outgoing.close()
         await self._engine.close(self._loop.time() + _DRAIN_S)
         self._pool.close()

@@ -5,6 +5,7 @@ number is the fetcher's, fresh for every fetch, so that a piece of an older one 
 """
 
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -14,8 +15,8 @@ _FETCH_BITS = 40
 _PIECE_BITS = 16
 _FETCH_MASK = (1 << _FETCH_BITS) - 1
 _PIECE_MASK = (1 << _PIECE_BITS) - 1
-_HEAD = struct.Struct("<BQQQdI")
-_ID = struct.Struct("<Q")
+_HEAD = struct.Struct("<BHQQQdI")
+_ID_BYTES = 8
 _VERSION = 1
 
 
@@ -23,7 +24,7 @@ class Kind(IntEnum):
     FETCH = 1  # fetcher to owner: send me this tensor
     PIECE = 2  # owner to fetcher: bytes of it
     UNKNOWN = 3  # owner to fetcher: there is no such tensor
-    TAKEN = 4  # fetcher to owner: all bytes are here, count one use
+    TAKEN = 4  # fetcher to owner: all bytes of these are here, count one use of each
     RELEASE = 5  # anybody to owner: forget it
 
 
@@ -41,7 +42,8 @@ class FetchRequest(NamedTuple):
 
     ``address`` is the fetcher's worker address. ``connection`` counts how often the fetcher has begun anew with this
     owner: a higher number than before tells it that its own endpoint leads to nowhere. ``remaining_s`` is what is left
-    of the fetcher's deadline: after it, nobody reads the tensor.
+    of the fetcher's deadline: after it, nobody reads the tensor. ``taken`` says what TAKEN would: a fetcher that asks
+    for the next tensor at once needs no message of its own for the one before.
     """
 
     tensor_id: int
@@ -50,34 +52,42 @@ class FetchRequest(NamedTuple):
     remaining_s: float
     connection: int
     address: bytes
+    taken: tuple[int, ...] = ()
 
     def pack(self) -> bytes:
         head = _HEAD.pack(
-            _VERSION, self.tensor_id, self.size_bytes, self.piece_bytes, self.remaining_s, self.connection
+            _VERSION,
+            len(self.address),
+            self.tensor_id,
+            self.size_bytes,
+            self.piece_bytes,
+            self.remaining_s,
+            self.connection,
         )
-        return head + self.address
+        return head + self.address + pack_ids(self.taken)
 
     @classmethod
     def unpack(cls, data: bytes) -> "FetchRequest":
         """Raises ValueError where ``data`` is not a request of this version."""
         if len(data) <= _HEAD.size or data[0] != _VERSION:
             raise ValueError(f"not a fetch request of version {_VERSION}")
-        _, tensor_id, size_bytes, piece_bytes, remaining_s, connection = _HEAD.unpack_from(data)
+        _, length, tensor_id, size_bytes, piece_bytes, remaining_s, connection = _HEAD.unpack_from(data)
         if piece_bytes < 1 or piece_count(size_bytes, piece_bytes) > MAXIMUM_PIECES:
             raise ValueError(f"{size_bytes} bytes in pieces of {piece_bytes}")
-        return cls(tensor_id, size_bytes, piece_bytes, remaining_s, connection, data[_HEAD.size :])
+        end = _HEAD.size + length
+        address, taken = data[_HEAD.size : end], unpack_ids(data[end:])
+        return cls(tensor_id, size_bytes, piece_bytes, remaining_s, connection, address, taken)
 
 
-def pack_id(tensor_id: int) -> bytes:
-    return _ID.pack(tensor_id)
+def pack_ids(tensor_ids: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(tensor_ids)}Q", *tensor_ids) if tensor_ids else b""
 
 
-def unpack_id(data: bytes) -> int:
-    """Raises ValueError where ``data`` is no identifier."""
-    if len(data) != _ID.size:
-        raise ValueError(f"a tensor's identifier has {_ID.size} bytes, not {len(data)}")
-    number: int = _ID.unpack(data)[0]
-    return number
+def unpack_ids(data: bytes) -> tuple[int, ...]:
+    """Raises ValueError where ``data`` is not a run of identifiers."""
+    if len(data) % _ID_BYTES:
+        raise ValueError(f"identifiers have {_ID_BYTES} bytes each, together not {len(data)}")
+    return struct.unpack(f"<{len(data) // _ID_BYTES}Q", data) if data else ()
 
 
 def piece_count(size_bytes: int, piece_bytes: int) -> int:
