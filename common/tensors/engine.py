@@ -5,7 +5,8 @@ only an announcement), and the handler decides where it goes, or that it goes no
 nobody waits for any more can land in memory: there is no posted receive to be cancelled in time.
 
 Progress sleeps. After an event, every turn of the loop advances UCX for at most ``_TURN_S``, until ``_LINGER_STEPS``
-steps in a row (well under a millisecond) brought nothing; then the worker is armed and its event descriptor wakes the loop.
+steps in a row (well under a millisecond) brought nothing; then the worker is armed and its event descriptor wakes the
+loop.
 That is counted in steps, not in time: a process that had to wait for a core has not looked yet. The heartbeat covers
 transports that raise no event, as UCX allows.
 """
