@@ -22,7 +22,7 @@ from common.tensors.errors import TensorsClosed
 from common.tensors.memory import ByteRange
 from common.tensors.settings import LIBRARY_ENVIRONMENT, context_options
 
-_TURN_S = 0.001
+_TURN_S = 0.002
 _STARVING_S = 0.005
 _BARREN_STEPS = 64
 _LINGER_STEPS = 1200
@@ -128,6 +128,10 @@ class Engine:
         self._peers[address] = fresh
         self._connections[address] = number
         return fresh
+
+    def knows(self, address: bytes) -> bool:
+        """Whether there is an endpoint for ``address`` from before."""
+        return address in self._peers
 
     def break_off(self, peer: Peer) -> None:
         """Close the endpoint at once. What was in flight on it ends with an error in one of the next turns."""

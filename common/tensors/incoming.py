@@ -20,12 +20,12 @@ class Fetch:
     def __init__(
         self,
         ref: TensorRef,
-        memory: TensorBytes,
+        memory: TensorBytes | None,
         piece_bytes: int,
         deadline: float,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        """``deadline`` is in the loop's time."""
+        """``deadline`` is in the loop's time. ``memory`` may be given later, before the first piece can arrive."""
         self.ref = ref
         self.memory = memory
         self.piece_bytes = piece_bytes
@@ -46,7 +46,8 @@ class Fetch:
 
     def place(self, piece: int, size_bytes: int) -> ByteRange | None:
         """Where an arriving piece goes, or None where it is not wanted: too late, twice, or of the wrong size."""
-        if self.done.done() or piece not in self._missing or self._loop.time() >= self.deadline:
+        unwanted = self.done.done() or piece not in self._missing or self._loop.time() >= self.deadline
+        if unwanted or self.memory is None:
             return None
         start, stop = piece_range(self.ref.size_bytes, self.piece_bytes, piece)
         return self.memory.range(start, stop) if stop - start == size_bytes else None
@@ -80,10 +81,11 @@ class Fetch:
             self.done.set_exception(error)
 
     def _expire(self) -> None:
-        state = "the owner did not answer" if self._nothing_came() else "only a part of it came"
+        state = "the owner did not answer" if self.nothing_came() else "only a part of it came"
         self.fail(TensorFetchTimeout(self.ref, f"{state} by the deadline; is the owner alive and not blocked?"))
 
-    def _nothing_came(self) -> bool:
+    def nothing_came(self) -> bool:
+        """Whether no piece has begun to arrive."""
         return len(self._missing) == piece_count(self.ref.size_bytes, self.piece_bytes)
 
     def stop(self) -> None:

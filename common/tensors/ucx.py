@@ -201,17 +201,17 @@ class UcxTensors:
         self._check_open()
         deadline = self._loop.time() + deadline_s
         dtype = check_reference(ref)
-        if into is None:
-            memory = self._allocate(ref, dtype, self._device if device is None else torch.device(device))
-        else:
+        target = self._device if device is None else torch.device(device)
+        memory: TensorBytes | None = None
+        if into is not None:
             check_destination(ref, dtype, into)
             memory = TensorBytes(into, "into")
-        if ref.address == self._engine.address:
+        elif target.type != "cpu" or ref.address == self._engine.address or not self._pool.has_ready(ref.size_bytes):
+            memory = self._allocate(ref, dtype, target)
+        if ref.address == self._engine.address and memory is not None:
             await self._fetch_own(ref, memory)
         else:
-            piece_bytes = max(self._stripe_bytes, -(-ref.size_bytes // MAXIMUM_PIECES))
-            fetch = Fetch(ref, memory, piece_bytes, deadline, self._loop)
-            await self._fetch_from_peer(fetch, settle=into is not None)
+            memory = await self._fetch_from_peer(ref, memory, dtype, deadline, settle=into is not None)
         return memory.tensor if into is None else into
 
     def _allocate(self, ref: TensorRef, dtype: torch.dtype, device: torch.device) -> TensorBytes:
@@ -226,12 +226,27 @@ class UcxTensors:
         await copy_in_slices(memory.tensor, export.memory.tensor)
         self._exports.taken(ref.tensor_id)
 
-    async def _fetch_from_peer(self, fetch: Fetch, *, settle: bool) -> None:
+    async def _fetch_from_peer(
+        self, ref: TensorRef, memory: TensorBytes | None, dtype: torch.dtype, deadline: float, *, settle: bool
+    ) -> TensorBytes:
+        piece_bytes = max(self._stripe_bytes, -(-ref.size_bytes // MAXIMUM_PIECES))
+        from_before = self._engine.knows(ref.address)
+        fetch = Fetch(ref, memory, piece_bytes, deadline, self._loop)
+        try:
+            return await self._fetch_once(fetch, dtype, settle=settle)
+        except TensorOwnerLost:
+            # An endpoint from before may have died unnoticed, with its owner alive: it cut off a reader that stood
+            # still. As long as nothing has come, a fresh one can be tried.
+            if not from_before or not fetch.nothing_came() or self._loop.time() >= deadline:
+                raise
+        return await self._fetch_once(Fetch(ref, memory, piece_bytes, deadline, self._loop), dtype, settle=settle)
+
+    async def _fetch_once(self, fetch: Fetch, dtype: torch.dtype, *, settle: bool) -> TensorBytes:
         fetch_id = self._next_fetch = (self._next_fetch + 1) % (1 << 40)
-        ref = fetch.ref
-        if fetch.memory.tensor.device.type == "cuda":
+        ref, memory = fetch.ref, fetch.memory
+        if memory is not None and memory.tensor.device.type == "cuda":
             # Kernels that still use the destination must be done before another process writes to it.
-            await asyncio.to_thread(torch.cuda.current_stream(fetch.memory.tensor.device).synchronize)
+            await asyncio.to_thread(torch.cuda.current_stream(memory.tensor.device).synchronize)
         try:
             peer = self._engine.peer(ref.address)
             fetch.peer = peer
@@ -246,6 +261,9 @@ class UcxTensors:
             )
             self._fetches[fetch_id] = fetch
             self._engine.send(peer, request.pack(), tag_of(Kind.FETCH, fetch_id), fetch.requested)
+            if memory is None:
+                # While the request is on its way. Nothing arrives before UCX is advanced again.
+                memory = fetch.memory = self._pool.take(ref.shape, dtype)
             if len(self._fetches) == 1:
                 self._engine.look(fetch.done.done)
             await fetch.wait()
@@ -259,6 +277,7 @@ class UcxTensors:
         self._note_taken(peer, ref.tensor_id)
         if self._engine.starving():
             await asyncio.sleep(0)
+        return memory
 
     def _note_taken(self, peer: Peer, tensor_id: int) -> None:
         """Have it said with the next fetch from that owner, or in the loop's next turn, whichever is first."""
