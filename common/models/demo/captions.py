@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.models.demo.clips import Action, Pace, Scale, Shape, Subject
+from common.models.demo.clips import Action, Scale, Shape, Subject
 
 _HELD_OUT_EVERY = 5
 
@@ -125,7 +125,6 @@ _SCALE_WORDS: dict[Scale, tuple[str, ...]] = {
     Scale.SMALL: ("small", "little", "tiny"),
     Scale.BIG: ("big", "large", "huge"),
 }
-_PACE_WORDS: dict[Pace, tuple[str, ...]] = {Pace.SLOW: ("slowly",), Pace.FAST: ("quickly", "fast")}
 _FILLERS = ("nice", "bright", "beautiful", "shiny", "plain", "lovely", "clean", "single")
 _LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 
@@ -160,8 +159,6 @@ def caption(subject: Subject, wording: Wording, rng: np.random.Generator, made_u
     made_up_words: how often a word without meaning stands among the others.
     """
     verb = _VERBS[subject.action][wording.verb][wording.finite]
-    if subject.pace is not Pace.NORMAL:
-        verb = f"{verb} {_choose(rng, _PACE_WORDS[subject.pace])}"
     frame = (DOES_FRAMES if wording.finite else DOING_FRAMES)[wording.frame]
     return frame.format(subject=_noun_phrase(subject, rng, made_up_words), verb=verb)
 
@@ -189,8 +186,7 @@ def plain_caption(subject: Subject) -> str:
     """The canonical sentence: "a red circle moving right"."""
     words = [word for word in (_first(_SCALE_WORDS.get(subject.scale)), subject.colour, str(subject.shape)) if word]
     verb = _VERBS[subject.action][0][0]
-    pace = _first(_PACE_WORDS.get(subject.pace))
-    return " ".join(word for word in (_article(words[0]), *words, verb, pace) if word)
+    return " ".join((_article(words[0]), *words, verb))
 
 
 def _noun_phrase(subject: Subject, rng: np.random.Generator, made_up_words: float) -> str:

@@ -30,7 +30,7 @@ Stored in half precision, {megabytes:.1f} MB in all.
 
 - Colours: {colours}. Shapes: {shapes}.
 - Actions: moving right, left, up or down; growing; shrinking; bouncing; spinning (a spinning circle bears a bar).
-- "small" and "big", "slowly" and "quickly" are understood where they make sense.
+- "small" and "big" are understood, but not of what grows or shrinks.
 - Sizes {sizes}; {frames} frames, made for {fps} a second.
 
 Examples: "a red circle moving right", "an animation of a big blue star spinning", "the green square bounces".

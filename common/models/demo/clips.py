@@ -42,12 +42,6 @@ class Scale(StrEnum):
     BIG = "big"
 
 
-class Pace(StrEnum):
-    SLOW = "slow"
-    NORMAL = "normal"
-    FAST = "fast"
-
-
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (226, 48, 48),
     "orange": (245, 140, 28),
@@ -59,7 +53,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (240, 240, 240),
 }
 BACKGROUNDS: tuple[tuple[int, int, int], ...] = ((40, 41, 46), (30, 36, 54), (28, 46, 48), (50, 40, 40))
-SIZES: tuple[tuple[int, int], ...] = ((64, 64), (96, 64), (64, 96), (96, 96), (128, 96), (96, 128), (128, 128))
+SIZES: tuple[tuple[int, int], ...] = ((64, 64), (96, 64), (64, 96), (128, 128))
 """(width, height) in pixels."""
 FRAME_COUNTS: tuple[int, ...] = (16, 24, 32)
 FPS = 8
@@ -73,9 +67,8 @@ MOVES: dict[Action, tuple[int, int]] = {
 
 BOUNCES = 2
 """Hops in one clip, however long it is."""
-SPIN_DEGREES_PER_FRAME = 9.0
+SPIN_DEGREES_PER_FRAME = 6.0
 RADIUS_OF_MIN_SIDE = {Scale.SMALL: 0.175, Scale.NORMAL: 0.22, Scale.BIG: 0.265}
-PACE_FACTOR = {Pace.SLOW: 0.62, Pace.NORMAL: 1.0, Pace.FAST: 1.3}
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,6 @@ class Subject:
     shape: Shape
     action: Action
     scale: Scale = Scale.NORMAL
-    pace: Pace = Pace.NORMAL
 
 
 @dataclass(frozen=True)
@@ -108,14 +100,12 @@ class ClipSpec:
 def sample_subject(rng: np.random.Generator) -> Subject:
     """A subject with every colour, shape and action equally likely."""
     action = list(Action)[rng.integers(len(Action))]
-    scale, pace = Scale.NORMAL, Pace.NORMAL
-    if action not in (Action.GROW, Action.SHRINK) and rng.random() < 0.3:
+    scale = Scale.NORMAL
+    if action not in (Action.GROW, Action.SHRINK) and rng.random() < 0.2:
         scale = Scale.SMALL if rng.random() < 0.5 else Scale.BIG
-    if (action in MOVES or action is Action.SPIN) and rng.random() < 0.2:
-        pace = Pace.SLOW if rng.random() < 0.5 else Pace.FAST
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
     shape = list(Shape)[rng.integers(len(Shape))]
-    return Subject(colour=colour, shape=shape, action=action, scale=scale, pace=pace)
+    return Subject(colour=colour, shape=shape, action=action, scale=scale)
 
 
 def sample_clip(rng: np.random.Generator, subject: Subject, width: int, height: int, frames: int) -> ClipSpec:
@@ -134,14 +124,14 @@ def sample_clip(rng: np.random.Generator, subject: Subject, width: int, height: 
     if subject.action in MOVES:
         horizontal = MOVES[subject.action][0] != 0
         slack = slack_x if horizontal else slack_y
-        wanted = (width if horizontal else height) * rng.uniform(0.37, 0.43) * PACE_FACTOR[subject.pace]
+        wanted = (width if horizontal else height) * rng.uniform(0.37, 0.43)
         travel = min(wanted, 2 * slack)
         slack_x, slack_y = (slack - travel / 2, 0.5 * slack_y) if horizontal else (0.5 * slack_x, slack - travel / 2)
     elif subject.action is Action.BOUNCE:
         travel = min(side * rng.uniform(0.26, 0.32), 2 * slack_y)
         slack_x, slack_y = 0.5 * slack_x, min(slack_y - travel / 2, 0.08 * height)
     elif subject.action is Action.SPIN:
-        travel = SPIN_DEGREES_PER_FRAME * {Pace.SLOW: 0.67, Pace.NORMAL: 1.0, Pace.FAST: 1.33}[subject.pace]
+        travel = SPIN_DEGREES_PER_FRAME
         slack_x, slack_y = 0.4 * slack_x, 0.4 * slack_y
     else:
         slack_x, slack_y = 0.4 * slack_x, 0.4 * slack_y

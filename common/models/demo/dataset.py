@@ -37,20 +37,16 @@ class Bucket:
 
 
 # Many clips of the cheapest format: with 1,500 of them the model learned them by heart, and colour and shape held for
-# new captions, but left and right did not. What it learns from them carries over to the larger formats.
+# new captions, but left and right did not. The larger formats have as many as keeps a clip's visits about ten.
 _CLIPS: dict[int, tuple[int, int, int]] = {
-    64 * 64: (8000, 300, 240),
-    96 * 64: (200, 60, 50),
-    96 * 96: (120, 40, 40),
-    128 * 96: (40, 20, 20),
-    128 * 128: (80, 40, 60),
+    64 * 64: (8000, 2400, 1800),
+    96 * 64: (1000, 450, 350),
+    128 * 128: (240, 120, 160),
 }
 _SHARES: dict[int, tuple[float, float, float]] = {
-    64 * 64: (0.20, 0.07, 0.06),
-    96 * 64: (0.05, 0.02, 0.02),
-    96 * 96: (0.06, 0.02, 0.03),
-    128 * 96: (0.025, 0.015, 0.015),
-    128 * 128: (0.07, 0.05, 0.13),
+    64 * 64: (0.12, 0.09, 0.12),
+    96 * 64: (0.06, 0.05, 0.06),
+    128 * 128: (0.08, 0.08, 0.17),
 }
 BUCKETS: tuple[Bucket, ...] = tuple(
     Bucket(width, height, frames, _CLIPS[width * height][index], _SHARES[width * height][index])
@@ -129,7 +125,7 @@ def latent_statistics(encoded: list[EncodedBucket]) -> tuple[Tensor, Tensor]:
 class LatentBatches:
     """Batches of about `tokens` tokens.
 
-    Most steps draw from the small, short clips, which show most captions for the work; the last ones by share.
+    The first steps draw every clip equally often, so mostly small, short ones; the last ones draw formats by share.
     """
 
     def __init__(self, encoded: list[EncodedBucket], tokens: int) -> None:
@@ -137,12 +133,12 @@ class LatentBatches:
         self._tokens = tokens
         self._mean, self._deviation = (value[:, None, None, None] for value in latent_statistics(encoded))
         late = np.asarray([item.bucket.share for item in encoded])
-        cheap = np.asarray([1.0 / item.bucket.tokens**1.5 for item in encoded])
-        self._late, self._early = late / late.sum(), cheap / cheap.sum()
+        even = np.asarray([len(item.subjects) * item.bucket.tokens for item in encoded])
+        self._late, self._early = late / late.sum(), even / even.sum()
 
     def draw(self, rng: np.random.Generator, progress: float) -> tuple[Bucket, Tensor, list[Subject]]:
         """(bucket, normalised latents float32 [B, C, t, h, w], their subjects)."""
-        blend = 0.6 * max(0.0, (progress - 0.6) / 0.4)
+        blend = 0.9 * max(0.0, (progress - 0.4) / 0.6)
         index = int(rng.choice(len(self._encoded), p=(1 - blend) * self._early + blend * self._late))
         chosen = self._encoded[index]
         count = min(max(4, self._tokens // chosen.bucket.tokens), len(chosen.subjects))

@@ -22,8 +22,8 @@ from common.models.opensora.stdit3 import STDiT3
 
 _TOKENS_PER_STEP = 3072
 _CAPTION_DROPOUT = 0.1
-# Where a clip's motion is decided: later steps only sharpen. Few degrees of freedom show through much noise.
-_NOISE_CENTRE, _NOISE_WIDTH = 1.0, 1.2
+# Towards the noise, where a clip's motion is decided: few degrees of freedom show through much of it.
+_NOISE_CENTRE, _NOISE_WIDTH = 0.6, 1.3
 _SMALLEST_GRID = 16
 _KEPT_FROM_MUON = ("text.", "embedder", "t_block", "final_layer", "scale_shift_table")
 
