@@ -29,7 +29,7 @@ def outcomes() -> list[Outcome]:
 
 @pytest.mark.xfail(
     strict=True,
-    reason="the shipped weights are interim: colour keeps its promise, motion does not yet (see their MODEL_CARD.md)",
+    reason="the shipped weights are interim: colour keeps its promise, motion not quite yet (see their MODEL_CARD.md)",
 )
 @pytest.mark.timeout(900)
 def test_videos_show_what_was_asked_for(outcomes: list[Outcome], tmp_path: Path) -> None:
