@@ -1,7 +1,5 @@
 """How a message speaks of a tensor: by reference. The bytes themselves travel over UCX."""
 
-from math import prod
-
 from pydantic import Field
 
 from common.messages.base import Message
@@ -20,7 +18,3 @@ class TensorRef(Message):
     shape: tuple[int, ...]
     dtype: str
     size_bytes: int = Field(ge=0)
-
-    @property
-    def elements(self) -> int:
-        return prod(self.shape)

@@ -1,5 +1,7 @@
 """A tensor's memory as UCX wants it: flat bytes, where they are, without a copy."""
 
+from functools import lru_cache
+from math import prod
 from typing import Protocol, Self
 
 import numpy as np
@@ -93,9 +95,14 @@ class TensorBytes:
 
 def check_reference(ref: TensorRef) -> torch.dtype:
     """The reference's dtype. Raises TensorMismatch where shape, dtype and size contradict each other."""
-    dtype = dtype_named(ref.dtype)
-    if any(length < 0 for length in ref.shape) or ref.elements * dtype.itemsize != ref.size_bytes:
-        raise TensorMismatch(f"{ref.shape} of {ref.dtype} is not {ref.size_bytes} bytes: the reference is damaged")
+    return _checked(ref.shape, ref.dtype, ref.size_bytes)
+
+
+@lru_cache(maxsize=1024)  # a stream of tensors is of few shapes, and this stands before the first byte of each
+def _checked(shape: tuple[int, ...], name: str, size_bytes: int) -> torch.dtype:
+    dtype = dtype_named(name)
+    if any(length < 0 for length in shape) or prod(shape) * dtype.itemsize != size_bytes:
+        raise TensorMismatch(f"{shape} of {name} is not {size_bytes} bytes: the reference is damaged")
     return dtype
 
 

@@ -44,11 +44,6 @@ class ReceivePool:
         flat = torch.from_numpy(loan)
         return TensorBytes.over(loan, (flat if dtype is torch.uint8 else flat.view(dtype)).view(shape))
 
-    def has_ready(self, size_bytes: int) -> bool:
-        """Whether ``take`` is a matter of microseconds: nothing has to be touched first."""
-        self._collect()
-        return size_bytes < _SMALLEST_BYTES or bool(self._idle.get(size_class(size_bytes)))
-
     def close(self) -> None:
         """Keep nothing more. Buffers still lent are freed when their tensors are."""
         self._keep_bytes = 0

@@ -206,7 +206,7 @@ class UcxTensors:
         if into is not None:
             check_destination(ref, dtype, into)
             memory = TensorBytes(into, "into")
-        elif target.type != "cpu" or ref.address == self._engine.address or not self._pool.has_ready(ref.size_bytes):
+        elif target.type != "cpu" or ref.address == self._engine.address:
             memory = self._allocate(ref, dtype, target)
         if ref.address == self._engine.address and memory is not None:
             await self._fetch_own(ref, memory)
@@ -315,9 +315,7 @@ class UcxTensors:
             self._piece_arrived(arrival, fetch_id, piece)
         elif kind in _CONTROL and arrival.size_bytes <= MAXIMUM_CONTROL_BYTES:
             data = bytearray(arrival.size_bytes)
-            self._engine.receive(
-                arrival, data, lambda error: None if error else self._control(kind, fetch_id, bytes(data))
-            )
+            self._engine.receive(arrival, data, lambda error: None if error else self._control(kind, fetch_id, data))
         else:
             self._engine.drop(arrival)
 
@@ -329,7 +327,7 @@ class UcxTensors:
             return
         self._engine.receive(arrival, buffer, fetch.begin_piece(piece))
 
-    def _control(self, kind: int, fetch_id: int, data: bytes) -> None:
+    def _control(self, kind: int, fetch_id: int, data: bytearray) -> None:
         try:
             if kind == Kind.FETCH:
                 request = FetchRequest.unpack(data)

@@ -67,7 +67,7 @@ class FetchRequest(NamedTuple):
         return head + self.address + pack_ids(self.taken)
 
     @classmethod
-    def unpack(cls, data: bytes) -> "FetchRequest":
+    def unpack(cls, data: bytes | bytearray) -> "FetchRequest":
         """Raises ValueError where ``data`` is not a request of this version."""
         if len(data) <= _HEAD.size or data[0] != _VERSION:
             raise ValueError(f"not a fetch request of version {_VERSION}")
@@ -75,7 +75,7 @@ class FetchRequest(NamedTuple):
         if piece_bytes < 1 or piece_count(size_bytes, piece_bytes) > MAXIMUM_PIECES:
             raise ValueError(f"{size_bytes} bytes in pieces of {piece_bytes}")
         end = _HEAD.size + length
-        address, taken = data[_HEAD.size : end], unpack_ids(data[end:])
+        address, taken = bytes(data[_HEAD.size : end]), unpack_ids(data[end:])
         return cls(tensor_id, size_bytes, piece_bytes, remaining_s, connection, address, taken)
 
 
@@ -83,7 +83,7 @@ def pack_ids(tensor_ids: Sequence[int]) -> bytes:
     return struct.pack(f"<{len(tensor_ids)}Q", *tensor_ids) if tensor_ids else b""
 
 
-def unpack_ids(data: bytes) -> tuple[int, ...]:
+def unpack_ids(data: bytes | bytearray) -> tuple[int, ...]:
     """Raises ValueError where ``data`` is not a run of identifiers."""
     if len(data) % _ID_BYTES:
         raise ValueError(f"identifiers have {_ID_BYTES} bytes each, together not {len(data)}")

@@ -29,7 +29,7 @@ Stored in half precision, {megabytes:.1f} MB in all.
 ## What to ask for
 
 - Colours: {colours}. Shapes: {shapes}.
-- Actions: moving right, left, up or down; growing; shrinking; bouncing; spinning (a spinning circle bears a bar).
+- Actions: moving right, left, up or down; growing; shrinking; bouncing; spinning (not circles: it would not show).
 - "small" and "big" are understood, but not of what grows or shrinks.
 - Sizes {sizes}; {frames} frames, made for {fps} a second.
 

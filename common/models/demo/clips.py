@@ -4,7 +4,9 @@ They are the whole training set of the demo video model, and the yardstick of it
 described by a frozen :class:`ClipSpec`; drawing is a pure function of it, and every random choice comes from the
 generator given by the caller. Edges are anti-aliased from signed distances in pixels.
 
-A turning circle would look like a resting one, so a spinning circle is drawn as a wheel: with a dark bar inside.
+The light on the background wanders from the top to the bottom. That is a clip's clock: STDiT3's temporal attention
+knows how far frames are apart and not which is the first, so that without it nothing would tell where in a turn or in
+a hop a frame belongs. A turning circle would look like a resting one, so circles do not spin.
 """
 
 import math
@@ -55,7 +57,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 BACKGROUNDS: tuple[tuple[int, int, int], ...] = ((40, 41, 46), (30, 36, 54), (28, 46, 48), (50, 40, 40))
 SIZES: tuple[tuple[int, int], ...] = ((64, 64), (96, 64), (64, 96), (128, 128))
 """(width, height) in pixels."""
-FRAME_COUNTS: tuple[int, ...] = (16, 24, 32)
+FRAME_COUNTS: tuple[int, ...] = (16, 32)
 FPS = 8
 MOVES: dict[Action, tuple[int, int]] = {
     Action.RIGHT: (1, 0),
@@ -65,6 +67,7 @@ MOVES: dict[Action, tuple[int, int]] = {
 }
 """Unit vector of each straight movement, y pointing down."""
 
+_LIGHT = 0.28
 BOUNCES = 2
 """Hops in one clip, however long it is."""
 SPIN_DEGREES_PER_FRAME = 6.0
@@ -97,14 +100,20 @@ class ClipSpec:
     shade: float
 
 
+def shapes_for(action: Action) -> list[Shape]:
+    """The shapes that can be seen doing it."""
+    return [shape for shape in Shape if (shape, action) != (Shape.CIRCLE, Action.SPIN)]
+
+
 def sample_subject(rng: np.random.Generator) -> Subject:
-    """A subject with every colour, shape and action equally likely."""
+    """A subject with every colour and action equally likely, and every shape that can do it."""
     action = list(Action)[rng.integers(len(Action))]
     scale = Scale.NORMAL
     if action not in (Action.GROW, Action.SHRINK) and rng.random() < 0.2:
         scale = Scale.SMALL if rng.random() < 0.5 else Scale.BIG
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
-    shape = list(Shape)[rng.integers(len(Shape))]
+    able = shapes_for(action)
+    shape = able[rng.integers(len(able))]
     return Subject(colour=colour, shape=shape, action=action, scale=scale)
 
 
@@ -181,8 +190,10 @@ def pose_at(spec: ClipSpec, frame: int) -> Pose:
 def draw(spec: ClipSpec) -> Frames:
     """Draw a clip as uint8 [frames, height, width, 3]."""
     tone = np.asarray(BACKGROUNDS[spec.background], dtype=np.float32)
-    gradient = np.linspace(1.2, 0.8, spec.height, dtype=np.float32)[:, None, None]
-    background = np.broadcast_to(tone * gradient, (spec.height, spec.width, 3))
+    downwards = np.linspace(-1, 1, spec.height, dtype=np.float32)[None, :, None, None]
+    onwards = np.linspace(-1, 1, spec.frames, dtype=np.float32)[:, None, None, None]
+    light = 1 + _LIGHT * downwards * onwards
+    background = np.broadcast_to(tone * light, (spec.frames, spec.height, spec.width, 3))
     colour = np.clip(np.asarray(COLOURS[spec.subject.colour], dtype=np.float32) * spec.shade, 0, 255)
     poses = [pose_at(spec, frame) for frame in range(spec.frames)]
     x, y, radius, angle = (
@@ -195,9 +206,6 @@ def draw(spec: ClipSpec) -> Frames:
         cosine, sine = np.cos(angle), np.sin(angle)
         across, down = across * cosine + down * sine, down * cosine - across * sine
     distance = _DISTANCES[spec.subject.shape](across, down, radius)
-    if spec.subject.shape is Shape.CIRCLE and spec.subject.action is Action.SPIN:
-        bar = np.maximum(np.abs(across) - 0.66 * radius, np.abs(down) - 0.17 * radius)
-        distance = np.maximum(distance, -bar)
     coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
     frames: Frames = (background + coverage * (colour - background) + 0.5).astype(np.uint8)
     return frames

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.models.demo.clips import SIZES, Subject, draw, sample_clip, sample_subject
+from common.models.demo.clips import FRAME_COUNTS, SIZES, Subject, draw, sample_clip, sample_subject
 from common.models.demo.loop import generator_of
 from common.models.demo.parallel import Workers
 from common.models.demo.pool import to_video
@@ -38,20 +38,20 @@ class Bucket:
 
 # Many clips of the cheapest format: with 1,500 of them the model learned them by heart, and colour and shape held for
 # new captions, but left and right did not. The larger formats have as many as keeps a clip's visits about ten.
-_CLIPS: dict[int, tuple[int, int, int]] = {
-    64 * 64: (8000, 2400, 1800),
-    96 * 64: (1000, 450, 350),
-    128 * 128: (240, 120, 160),
+_CLIPS: dict[int, tuple[int, int]] = {
+    64 * 64: (8000, 2400),
+    96 * 64: (1600, 600),
+    128 * 128: (400, 300),
 }
-_SHARES: dict[int, tuple[float, float, float]] = {
-    64 * 64: (0.12, 0.09, 0.12),
-    96 * 64: (0.06, 0.05, 0.06),
-    128 * 128: (0.08, 0.08, 0.17),
+_SHARES: dict[int, tuple[float, float]] = {
+    64 * 64: (0.15, 0.15),
+    96 * 64: (0.09, 0.09),
+    128 * 128: (0.12, 0.22),
 }
 BUCKETS: tuple[Bucket, ...] = tuple(
     Bucket(width, height, frames, _CLIPS[width * height][index], _SHARES[width * height][index])
     for width, height in SIZES
-    for index, frames in enumerate((16, 24, 32))
+    for index, frames in enumerate(FRAME_COUNTS)
 )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from common.models.demo.captions import held_out_caption
-from common.models.demo.clips import COLOURS, FRAME_COUNTS, SIZES, Action, Frames, Shape, Subject
+from common.models.demo.clips import COLOURS, FRAME_COUNTS, SIZES, Action, Frames, Shape, Subject, shapes_for
 from common.models.demo.export import WEIGHTS
 from common.models.demo.measure import Measurement, measure
 from common.models.opensora.pipeline import OpenSoraPipeline
@@ -54,7 +54,8 @@ def make_cases(count: int, seed: int, formats: Sequence[tuple[int, int, int]] | 
     columns = [_even(rng, options, count) for options in (list(COLOURS), list(Shape), list(Action), list(formats))]
     cases = []
     for index, (colour, shape, action, (width, height, frames)) in enumerate(zip(*columns, strict=True)):
-        subject = Subject(colour, shape, action)
+        able = shapes_for(action)
+        subject = Subject(colour, shape if shape in able else able[index % len(able)], action)
         prompt = held_out_caption(subject, rng)
         cases.append(Case(prompt, subject, width, height, frames, seed=seed * 1000 + index))
     return cases

@@ -63,7 +63,7 @@ FULL = Budgets(
     spatial=Budget(steps=1500, seconds=7 * 60),
     temporal=Budget(steps=4000, seconds=6 * 60),
     joint=Budget(steps=1000, seconds=4 * 60),
-    dit=Budget(steps=8000, seconds=64 * 60),
+    dit=Budget(steps=8000, seconds=60 * 60),
     clips_in_pool=1200,
     latent_share=1.0,
 )
