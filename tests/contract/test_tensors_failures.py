@@ -129,7 +129,7 @@ async def test_a_receiver_killed_in_the_middle_leaves_a_healthy_owner_that_frees
         gone = weakref.ref(tensor)
         ref = tensors.export(tensor, uses=1, lease_s=30.0)
         del tensor
-        task = await receiver_in_the_middle(tensors, victim, ref, 20.0)
+        task = await receiver_in_the_middle(tensors, victim, ref, 5.0)
         victim.kill()
         task.cancel()
         assert await other.ask("fetch", ref=tensors.export(patterned((MB,), seed=2)).pack(), seed=2)
