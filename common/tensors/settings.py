@@ -14,8 +14,8 @@ OPTIONS: Mapping[str, str] = {
     # The same for CMA's zero-copy read. UCX asks for memory invalidation so that nobody reads a buffer that its owner
     # took back after an error; here an owner keeps a tensor until every reader's deadline has passed.
     "CMA_MEMORY_INVALIDATE": "y",
-    # How often peers are checked. A dead one is noticed within two intervals, without a message being sent to it, unless
-    # it died before the first check: that one remembers what to compare with. Then deadlines end what waits.
+    # How often peers are checked. A dead one is noticed within two intervals, without a message being sent to it,
+    # unless it died before the first check: that one remembers what to compare with. Then deadlines end what waits.
     "KEEPALIVE_INTERVAL": "2s",
     # Share posix segments as /proc/<pid>/fd/<n> and unlink them at once: nothing stays behind after kill -9. (System V
     # segments are marked for removal as soon as both sides are attached.)
