@@ -27,10 +27,6 @@ def outcomes() -> list[Outcome]:
     return run_cases(pipeline, make_cases(_VIDEOS, seed=2024, formats=_FORMATS))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the shipped weights are interim: colour keeps its promise, motion not quite yet (see their MODEL_CARD.md)",
-)
 @pytest.mark.timeout(900)
 def test_videos_show_what_was_asked_for(outcomes: list[Outcome], tmp_path: Path) -> None:
     contact_sheet(outcomes).save(tmp_path / "sheet.png")
