@@ -191,9 +191,13 @@ class Scheduler:
             self._running.pop(job_id, None)
 
     async def _recover(self) -> None:
-        """Take over what a former scheduler left unfinished; what still waits in the queue comes from there."""
+        """Take over what a former scheduler left unfinished, oldest first, the waiting ones as far as there is room.
+
+        Those may be in the queue as well, even ahead of their turn: what the former one took and did not acknowledge
+        comes again only after a while. A job that is known already is acknowledged there and no more.
+        """
         for record in sorted(self._unfinished.values(), key=lambda record: record.created_at_s):
-            if record.state is not VideoState.QUEUED or not await self._bus.queued(VIDEO_JOBS, record.job_id):
+            if record.state is not VideoState.QUEUED or len(self._policy.state.jobs) < self._settings.max_admitted:
                 log.info("taking over", job=record.job_id, state=record.state)
                 await self._admit(record.job_id)
 
