@@ -1,8 +1,9 @@
 """One UCX worker driven by one event loop: endpoints, sends, receives, and when to look.
 
-Messages are not received by posting buffers in advance. The engine asks UCX what has arrived (a large message is then
-only an announcement), and the handler decides where it goes, or that it goes nowhere. So nothing of a message that
-nobody waits for any more can land in memory: there is no posted receive to be cancelled in time.
+Messages are received in two ways. As a rule the engine asks UCX what has arrived (a large message is then only an
+announcement), and the handler decides where it goes, or that it goes nowhere. So nothing of a message that nobody waits
+for any more can land in memory. ``expect`` posts a buffer in advance, which saves that question on the way of a fetch;
+such a buffer is UCX's until its message is here or the connection is cut, so it is for memory of our own alone.
 
 Progress sleeps. After an event, every turn of the loop advances UCX for at most ``_TURN_S``, until ``_LINGER_STEPS``
 steps in a row (well under a millisecond) brought nothing; then the worker is armed and its event descriptor wakes the
@@ -174,6 +175,19 @@ class Engine:
         array = self._array(buffer)
         self._follow(self._worker.tag_recv_with_handle(array, arrival.probe), array, done)
 
+    def expect(self, peer: Peer, buffer: ByteRange, tag: int, done: Done) -> None:
+        """Receive the message that ``peer`` will send under ``tag`` into ``buffer``, which stays alive until ``done``.
+
+        Raises:
+            PeerGone: the endpoint has failed.
+        """
+        array = self._array(buffer)
+        try:
+            request = peer.endpoint.tag_recv(array, self._ucx.UCXXTag(tag))
+        except self._ucx.UCXError as error:
+            raise PeerGone(str(error)) from error
+        self._follow(request, array, done)
+
     def drop(self, arrival: Arrival) -> None:
         """Refuse a message. Its sender sees it as sent; no byte of a large one is moved.
 
@@ -227,7 +241,7 @@ class Engine:
                 self._barren = 0
                 if until() or perf_counter() > ends_s:
                     break
-                self._hand_on()
+                self.hand_on()
             else:
                 self._barren += 1
         self._barren = 0
@@ -255,12 +269,12 @@ class Engine:
             return
         self._rouse()
         self._last_turn_s = perf_counter()
-        self._hand_on()  # making an endpoint advances UCX as well, and may have brought something in
+        self.hand_on()  # making an endpoint advances UCX as well, and may have brought something in
         ends_s = self._last_turn_s + _TURN_S
         pause_at = self._barren + _BARREN_STEPS
         while self._barren < pause_at:
             if self._advance():
-                self._hand_on()
+                self.hand_on()
                 self._barren, pause_at = 0, _BARREN_STEPS
                 if self.closed or perf_counter() > ends_s:
                     break
@@ -287,7 +301,8 @@ class Engine:
             self._complete()
         return True
 
-    def _hand_on(self) -> None:
+    def hand_on(self) -> None:
+        """Give what has arrived to its handler."""
         while not self.closed:
             probe = self._worker.tag_probe(self._any_tag, self._any_mask, remove=True)
             if not probe.matched:

@@ -58,6 +58,21 @@ class Fetch:
         self.receiving += 1
         return self._end_piece
 
+    def expect_whole(self, look_first: Callable[[], None]) -> Callable[[Exception | None], None]:
+        """The tensor's one piece is awaited in memory of ours; call what this returns when something has come for it.
+
+        An owner without that tensor says so, and sends a byte to free the memory: ``look_first`` hears what it said.
+        """
+        self.receiving += 1
+
+        def done(error: Exception | None) -> None:
+            if error is None:
+                self._missing.clear()
+                look_first()
+            self._end_piece(error)
+
+        return done
+
     def _end_piece(self, error: Exception | None) -> None:
         self.receiving -= 1
         if error is not None:

@@ -40,6 +40,8 @@ class Outgoing:
             peer = self._engine.peer(request.address, request.connection)
             if export is None:
                 self._engine.send(peer, b"\0", tag_of(Kind.UNKNOWN, fetch_id), _ignore)
+                # Frees what is held ready for it.
+                self._engine.send(peer, b"\0", tag_of(Kind.PIECE, fetch_id), _ignore)
             elif export.ready is None or export.ready.query():  # type: ignore[no-untyped-call]
                 self._send(fetch_id, request, export.memory, peer)
             else:

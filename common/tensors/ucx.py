@@ -264,6 +264,9 @@ class UcxTensors:
             if memory is None:
                 # While the request is on its way. Nothing arrives before UCX is advanced again.
                 memory = fetch.memory = self._pool.take(ref.shape, dtype)
+                if ref.size_bytes <= fetch.piece_bytes:
+                    done = fetch.expect_whole(self._engine.hand_on)
+                    self._engine.expect(peer, memory.range(0, ref.size_bytes), tag_of(Kind.PIECE, fetch_id), done)
             if len(self._fetches) == 1:
                 self._engine.look(fetch.done.done)
             await fetch.wait()

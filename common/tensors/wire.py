@@ -17,7 +17,7 @@ _FETCH_MASK = (1 << _FETCH_BITS) - 1
 _PIECE_MASK = (1 << _PIECE_BITS) - 1
 _HEAD = struct.Struct("<BHQQQdI")
 _ID_BYTES = 8
-_VERSION = 1
+_VERSION = 2
 
 
 class Kind(IntEnum):
