@@ -12,12 +12,12 @@ from common.messages.tensors import TensorRef
 class StoreTensor(Message):
     """Keep ``tensor`` under ``key``, unless what is kept there is as new. The asker exports it for one fetch.
 
-    ``version`` grows with every store under the key. Until ``pin_s`` seconds from now it is not evicted, only dropped
-    or replaced; a pin runs out by itself, so that what nobody drops does not stay for ever.
+    ``tensor_version`` grows with every store under the key. Until ``pin_s`` seconds from now it is not evicted, only
+    dropped or replaced; a pin runs out by itself, so that what nobody drops does not stay for ever.
     """
 
     key: str
-    version: int = Field(ge=0)
+    tensor_version: int = Field(ge=0)
     tensor: TensorRef
     pin_s: float = 0.0
 
@@ -26,7 +26,7 @@ class TensorStored(Message):
     """What is kept under ``key`` now. Not ``stored``: that was as new as the one offered, which nobody fetched."""
 
     key: str
-    version: int
+    tensor_version: int
     stored: bool
 
 
@@ -41,7 +41,7 @@ class TensorFound(Message):
     """The version kept under ``key``, and the tensor where it was asked for; without a version: there is none."""
 
     key: str
-    version: int | None = None
+    tensor_version: int | None = None
     tensor: TensorRef | None = None
 
 

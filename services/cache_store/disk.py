@@ -55,6 +55,10 @@ class DiskTier:
         """Raises TierFull where so much would not fit."""
         self._tier.check_room(key, size_bytes, now_s)
 
+    def used(self, key: str) -> None:
+        """Note that ``key`` was asked for."""
+        self._tier.used(key)
+
     async def write(self, key: str, held: Held, tensor: torch.Tensor, now_s: float) -> None:
         """Keep ``tensor`` in a file.
 

@@ -55,28 +55,28 @@ class CacheStore:
 
     async def _keep(self, request: StoreTensor) -> TensorStored:
         kept = self._store.version(request.key)
-        if kept is not None and kept >= request.version:
-            return TensorStored(key=request.key, version=kept, stored=False)
+        if kept is not None and kept >= request.tensor_version:
+            return TensorStored(key=request.key, tensor_version=kept, stored=False)
         try:
             self._store.check_room(request.key, request.tensor.size_bytes)
             tensor = await self._tensors.fetch(request.tensor, deadline_s=FETCH_DEADLINE_S)
-            stored = await self._store.put(request.key, request.version, tensor, request.pin_s)
+            stored = await self._store.put(request.key, request.tensor_version, tensor, request.pin_s)
         except TierFull as error:
             raise _refusal("store_full", error) from error
         except TensorError as error:
             raise _refusal("tensor_not_fetched", error) from error
-        version = request.version if stored else self._store.version(request.key)
-        return TensorStored(key=request.key, version=version or 0, stored=stored)
+        version = request.tensor_version if stored else self._store.version(request.key)
+        return TensorStored(key=request.key, tensor_version=version or 0, stored=stored)
 
     async def _find(self, request: FindTensor) -> TensorFound:
         if not request.uses:
-            return TensorFound(key=request.key, version=self._store.version(request.key))
+            return TensorFound(key=request.key, tensor_version=self._store.version(request.key))
         found = await self._store.get(request.key)
         if found is None:
             return TensorFound(key=request.key)
         version, tensor = found
         ref = self._tensors.export(tensor, uses=request.uses, lease_s=self._found_lease_s)
-        return TensorFound(key=request.key, version=version, tensor=ref)
+        return TensorFound(key=request.key, tensor_version=version, tensor=ref)
 
     async def _drop(self, request: DropTensor) -> Acknowledged:
         self._store.drop(request.key)

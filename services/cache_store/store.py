@@ -72,6 +72,8 @@ class TensorStore:
         held = self._memory.held(key)
         if held is not None:
             self._memory.used(key)
+            if self._disk is not None:
+                self._disk.used(key)
             return held.version, self._tensors[key]
         found = None if self._disk is None else await self._disk.read(key)
         held = self._on_disk(key)

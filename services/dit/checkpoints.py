@@ -124,7 +124,8 @@ class CheckpointWriter:
 
     async def _ask(self, snapshot: Snapshot) -> TensorStored:
         ref = self._tensors.export(snapshot.latent, uses=1, lease_s=2 * STORE_DEADLINE_S)
-        request = StoreTensor(key=checkpoint_key(snapshot.job_id), version=snapshot.step, tensor=ref, pin_s=PIN_S)
+        key = checkpoint_key(snapshot.job_id)
+        request = StoreTensor(key=key, tensor_version=snapshot.step, tensor=ref, pin_s=PIN_S)
         try:
             return await self._bus.request(STORE_TENSOR, request, deadline_s=STORE_DEADLINE_S)
         finally:

@@ -26,14 +26,14 @@ class Checkpoints:
     async def newest(self, job_id: str) -> Checkpoint | None:
         """The job's newest checkpoint, its latent exported for one fetch."""
         found = await self._find(job_id, uses=1)
-        if found is None or not found.version or found.tensor is None:
+        if found is None or not found.tensor_version or found.tensor is None:
             return None
-        return Checkpoint(step=found.version, latent=found.tensor)
+        return Checkpoint(step=found.tensor_version, latent=found.tensor)
 
     async def newest_step(self, job_id: str) -> int:
         """After how many steps that was; 0 without one."""
         found = await self._find(job_id, uses=0)
-        return 0 if found is None else found.version or 0
+        return 0 if found is None else found.tensor_version or 0
 
     async def drop(self, job_id: str) -> None:
         """The job has ended. What cannot be told to the cache store now, it evicts in time."""

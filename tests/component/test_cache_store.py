@@ -3,8 +3,6 @@
 import asyncio
 import os
 import random
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -36,10 +34,10 @@ async def loads(client: CacheClient, key: str, version: int, tensor: torch.Tenso
 async def test_the_newest_version_is_kept_and_no_older_one_replaces_it(nats_server: NatsServer, tmp_path: Path) -> None:
     url = nats_server.url
     async with cache_client(url) as client, running_store(client, url, tmp_path):
-        assert (await client.find("a")).version is None
-        for version, stored in ((3, True), (2, False), (3, False), (7, True), (5, False)):
-            answer = await client.store("a", version, patterned((8, KB), seed=version))
-            assert (answer.stored, answer.version) == (stored, max(3, version) if version != 5 else 7)
+        assert (await client.find("a")).tensor_version is None
+        for offered, stored, kept in ((3, True, 3), (2, False, 3), (3, False, 3), (7, True, 7), (5, False, 7)):
+            answer = await client.store("a", offered, patterned((8, KB), seed=offered))
+            assert (answer.stored, answer.tensor_version) == (stored, kept)
         assert await loads(client, "a", 7, patterned((8, KB), seed=7))
         assert await client.version("a") == 7
         versions = random.Random(1).sample(range(1, 25), 24)
@@ -110,7 +108,9 @@ async def test_a_tensor_that_cannot_be_fetched_changes_nothing(nats_server: Nats
             owner="asker", tensor_id=1, address=client.tensors.address, shape=(KB,), dtype="uint8", size_bytes=KB
         )
         with pytest.raises(RemoteFailure) as refused:
-            await client.bus.request(STORE_TENSOR, StoreTensor(key="a", version=2, tensor=gone), deadline_s=WAIT_S)
+            await client.bus.request(
+                STORE_TENSOR, StoreTensor(key="a", tensor_version=2, tensor=gone), deadline_s=WAIT_S
+            )
         assert refused.value.failure.code == "tensor_not_fetched"
         assert await loads(client, "a", 1, patterned((KB,), seed=1))
 
@@ -166,23 +166,24 @@ async def test_a_killed_cache_store_comes_back_with_all_it_had(nats_server: Nats
         "TRIPTYCH_INSTANCE": "cache_store-0",
         "TRIPTYCH_CACHE_DIR": str(tmp_path),
     }
-    command = [sys.executable, "-m", "services.cache_store"]
+    command = (sys.executable, "-m", "services.cache_store")
     tensors = {f"video/{number}/latent": patterned((number + 1, KB), seed=number) for number in range(5)}
     async with cache_client(nats_server.url) as client:
-        process = subprocess.Popen(command, env=environment)
+        process = await asyncio.create_subprocess_exec(*command, env=environment)
         try:
             await client.answered()
             for version, (key, tensor) in enumerate(tensors.items(), 1):
                 await client.store(key, version, tensor)
-            process.send_signal(signal.SIGKILL)
-            process.wait(WAIT_S)
-            process = subprocess.Popen(command, env=environment)
+            process.kill()
+            await process.wait()
+            process = await asyncio.create_subprocess_exec(*command, env=environment)
             await client.answered()
             for version, (key, tensor) in enumerate(tensors.items(), 1):
                 assert await loads(client, key, version, tensor)
                 assert not (await client.store(key, version - 1, tensor)).stored
-            process.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(process.wait, WAIT_S) == 0
+            process.terminate()
+            assert await asyncio.wait_for(process.wait(), WAIT_S) == 0
         finally:
-            process.kill()
-            process.wait(WAIT_S)
+            if process.returncode is None:
+                process.kill()
+                await process.wait()

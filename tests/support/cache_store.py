@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common.bus.errors import NobodyThere
+from common.bus.errors import DeadlineExceeded, NobodyThere
 from common.bus.nats_bus import NatsBus
 from common.messages.cache import DropTensor, FindTensor, StoreTensor, TensorFound, TensorStored
 from common.messages.subjects import DROP_TENSOR, FIND_TENSOR, STORE_TENSOR
@@ -27,7 +27,7 @@ class CacheClient:
 
     async def store(self, key: str, version: int, tensor: torch.Tensor, pin_s: float = 0.0) -> TensorStored:
         ref = self.tensors.export(tensor, uses=1, lease_s=WAIT_S)
-        request = StoreTensor(key=key, version=version, tensor=ref, pin_s=pin_s)
+        request = StoreTensor(key=key, tensor_version=version, tensor=ref, pin_s=pin_s)
         try:
             return await self.bus.request(STORE_TENSOR, request, deadline_s=WAIT_S)
         finally:
@@ -39,12 +39,12 @@ class CacheClient:
     async def load(self, key: str) -> tuple[int, torch.Tensor] | None:
         """The newest version and its tensor, fetched."""
         found = await self.find(key)
-        if found.version is None or found.tensor is None:
+        if found.tensor_version is None or found.tensor is None:
             return None
-        return found.version, await self.tensors.fetch(found.tensor, deadline_s=WAIT_S)
+        return found.tensor_version, await self.tensors.fetch(found.tensor, deadline_s=WAIT_S)
 
     async def version(self, key: str) -> int | None:
-        return (await self.find(key, uses=0)).version
+        return (await self.find(key, uses=0)).tensor_version
 
     async def drop(self, key: str) -> None:
         await self.bus.request(DROP_TENSOR, DropTensor(key=key), deadline_s=WAIT_S)
@@ -53,8 +53,8 @@ class CacheClient:
         """Return once there is a cache store."""
         async with asyncio.timeout(WAIT_S):
             while True:
-                with contextlib.suppress(NobodyThere):
-                    await self.find("nothing", uses=0)
+                with contextlib.suppress(NobodyThere, DeadlineExceeded):
+                    await self.bus.request(FIND_TENSOR, FindTensor(key="nothing", uses=0), deadline_s=1.0)
                     return
                 await asyncio.sleep(0.02)
 
