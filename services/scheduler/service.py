@@ -71,11 +71,11 @@ class Scheduler:
         self._policy = policy
         self._first_epoch = first_epoch
         self._settings = settings
-        self._checkpoints = Checkpoints(bus)
         self._jobs: dict[str, VideoJob] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._unfinished: dict[str, VideoRecord] = {}
         self._view = MembershipView(bus, settings.member_timeout_s, self._member_changed)
+        self._checkpoints = Checkpoints(bus, self._cache_store_expected)
         self._present: dict[str, str] = {}
         self._records_read = asyncio.Event()
         self._room = asyncio.Event()
@@ -267,6 +267,9 @@ class Scheduler:
             case MemberLost(reason=reason):
                 log.info("member lost", instance=member.instance, reason=reason)
                 self._tell(event.WorkerLost(member.instance))
+
+    def _cache_store_expected(self) -> bool:
+        return any(member.service is Service.CACHE_STORE for member in self._view.members.values())
 
     async def _welcome(self, member: Member) -> None:
         """Clear what a former scheduler left running on the worker, then count on it."""

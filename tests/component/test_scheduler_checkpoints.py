@@ -18,6 +18,8 @@ from common.messages.subjects import (
 )
 from common.messages.tensors import TensorRef
 from common.messages.video import Checkpoint, CheckpointStored, Lease, VideoState, checkpoint_key
+from common.runtime.membership import Registration
+from common.runtime.settings import ServiceSettings
 from tests.component.test_scheduler import REQUEST, Heard, Stage, stage
 from tests.support.bus import eventually
 from tests.support.nats_server import NatsServer
@@ -133,6 +135,25 @@ async def test_a_silent_cache_store_costs_a_moment_and_no_job(nats_server: NatsS
         await play.dit.finish_denoising(again)
         await play.vae.finish_decoding(await play.vae.next_decoding())
         await play.reaches("video_a", VideoState.COMPLETED)
+
+
+async def test_a_cache_store_that_is_being_started_again_is_waited_for(nats_server: NatsServer) -> None:
+    url = nats_server.url
+    async with stage(url) as play:
+        async with cache_store(url) as store:
+            await play.submit("video_a")
+            lease = await play.dit.next_lease()
+            await checkpoint(play, store, lease, 1)
+        # Died with the DiT worker; its record is there, and then its next life.
+        settings = ServiceSettings(nats_url=url, instance="cache_store-0", heartbeat_s=0.1)
+        async with Registration(play.bus, settings, Service.CACHE_STORE):
+            await play.dit.fail(lease, "lost", retryable=True)
+            await play.reaches("video_a", VideoState.ENCODING, attempt=2)
+            await asyncio.sleep(0.5)
+            assert play.dit.leases.empty()
+            async with cache_store(url) as store:
+                store.steps[checkpoint_key("video_a")] = 1
+                assert (await play.dit.next_lease()).resume == Checkpoint(step=1, latent=LATENT)
 
 
 async def test_a_new_scheduler_knows_how_far_a_job_has_come(nats_server: NatsServer) -> None:

@@ -48,7 +48,7 @@ class DenoisingStage:
     def __init__(self, server: NatsServer, bus: NatsBus, tensors: UcxTensors, model: Path, folder: Path) -> None:
         self.bus = bus
         self.tensors = tensors
-        self.checkpoints = Checkpoints(bus)
+        self.checkpoints = Checkpoints(bus, lambda: False)
         self.steps: dict[int, list[int]] = defaultdict(list)
         self.stored: dict[str, list[int]] = defaultdict(list)
         self.latents: asyncio.Queue[DenoisingFinished] = asyncio.Queue(100)

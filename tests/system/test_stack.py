@@ -308,7 +308,7 @@ def test_a_killed_encoder_delays_a_video_and_no_more(stack: Stack, made: bytes, 
 
 
 def test_nothing_is_left_and_what_was_stored_stays(tmp_path: Path, long_video: tuple[dict[str, Any], bytes]) -> None:
-    """Ctrl-C first, then, on the same state, kill -9 of the supervisor; a third stack goes on with the second's work."""
+    """Ctrl-C first, then, on the same state, kill -9 of the supervisor; a third stack goes on where that one was."""
     long_fields, expected = long_video
     before = posix_shared_memory()
     with running_stack("--state-dir", str(tmp_path)) as stack:
