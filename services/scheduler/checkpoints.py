@@ -17,6 +17,8 @@ from common.messages.video import Checkpoint, checkpoint_key
 log = structlog.get_logger()
 
 FIND_DEADLINE_S = 1.0
+# Only the version, which lies in memory; a starting scheduler asks for one job after the other.
+STEP_DEADLINE_S = 0.3
 # A cache store that died together with a worker is back before this; what it has on disk is worth the wait.
 RESTART_S = 3.0
 _RETRY_S = 0.05
@@ -50,7 +52,7 @@ class Checkpoints:
     async def newest_step(self, job_id: str) -> int:
         """After how many steps that was; 0 without one."""
         try:
-            return (await self._find(job_id, uses=0)).tensor_version or 0
+            return (await self._find(job_id, uses=0, deadline_s=STEP_DEADLINE_S)).tensor_version or 0
         except BusError as error:
             log.info("not known how far a job has come", job=job_id, reason=str(error))
             return 0
@@ -73,6 +75,6 @@ class Checkpoints:
                     raise
             await asyncio.sleep(_RETRY_S)
 
-    async def _find(self, job_id: str, uses: int) -> TensorFound:
+    async def _find(self, job_id: str, uses: int, deadline_s: float = FIND_DEADLINE_S) -> TensorFound:
         request = FindTensor(key=checkpoint_key(job_id), uses=uses)
-        return await self._bus.request(FIND_TENSOR, request, deadline_s=FIND_DEADLINE_S)
+        return await self._bus.request(FIND_TENSOR, request, deadline_s=deadline_s)

@@ -4,6 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.runtime.settings import SettingsError, load_settings
+from services.dit.config import DitSettings
 from services.dit.interval import COST_SHARE, CheckpointInterval
 
 
@@ -42,3 +44,13 @@ def test_steps_that_become_shorter_are_followed() -> None:
     for _ in range(9):
         interval.step_took(0.01)
     assert interval.every == 6
+
+
+def test_the_interval_is_found_or_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings(DitSettings).checkpoint_steps == "auto"
+    monkeypatch.setenv("TRIPTYCH_CHECKPOINT_STEPS", "3")
+    assert load_settings(DitSettings).checkpoint_steps == 3
+    for wrong in ("0", "often"):
+        monkeypatch.setenv("TRIPTYCH_CHECKPOINT_STEPS", wrong)
+        with pytest.raises(SettingsError, match="TRIPTYCH_CHECKPOINT_STEPS"):
+            load_settings(DitSettings)
