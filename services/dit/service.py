@@ -102,6 +102,8 @@ class DitWorker:
             )
             await self._bus.publish(STEP_FINISHED, report, lease.job_id)
             if latent is not None:
+                # Not for a lease that was revoked meanwhile: a job that has ended would leave a checkpoint behind.
+                self._leases.check(lease)
                 self._checkpoints.offer(Snapshot(lease.job_id, lease.epoch, step, latent))
         return run.latent
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
-from common.bus.errors import BusError, DeadlineExceeded, NobodyThere
+from common.bus.errors import BusError, BusUnavailable, DeadlineExceeded, NobodyThere
 from common.bus.port import Bus
 from common.messages.cache import DropTensor, FindTensor, TensorFound
 from common.messages.subjects import DROP_TENSOR, FIND_TENSOR
@@ -43,7 +43,7 @@ class Checkpoints:
             async with asyncio.timeout(RESTART_S):
                 found = await self._find_once_there(job_id)
         except (BusError, TimeoutError) as error:
-            log.warning("no cache store, the job begins again", job=job_id, reason=str(error))
+            log.warning("no checkpoint found, the job begins again", job=job_id, reason=str(error) or "no answer")
             return None
         if not found.tensor_version or found.tensor is None:
             return None
@@ -70,6 +70,8 @@ class Checkpoints:
         while True:
             try:
                 return await self._find(job_id, uses=1)
+            except BusUnavailable:
+                log.info("no broker, asking for the checkpoint again", job=job_id)
             except (NobodyThere, DeadlineExceeded):
                 if not self._expected():
                     raise
