@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 
 _PER_REPLICA = ("TRIPTYCH_INSTANCE", "TRIPTYCH_SLOT")
+# Compose separates by hyphens, and services' names have none; its first generation separated by underscores.
+_REPLICA = re.compile(r"(?:(?:.*-)?([a-z0-9_]+)-|(?:.*_)?([a-z0-9]+)_)(\d+)")
 
 
 class ReplicaError(RuntimeError):
@@ -24,12 +26,12 @@ def replica_of(container_name: str) -> tuple[str, int]:
     Raises:
         ReplicaError: not such a name.
     """
-    match = re.fullmatch(r"(?:.*[-_])?([a-z0-9]+)[-_](\d+)", container_name.partition(".")[0])
-    if match is None or int(match[2]) < 1:
+    match = _REPLICA.fullmatch(container_name.partition(".")[0])
+    if match is None or int(match[3]) < 1:
         raise ReplicaError(
             f"container {container_name!r} is not named PROJECT-SERVICE-NUMBER: set TRIPTYCH_INSTANCE and TRIPTYCH_SLOT"
         )
-    return match[1], int(match[2]) - 1
+    return match[1] or match[2], int(match[3]) - 1
 
 
 def filled(environment: dict[str, str], container_name: Callable[[], str]) -> dict[str, str]:

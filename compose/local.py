@@ -134,6 +134,7 @@ def _variables(options: StackOptions, directory: RunDirectory, port: int) -> dic
         "TRIPTYCH_NATS_PORT": str(nats_port),
         "TRIPTYCH_NATS_URL": f"nats://127.0.0.1:{nats_port}",
         "TRIPTYCH_NATS_STORE": str(directory.broker_store),
+        "TRIPTYCH_CACHE_DIR": str(directory.cache),
         "TRIPTYCH_VIDEO_MODEL": _model(options.video_model),
         "TRIPTYCH_LOG_LEVEL": options.log_level,
     }

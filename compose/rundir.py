@@ -1,4 +1,4 @@
-"""The folder a running stack keeps its files in: logs, the broker's store, and a lock that says the stack lives."""
+"""The folder a running stack keeps its files in: logs, what broker and cache store keep, and a lock while it lives."""
 
 import contextlib
 import fcntl
@@ -31,6 +31,10 @@ class RunDirectory:
     @property
     def broker_store(self) -> Path:
         return self.path / "nats"
+
+    @property
+    def cache(self) -> Path:
+        return self.path / "cache"
 
 
 @contextlib.contextmanager

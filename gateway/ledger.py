@@ -90,7 +90,8 @@ class VideoLedger:
             insort(self._order, _place(entry.value))
         self._entries[entry.key] = entry
         self._counts[entry.value.state] += 1
-        self._drop_stale_progress(entry.value)
+        if entry.value.state.terminal:
+            self._progress.pop(entry.key, None)
         self._evict()
         self._wake(entry.key)
 
@@ -125,10 +126,15 @@ class VideoLedger:
         """``record`` with the progress known of it.
 
         Progress and records come by separate ways, so progress may be of the state before or after the record's: then
-        it is left out. States are the record's alone, and so never seem to go back.
+        only its step is told, which a job keeps when it goes back to the queue, up to its last checkpoint. States are
+        the record's alone, and so never seem to go back.
         """
         progress = self._progress.get(record.job_id)
-        return Snapshot(record, progress if progress is not None and progress.state is record.state else None)
+        if progress is None or record.state.terminal:
+            return Snapshot(record, None)
+        if progress.state is not record.state:
+            progress = VideoProgress(job_id=record.job_id, state=record.state, step=progress.step, steps=progress.steps)
+        return Snapshot(record, progress)
 
     def place(self, job_id: str) -> Place | None:
         entry = self._entries.get(job_id)
@@ -181,13 +187,6 @@ class VideoLedger:
             self._counts[entry.value.state] -= 1
         self._progress.pop(job_id, None)
         self._wake(job_id)
-
-    def _drop_stale_progress(self, record: VideoRecord) -> None:
-        """What was said of an attempt does not hold for the next one, nor for the end."""
-        known = self._progress.get(record.job_id)
-        back_in_queue = record.state is VideoState.QUEUED and known is not None and known.state is not VideoState.QUEUED
-        if record.state.terminal or back_in_queue:
-            self._progress.pop(record.job_id, None)
 
     def _evict(self) -> None:
         if len(self._entries) <= self._capacity:

@@ -85,12 +85,15 @@ def percent(state: VideoState, step: int, steps: int) -> int:
     match state:
         case VideoState.COMPLETED:
             return 100
-        case VideoState.ENCODING:
-            return _ENCODING_PERCENT
-        case VideoState.DENOISING:
-            return _DENOISING_PERCENT + (_DECODING_PERCENT - _DENOISING_PERCENT) * min(step, steps) // max(steps, 1)
         case VideoState.DECODING:
             return _DECODING_PERCENT
+        case VideoState.ENCODING if not step:
+            return _ENCODING_PERCENT
+        case VideoState.QUEUED if not step:
+            return 0
+        case VideoState.QUEUED | VideoState.ENCODING | VideoState.DENOISING:
+            # A job that has lost its worker waits and is encoded again, and goes on from its checkpoint.
+            return _DENOISING_PERCENT + (_DECODING_PERCENT - _DENOISING_PERCENT) * min(step, steps) // max(steps, 1)
         case _:
             return 0
 

@@ -13,6 +13,7 @@ class Service(StrEnum):
     ENCODER = "encoder"
     DIT = "dit"
     VAE = "vae"
+    CACHE_STORE = "cache_store"
 
 
 class MemberState(StrEnum):

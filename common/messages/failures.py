@@ -13,6 +13,7 @@ class Stage(StrEnum):
     ENCODER = "encoder"
     DIT = "dit"
     VAE = "vae"
+    CACHE_STORE = "cache_store"
     TENSORS = "tensors"
 
 

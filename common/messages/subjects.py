@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from common.messages import cluster, failures, video
+from common.messages import cache, cluster, failures, video
 from common.messages.base import Message
 
 Request = TypeVar("Request", bound=Message)
@@ -93,6 +93,7 @@ CANCEL_DECODING = RequestSubject("triptych.vae.{}.cancel", video.CancelDecoding,
 
 # Workers' reports to the scheduler. The final ones are answered, so that the worker repeats what was not heard.
 STEP_FINISHED = EventSubject("triptych.scheduler.step.{}", video.StepFinished)
+CHECKPOINT_STORED = EventSubject("triptych.scheduler.checkpoint.{}", video.CheckpointStored)
 DENOISING_FINISHED = RequestSubject(
     "triptych.scheduler.denoising_finished", video.DenoisingFinished, failures.Acknowledged
 )
@@ -102,6 +103,11 @@ DECODING_FINISHED = RequestSubject(
 PHASE_FAILED = RequestSubject("triptych.scheduler.phase_failed", video.PhaseFailed, failures.Acknowledged)
 
 VIDEO_PROGRESS = EventSubject("triptych.progress.video.{}", video.VideoProgress)
+
+# The cache store
+STORE_TENSOR = RequestSubject("triptych.cache_store.store", cache.StoreTensor, cache.TensorStored)
+FIND_TENSOR = RequestSubject("triptych.cache_store.find", cache.FindTensor, cache.TensorFound)
+DROP_TENSOR = RequestSubject("triptych.cache_store.drop", cache.DropTensor, failures.Acknowledged)
 
 # The cluster
 MEMBERS = Bucket("members", cluster.Member, max_bytes=16 * _MB)

@@ -140,11 +140,28 @@ class PromptEncoded(Message):
 # --- scheduler and DiT -------------------------------------------------------------------------------------------
 
 
+class Checkpoint(Message):
+    """A job's latent [1, channels, frames, height, width] after ``step`` steps, kept by the cache store.
+
+    That is all there is to keep: the sampler's state is a function of the request. Its noise is drawn once, from the
+    seed, before the first step, and its schedule follows from the count of steps, the size and the frames.
+    """
+
+    step: int
+    latent: TensorRef
+
+
+def checkpoint_key(job_id: str) -> str:
+    """Under what key the cache store keeps a job's checkpoint. Its version is the step."""
+    return f"video/{job_id}/latent"
+
+
 class Lease(Message):
     """The right of ``members`` to denoise one job together, until revoked or done (DDiT, section 3).
 
     ``epoch`` grows with every lease that any scheduler grants; a worker refuses any older than it has seen.
     ``members`` are DiT instances in rank order, ``leader`` is the one that reports and keeps the latent.
+    With ``resume`` the job goes on from there; a leader that cannot fetch it starts from the beginning.
     """
 
     job_id: str
@@ -154,6 +171,7 @@ class Lease(Message):
     request: VideoRequest
     text: TensorRef
     negative: TensorRef | None = None
+    resume: Checkpoint | None = None
 
 
 class RevokeLease(Message):
@@ -181,6 +199,14 @@ class StepFinished(Message):
     @property
     def degree_of_parallelism(self) -> int:
         return len(self.slots)
+
+
+class CheckpointStored(Message):
+    """The latent after ``step`` steps lies in the cache store: losing the worker costs the steps since, no more."""
+
+    job_id: str
+    epoch: int
+    step: int
 
 
 class DenoisingFinished(Message):

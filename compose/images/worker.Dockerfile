@@ -1,4 +1,4 @@
-# Encoder, DiT and VAE: everything with torch in it. Built from the repository's root.
+# Encoder, DiT, VAE and cache store: everything with torch in it. Built from the repository's root.
 # By default pip takes the torch wheel that its index offers; give TORCH_INDEX a wheel index for another build of it.
 FROM python:3.11-slim
 ARG TORCH_INDEX=
@@ -12,6 +12,6 @@ RUN pip install --no-cache-dir -c constraints.txt \
 COPY common/ common/
 COPY compose/ compose/
 COPY services/ services/
-RUN useradd --system --create-home triptych
+RUN useradd --system --create-home triptych && mkdir -p /var/lib/cache_store && chown triptych /var/lib/cache_store
 USER triptych
 ENTRYPOINT ["python", "-m", "compose.entrypoint"]

@@ -25,6 +25,7 @@ from common.messages.subjects import (
 from common.messages.tensors import TensorRef
 from common.messages.video import (
     CancelDecoding,
+    Checkpoint,
     DecodeVideo,
     EncodePrompt,
     Lease,
@@ -38,6 +39,7 @@ from common.messages.video import (
 )
 from common.policies import decisions as decide
 from common.policies import events as event
+from services.scheduler.checkpoints import Checkpoints
 from services.scheduler.records import JobGone, RecordKeeper
 
 log = structlog.get_logger()
@@ -51,7 +53,7 @@ class VideoJob:
 
     Decisions are queued and carried out one after the other by ``run``; what comes of them goes to ``tell``, as
     events for the policy. ``doubt`` is told of a worker that does not answer; ``changed`` is called whenever the record
-    has moved.
+    has moved. ``checkpoint_step`` counts the steps that no loss of a worker can cost any more.
     """
 
     def __init__(
@@ -59,19 +61,23 @@ class VideoJob:
         bus: Bus,
         record: VideoRecord,
         revision: int,
+        checkpoints: Checkpoints,
         tell: Callable[[event.Event], None],
         doubt: Callable[[str], None],
         changed: Callable[[], None],
     ) -> None:
         self._bus = bus
         self._keeper = RecordKeeper(bus, record, revision)
+        self._checkpoints = checkpoints
         self._tell = tell
         self._doubt = doubt
         self._changed = changed
         self._decisions: asyncio.Queue[decide.Decision] = asyncio.Queue()
         self._encoded: dict[int, PromptEncoded] = {}
         self._encoding: asyncio.Task[None] | None = None
+        self._leased = record.attempt > 0
         self.attempt = 0
+        self.checkpoint_step = 0
         self.latents: dict[int, TensorRef] = {}
         self.files: dict[int, VideoFile] = {}
         self.failure: Failure | None = None
@@ -121,7 +127,8 @@ class VideoJob:
 
     async def _start_encoding(self, decision: decide.StartEncoding) -> None:
         self.attempt = decision.attempt
-        self.spans.clear()
+        # Steps done before stay: those that a checkpoint does not save are replaced when they are done again.
+        self.spans[:] = [span for span in self.spans if span.phase == "step"]
         await self._keeper.move(VideoState.ENCODING, time.time())
         self._encoding = asyncio.create_task(self._encode(decision), name=f"encode-{decision.job_id}")
 
@@ -156,6 +163,7 @@ class VideoJob:
 
     async def _grant_lease(self, decision: decide.GrantLease) -> None:
         encoded = self._encoded[self.attempt]
+        resume = await self._resume_point()
         await self._keeper.move(VideoState.DENOISING, time.time())
         lease = Lease(
             job_id=decision.job_id,
@@ -165,9 +173,22 @@ class VideoJob:
             request=self.record.request,
             text=encoded.text,
             negative=encoded.negative,
+            resume=resume,
         )
         for member in decision.members:
             await self._ask(GRANT_LEASE, lease, member)
+
+    async def _resume_point(self) -> Checkpoint | None:
+        """Where the job goes on; nobody is asked about one that was never under way."""
+        resume = await self._checkpoints.newest(self.record.job_id) if self._leased else None
+        self._leased = True
+        self.checkpoint_step = resume.step if resume is not None else 0
+        return resume
+
+    def step_done(self, span: TimelineSpan) -> None:
+        """Take a step into the timeline, in place of the same and later ones of an attempt that was lost."""
+        step = span.step or 0
+        self.spans[:] = [*(known for known in self.spans if known.step is None or known.step < step), span]
 
     async def _start_decoding(self, decision: decide.StartDecoding) -> None:
         await self._keeper.move(VideoState.DECODING, time.time())

@@ -30,27 +30,29 @@ class ProgressReporter:
                 VideoProgress(job_id=record.job_id, state=record.state, step=done, steps=record.request.steps)
             )
 
-    def changes(self, records: dict[str, VideoRecord]) -> list[VideoProgress]:
-        """What has changed since the last call."""
+    def changes(self, records: dict[str, VideoRecord], checkpoints: dict[str, int]) -> list[VideoProgress]:
+        """What has changed since the last call. ``checkpoints``: after how many steps each job's was taken."""
         news, self._ended = self._ended, []
         places = self._policy.queue_places()
         for job_id, job in self._policy.state.jobs.items():
             record = records.get(job_id)
             if record is None:
                 continue
-            progress = self._progress(job, record, places.get(job_id))
+            # A job that waits for its next attempt stands where that will begin.
+            step = job.step or checkpoints.get(job_id, 0)
+            progress = self._progress(job, record, step, places.get(job_id))
             if self._told.get(job_id) != progress:
                 self._told[job_id] = progress
                 news.append(progress)
         return news
 
-    def _progress(self, job: Job, record: VideoRecord, place: int | None) -> VideoProgress:
-        steps_left = job.steps - job.step
+    def _progress(self, job: Job, record: VideoRecord, step: int, place: int | None) -> VideoProgress:
+        steps_left = job.steps - step
         return VideoProgress(
             job_id=job.job_id,
             state=record.state,
             queue_place=place,
-            step=job.step,
+            step=step,
             steps=job.steps,
             degree_of_parallelism=len(job.members) if job.phase is Phase.DENOISING else 0,
             remaining_s=None if place is not None else self._remaining.remaining_s(_kind(job), steps_left),

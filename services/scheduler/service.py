@@ -15,6 +15,7 @@ from common.bus.port import Bus, Change
 from common.messages.cluster import Member, SchedulerLife, Service
 from common.messages.failures import Acknowledged
 from common.messages.subjects import (
+    CHECKPOINT_STORED,
     DECODING_FINISHED,
     DENOISING_FINISHED,
     PHASE_FAILED,
@@ -28,6 +29,7 @@ from common.messages.subjects import (
     VIDEO_RECORDS,
 )
 from common.messages.video import (
+    CheckpointStored,
     DecodingFinished,
     DenoisingFinished,
     PhaseFailed,
@@ -49,6 +51,7 @@ from common.runtime.membership import (
     MembershipView,
     Registration,
 )
+from services.scheduler.checkpoints import Checkpoints
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.job import VideoJob, cancel_decoding, revoke_lease, withdraw
 from services.scheduler.progress import ProgressReporter
@@ -72,6 +75,7 @@ class Scheduler:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._unfinished: dict[str, VideoRecord] = {}
         self._view = MembershipView(bus, settings.member_timeout_s, self._member_changed)
+        self._checkpoints = Checkpoints(bus, self._cache_store_expected)
         self._present: dict[str, str] = {}
         self._records_read = asyncio.Event()
         self._room = asyncio.Event()
@@ -87,6 +91,7 @@ class Scheduler:
                 await self._bus.serve(DECODING_FINISHED, self._decoding_finished),
                 await self._bus.serve(PHASE_FAILED, self._phase_failed),
                 await self._bus.subscribe(STEP_FINISHED, self._step_finished),
+                await self._bus.subscribe(CHECKPOINT_STORED, self._checkpoint_stored),
             ]
             loops = [
                 tasks.create_task(self._watch_records(), name="watch-records"),
@@ -124,8 +129,10 @@ class Scheduler:
                     self._jobs[decision.job_id].submit(decision)
         if isinstance(happened, event.JobCancelled):
             task = self._running.get(happened.job_id)
-            if task is not None and task is not asyncio.current_task():
-                task.cancel()
+            if task is not None:
+                if task is not asyncio.current_task():
+                    task.cancel()
+                self._tasks.create_task(self._checkpoints.drop(happened.job_id))
         if len(self._policy.state.jobs) < self._settings.max_admitted:
             self._room.set()
         self._dirty.set()
@@ -158,13 +165,17 @@ class Scheduler:
         if entry.value.state.terminal:
             return
         record, revision = entry.value, entry.revision
+        checkpoint_step = await self._checkpoints.newest_step(job_id) if record.attempt else 0
         if record.state is not VideoState.QUEUED:
             try:
                 record = record.moved(VideoState.QUEUED, time.time())
                 revision = await self._bus.replace(VIDEO_RECORDS, job_id, record, revision)
             except WrongRevision:
                 return
-        job = VideoJob(self._bus, record, revision, self._tell, self._view.doubt, self._dirty.set)
+        if job_id in self._jobs:
+            return
+        job = VideoJob(self._bus, record, revision, self._checkpoints, self._tell, self._view.doubt, self._dirty.set)
+        job.checkpoint_step = checkpoint_step
         self._jobs[job_id] = job
         self._running[job_id] = self._tasks.create_task(self._run_job(job), name=job_id)
         request = record.request
@@ -189,6 +200,8 @@ class Scheduler:
             self._dirty.set()
             self._jobs.pop(job_id, None)
             self._running.pop(job_id, None)
+            if job.record.state.terminal:
+                self._tasks.create_task(self._checkpoints.drop(job_id))
 
     async def _recover(self) -> None:
         """Take over what a former scheduler left unfinished, oldest first, the waiting ones as far as there is room.
@@ -255,6 +268,9 @@ class Scheduler:
                 log.info("member lost", instance=member.instance, reason=reason)
                 self._tell(event.WorkerLost(member.instance))
 
+    def _cache_store_expected(self) -> bool:
+        return any(member.service is Service.CACHE_STORE for member in self._view.members.values())
+
     async def _welcome(self, member: Member) -> None:
         """Clear what a former scheduler left running on the worker, then count on it."""
         everything = self._first_epoch - 1
@@ -273,7 +289,7 @@ class Scheduler:
         known = self._policy.state.jobs.get(report.job_id)
         if job is None or known is None or known.epoch != report.epoch:
             return
-        job.spans.append(
+        job.step_done(
             TimelineSpan(
                 instance=report.instance,
                 slot=report.slots[0],
@@ -286,6 +302,14 @@ class Scheduler:
         )
         self._progress.step_took(known, report.ended_at_s - report.started_at_s)
         self._tell(event.StepFinished(report.job_id, report.epoch, report.step))
+
+    def _checkpoint_stored(self, report: CheckpointStored) -> None:
+        job = self._jobs.get(report.job_id)
+        known = self._policy.state.jobs.get(report.job_id)
+        # Of an older lease it would say nothing of where this one stands.
+        if job is not None and known is not None and known.epoch == report.epoch:
+            job.checkpoint_step = report.step
+            self._dirty.set()
 
     async def _denoising_finished(self, report: DenoisingFinished) -> Acknowledged:
         job = self._jobs.get(report.job_id)
@@ -331,7 +355,8 @@ class Scheduler:
             await self._dirty.wait()
             self._dirty.clear()
             records = {job_id: job.record for job_id, job in self._jobs.items()}
-            for progress in self._progress.changes(records):
+            checkpoints = {job_id: job.checkpoint_step for job_id, job in self._jobs.items()}
+            for progress in self._progress.changes(records, checkpoints):
                 with contextlib.suppress(BusError):
                     await self._bus.publish(VIDEO_PROGRESS, progress, progress.job_id)
 

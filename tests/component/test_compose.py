@@ -34,11 +34,11 @@ _DEADLINE_S = 30.0
 def test_the_shipped_file_describes_the_stack() -> None:
     stack = read_stack({"TRIPTYCH_NATS_PORT": "5555"})
     assert {name: spec.replicas for name, spec in stack.services.items()} == {
-        "nats": 1, "scheduler": 1, "dit": 2, "vae": 2, "encoder": 1, "gateway": 1,
+        "nats": 1, "scheduler": 1, "dit": 2, "vae": 2, "encoder": 1, "cache_store": 1, "gateway": 1,
     }  # fmt: skip
     assert stack.levels[0] == ("nats",)
     assert stack.levels[-1] == ("gateway",)
-    assert set(stack.levels[1]) == {"scheduler", "dit", "vae", "encoder"}
+    assert set(stack.levels[1]) == {"scheduler", "dit", "vae", "encoder", "cache_store"}
     assert "--port=5555" in stack.services["nats"].command
     assert stack.services["dit"].instances == ("dit-0", "dit-1")
     assert stack.services["dit"].environment["TRIPTYCH_SLOT"] == ""
@@ -46,6 +46,7 @@ def test_the_shipped_file_describes_the_stack() -> None:
     assert "TRIPTYCH_SLOT" not in stack.services["encoder"].environment
     assert "common.runtime.worker" in stack.services["dit"].preload
     assert stack.services["gateway"].preload == ()
+    assert stack.services["cache_store"].environment["TRIPTYCH_CACHE_DIR"] == "/var/lib/cache_store"
 
 
 def _write(folder: Path, text: str) -> Path:
@@ -176,6 +177,8 @@ def test_no_server_names_the_remedy(capsys: pytest.CaptureFixture[str], tmp_path
         ("triptych-dit-1.triptych_default", ("dit", 0)),
         ("my-stack-vae-12", ("vae", 11)),
         ("triptych_gateway_1", ("gateway", 0)),
+        ("triptych-cache_store-2.triptych_default", ("cache_store", 1)),
+        ("my_own-stack-dit-3", ("dit", 2)),
     ],
 )
 def test_a_container_finds_out_which_replica_it_is(name: str, replica: tuple[str, int]) -> None:

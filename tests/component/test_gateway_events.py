@@ -124,7 +124,7 @@ async def test_of_an_ended_video_there_is_one_event_and_on_reconnecting_none(nat
             assert response.status == 204
 
 
-async def test_a_job_that_goes_back_to_the_queue_shows_nothing_of_its_lost_attempt(nats_server: NatsServer) -> None:
+async def test_a_job_that_goes_back_to_the_queue_keeps_its_step_until_told_otherwise(nats_server: NatsServer) -> None:
     async with stack(nats_server) as s:
         video_id = (await s.create())["id"]
         await s.move(video_id, VideoState.ENCODING, VideoState.DENOISING)
@@ -132,16 +132,21 @@ async def test_a_job_that_goes_back_to_the_queue_shows_nothing_of_its_lost_attem
         await listener.sees(state="denoising")
         await s.progress(video_id, VideoState.DENOISING, step=7, degree_of_parallelism=1)
         await listener.sees(step=7)
-        for state in (VideoState.QUEUED, VideoState.ENCODING, VideoState.DENOISING, VideoState.CANCELLED):
+        await s.move(video_id, VideoState.QUEUED)
+        await listener.sees(state="queued")
+        await s.progress(video_id, VideoState.QUEUED, step=6, queue_place=1)
+        await listener.sees(step=6)
+        for state in (VideoState.ENCODING, VideoState.DENOISING, VideoState.CANCELLED):
             await s.move(video_id, state)
             await listener.sees(state=state)
         seen = [(event.data["state"], event.data["step"]) for event in await listener.ends()]
         assert seen == [
             ("denoising", 0),
             ("denoising", 7),
-            ("queued", 0),
-            ("encoding", 0),
-            ("denoising", 0),
+            ("queued", 7),
+            ("queued", 6),
+            ("encoding", 6),
+            ("denoising", 6),
             ("cancelled", 0),
         ]
 

@@ -32,6 +32,9 @@ from tests.support.stack import (
 
 PROMPT = "a red circle moving right"
 LONG = 100  # steps: enough for a kill to fall into the middle
+# Steps that a killed worker may cost: one between two checkpoints, one whose checkpoint was on its way to the cache
+# store, and one that the client heard of last.
+LOST = 3
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,8 @@ def test_one_ready_line(stack: Stack) -> None:
     assert re.fullmatch(r"ready http://127\.0\.0\.1:\d+\n", stack.ready_line)
     assert stack.json("GET", "/readyz")["status"] == "ready"
     members = {member["instance"] for member in stack.json("GET", "/v1/cluster")["members"]}
-    assert members == {"gateway-0", "scheduler-0", "encoder-0", "dit-0", "dit-1", "vae-0", "vae-1"}
+    workers = {"encoder-0", "dit-0", "dit-1", "vae-0", "vae-1"}
+    assert members == {"gateway-0", "scheduler-0", "cache_store-0"} | workers
 
 
 def test_every_listener_is_on_loopback(stack: Stack) -> None:
@@ -229,7 +233,9 @@ def long_video(stack: Stack, request_fields: dict[str, Any]) -> tuple[dict[str, 
     return fields, stack.completed(stack.order(**fields))
 
 
-@pytest.mark.parametrize("victims", [["dit-0", "dit-1"], ["scheduler-0"], ["gateway-0"], ["nats-0"]], ids="+".join)
+@pytest.mark.parametrize(
+    "victims", [["scheduler-0"], ["gateway-0"], ["nats-0"], ["encoder-0"], ["cache_store-0"]], ids="+".join
+)
 def test_denoising_survives_a_kill(stack: Stack, long_video: tuple[dict[str, Any], bytes], victims: list[str]) -> None:
     fields, expected = long_video
     video_id = stack.order(**fields)
@@ -237,6 +243,31 @@ def test_denoising_survives_a_kill(stack: Stack, long_video: tuple[dict[str, Any
     for victim in victims:
         stack.process_of(victim).kill()
     assert stack.completed(video_id) == expected
+
+
+@pytest.mark.parametrize("victims", [["dit-0", "dit-1"], ["dit-0", "dit-1", "cache_store-0"]], ids="+".join)
+def test_denoising_goes_on_from_the_checkpoint(
+    stack: Stack, long_video: tuple[dict[str, Any], bytes], victims: list[str]
+) -> None:
+    fields, expected = long_video
+    video_id = stack.order(**fields)
+    seen = stack.wait(video_id, lambda video: video["state"] == "denoising" and video["step"] >= LONG // 2)["step"]
+    for victim in victims:
+        stack.process_of(victim).kill()
+    killed_at_s = time.time()
+    shown: list[int] = []
+
+    def goes_on(video: dict[str, Any]) -> bool:
+        shown.append(video["step"])
+        return video["status"] == "completed"
+
+    stack.wait(video_id, goes_on)
+    assert stack.call("GET", f"/v1/videos/{video_id}/content") == expected
+    assert min(shown) >= seen - LOST, "what is shown never goes back further than the checkpoint"
+    spans = stack.json("GET", f"/v1/videos/{video_id}/timeline")["spans"]
+    kept = [span["step"] for span in spans if span["phase"] == "step" and span["ended_at_s"] <= killed_at_s]
+    assert len(kept) >= seen - LOST, "what was done is not done again"
+    assert sorted(span["step"] for span in spans if span["phase"] == "step") == list(range(1, LONG + 1))
 
 
 def test_one_lost_dit_worker_leaves_the_other_video_alone(
@@ -258,10 +289,14 @@ def test_decoding_survives_a_kill(stack: Stack, request_fields: dict[str, Any]) 
     expected = stack.completed(stack.order(**fields))
     video_id = stack.order(**fields)
     stack.wait(video_id, lambda video: video["state"] == "decoding")
+    killed_at_s = time.time()
     for victim in ("vae-0", "vae-1"):
         stack.process_of(victim).kill()
     assert stack.completed(video_id) == expected
     assert stack.json("GET", f"/v1/videos/{video_id}")["attempt"] == 2
+    spans = stack.json("GET", f"/v1/videos/{video_id}/timeline")["spans"]
+    again = [span["step"] for span in spans if span["phase"] == "step" and span["started_at_s"] > killed_at_s]
+    assert again == [], "the final latent was kept"
 
 
 def test_a_killed_encoder_delays_a_video_and_no_more(stack: Stack, made: bytes, request_fields: dict[str, Any]) -> None:
@@ -272,8 +307,9 @@ def test_a_killed_encoder_delays_a_video_and_no_more(stack: Stack, made: bytes, 
 # --- the end -------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_left_and_what_was_stored_stays(tmp_path: Path) -> None:
-    """Ctrl-C first, then, on the same state, kill -9 of the supervisor."""
+def test_nothing_is_left_and_what_was_stored_stays(tmp_path: Path, long_video: tuple[dict[str, Any], bytes]) -> None:
+    """Ctrl-C first, then, on the same state, kill -9 of the supervisor; a third stack goes on where that one was."""
+    long_fields, expected = long_video
     before = posix_shared_memory()
     with running_stack("--state-dir", str(tmp_path)) as stack:
         limits = stack.limits()
@@ -281,7 +317,7 @@ def test_nothing_is_left_and_what_was_stored_stays(tmp_path: Path) -> None:
         video_id = stack.order(**fields)
         data = stack.completed(video_id)
         processes = stack.processes()
-        assert len(processes) >= 9
+        assert len(processes) >= 10
         assert system_v_shared_memory(processes), "UCX has shared memory while the stack runs"
         assert stack.stop(signal.SIGINT) == 0
         assert psutil.wait_procs(processes, timeout=10)[1] == []
@@ -289,9 +325,15 @@ def test_nothing_is_left_and_what_was_stored_stays(tmp_path: Path) -> None:
     assert posix_shared_memory() <= before
     with running_stack("--state-dir", str(tmp_path)) as stack:
         assert stack.call("GET", f"/v1/videos/{video_id}/content") == data
-        stack.wait(stack.order(**{**fields, "steps": LONG}), lambda video: video["step"] >= 1)
+        video_id = stack.order(**long_fields)
+        seen = stack.wait(video_id, lambda video: video["step"] >= LONG // 2)["step"]
         processes = stack.processes()
         stack.process.kill()
         assert psutil.wait_procs(processes, timeout=10)[1] == []
     assert system_v_shared_memory(processes) == []
     assert posix_shared_memory() <= before
+    with running_stack("--state-dir", str(tmp_path)) as stack:
+        assert stack.completed(video_id) == expected
+        logs = "".join(log.read_text() for log in (tmp_path / "logs").glob("dit-*.log"))
+    resumed = re.findall(r'"going on from a checkpoint".* step=(\d+)', logs)
+    assert [int(step) >= seen - LOST for step in resumed] == [True], resumed

@@ -211,6 +211,14 @@ def test_progress_only_grows_over_a_life() -> None:
     assert (bars[0], bars[-1]) == (0, 100)
 
 
+def test_a_job_that_waits_to_go_on_keeps_its_bar() -> None:
+    bars = set()
+    for state in (VideoState.DENOISING, VideoState.QUEUED, VideoState.ENCODING):
+        progress = VideoProgress(job_id="video_1", state=state, step=6, steps=10)
+        bars.add(present.video(record(state), progress).progress)
+    assert len(bars) == 1
+
+
 def test_times_are_whole_seconds_and_the_duration_is_text() -> None:
     video = present.video(record(VideoState.COMPLETED), None)
     assert (video.created_at, video.completed_at, video.seconds, video.size) == (100, 160, "2", "64x64")

@@ -1,0 +1,133 @@
+"""Step checkpoints: the latent goes to the cache store in the background; a job that loses its worker goes on from it.
+
+The latent and the count of steps are all there is to keep: the sampler's state is a function of the request (see
+``common.messages.video.Checkpoint``).
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from common.bus.errors import BusError
+from common.bus.port import Bus
+from common.messages.cache import StoreTensor, TensorStored
+from common.messages.subjects import CHECKPOINT_STORED, STORE_TENSOR
+from common.messages.video import CheckpointStored, checkpoint_key
+from common.models.opensora.pipeline import DenoisingRun
+from common.tensors.errors import TensorError
+from common.tensors.port import Tensors
+from services.dit.interval import CheckpointInterval
+
+log = structlog.get_logger()
+
+STORE_DEADLINE_S = 5.0
+# A job that waits for a worker longer than this may have to begin again.
+PIN_S = 3600.0
+# The job at work, and the one before it, whose final latent may not have gone yet.
+_MAX_JOBS_WAITING = 2
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A latent on the CPU that nobody writes to any more."""
+
+    job_id: str
+    epoch: int
+    step: int
+    latent: torch.Tensor
+
+
+def take_step(run: DenoisingRun, interval: CheckpointInterval) -> torch.Tensor | None:
+    """Take the next step; the latent's copy where it is to be kept, which the final one always is."""
+    started_s = time.perf_counter()
+    run.step()
+    # The step is over when the device is: kernels queued ahead would outrun revocations and reports.
+    _wait_for(run.latent)
+    due = interval.step_took(time.perf_counter() - started_s)
+    return copied(run.latent) if due or run.finished else None
+
+
+def copied(latent: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU: the transport shares what it is given, and needs it contiguous."""
+    return latent.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def copy_cost_s(latent: torch.Tensor) -> float:
+    """What a copy takes, in seconds: the best of three, since whatever disturbs one is not the copy's own cost."""
+    _wait_for(latent)
+    costs_s = []
+    for _ in range(3):
+        started_s = time.perf_counter()
+        copied(latent)
+        costs_s.append(time.perf_counter() - started_s)
+    return min(costs_s)
+
+
+def _wait_for(latent: torch.Tensor) -> None:
+    if latent.device.type == "cuda":
+        torch.cuda.current_stream(latent.device).synchronize()
+
+
+class CheckpointWriter:
+    """Brings snapshots to the cache store: one at a time, of each job the newest.
+
+    Nothing ever waits for it. While the cache store is away or slow, snapshots replace each other here; a store that
+    fails costs a log line.
+    """
+
+    def __init__(self, bus: Bus, tensors: Tensors) -> None:
+        self._bus = bus
+        self._tensors = tensors
+        self._waiting: OrderedDict[str, Snapshot] = OrderedDict()
+        self._offered = asyncio.Event()
+        self._failing = False
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    def offer(self, snapshot: Snapshot) -> None:
+        """Have it stored soon, unless a newer one of its job comes before its turn."""
+        self._waiting.pop(snapshot.job_id, None)
+        self._waiting[snapshot.job_id] = snapshot
+        if len(self._waiting) > _MAX_JOBS_WAITING:
+            self._waiting.popitem(last=False)
+        self.idle.clear()
+        self._offered.set()
+
+    async def run(self) -> None:
+        """Store one after the other; runs until cancelled."""
+        while True:
+            await self._offered.wait()
+            self._offered.clear()
+            while self._waiting:
+                _, snapshot = self._waiting.popitem(last=False)
+                await self._store(snapshot)
+            self.idle.set()
+
+    async def _store(self, snapshot: Snapshot) -> None:
+        try:
+            answer = await self._ask(snapshot)
+            if answer.stored:
+                stored = CheckpointStored(job_id=snapshot.job_id, epoch=snapshot.epoch, step=snapshot.step)
+                await self._bus.publish(CHECKPOINT_STORED, stored, snapshot.job_id)
+        except (BusError, TensorError) as error:
+            if not self._failing:
+                log.warning("checkpoint not stored", job=snapshot.job_id, step=snapshot.step, reason=str(error))
+            self._failing = True
+        else:
+            if self._failing:
+                log.info("checkpoints are stored again", job=snapshot.job_id, step=snapshot.step)
+            self._failing = False
+
+    async def _ask(self, snapshot: Snapshot) -> TensorStored:
+        ref = self._tensors.export(snapshot.latent, uses=1, lease_s=2 * STORE_DEADLINE_S)
+        key = checkpoint_key(snapshot.job_id)
+        request = StoreTensor(key=key, tensor_version=snapshot.step, tensor=ref, pin_s=PIN_S)
+        try:
+            return await self._bus.request(STORE_TENSOR, request, deadline_s=STORE_DEADLINE_S)
+        finally:
+            # Where it was not fetched; else it is gone already.
+            await self._tensors.release(ref)

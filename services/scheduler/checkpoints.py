@@ -1,0 +1,82 @@
+"""What the scheduler asks the cache store: how far a job has come, and to forget it.
+
+Checkpoints save work, they decide nothing: a cache store that is away, slow or empty means that a job begins again.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from common.bus.errors import BusError, BusUnavailable, DeadlineExceeded, NobodyThere
+from common.bus.port import Bus
+from common.messages.cache import DropTensor, FindTensor, TensorFound
+from common.messages.subjects import DROP_TENSOR, FIND_TENSOR
+from common.messages.video import Checkpoint, checkpoint_key
+
+log = structlog.get_logger()
+
+FIND_DEADLINE_S = 1.0
+# Only the version, which lies in memory; a starting scheduler asks for one job after the other.
+STEP_DEADLINE_S = 0.3
+# A cache store that died together with a worker is back before this; what it has on disk is worth the wait.
+RESTART_S = 3.0
+_RETRY_S = 0.05
+DROP_DEADLINE_S = 2.0
+
+
+class Checkpoints:
+    """The newest checkpoint of each job.
+
+    Args:
+        bus: where the cache store is asked.
+        expected: whether a cache store belongs to the cluster now, be it between two lives.
+    """
+
+    def __init__(self, bus: Bus, expected: Callable[[], bool]) -> None:
+        self._bus = bus
+        self._expected = expected
+
+    async def newest(self, job_id: str) -> Checkpoint | None:
+        """The job's newest checkpoint, its latent exported for one fetch."""
+        try:
+            async with asyncio.timeout(RESTART_S):
+                found = await self._find_once_there(job_id)
+        except (BusError, TimeoutError) as error:
+            log.warning("no checkpoint found, the job begins again", job=job_id, reason=str(error) or "no answer")
+            return None
+        if not found.tensor_version or found.tensor is None:
+            return None
+        return Checkpoint(step=found.tensor_version, latent=found.tensor)
+
+    async def newest_step(self, job_id: str) -> int:
+        """After how many steps that was; 0 without one."""
+        try:
+            return (await self._find(job_id, uses=0, deadline_s=STEP_DEADLINE_S)).tensor_version or 0
+        except BusError as error:
+            log.info("not known how far a job has come", job=job_id, reason=str(error))
+            return 0
+
+    async def drop(self, job_id: str) -> None:
+        """The job has ended. What cannot be told to the cache store now, it evicts in time."""
+        try:
+            await self._bus.request(DROP_TENSOR, DropTensor(key=checkpoint_key(job_id)), deadline_s=DROP_DEADLINE_S)
+        except NobodyThere:
+            return
+        except BusError as error:
+            log.warning("checkpoint not dropped", job=job_id, reason=str(error))
+
+    async def _find_once_there(self, job_id: str) -> TensorFound:
+        while True:
+            try:
+                return await self._find(job_id, uses=1)
+            except BusUnavailable:
+                log.info("no broker, asking for the checkpoint again", job=job_id)
+            except (NobodyThere, DeadlineExceeded):
+                if not self._expected():
+                    raise
+            await asyncio.sleep(_RETRY_S)
+
+    async def _find(self, job_id: str, uses: int, deadline_s: float = FIND_DEADLINE_S) -> TensorFound:
+        request = FindTensor(key=checkpoint_key(job_id), uses=uses)
+        return await self._bus.request(FIND_TENSOR, request, deadline_s=deadline_s)
