@@ -6,6 +6,7 @@ for some, ``decode`` (where a finished latent is decoded).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar
 
 from common.policies.decisions import (
@@ -83,6 +84,13 @@ class Policy(ABC):
             if slot is not None:
                 decisions.append(self.start_decoding(job, slot, f"denoised; slot {slot.number} has a VAE worker"))
         return decisions
+
+    def watched(self) -> Iterable[str]:
+        """The jobs whose last finished step the policy wants to know before anything else happens.
+
+        A simulator may leave out the other jobs' step reports, unless a changed lease takes effect with them.
+        """
+        return ()
 
     def queue_places(self) -> dict[str, int]:
         """The jobs that have no GPU yet, by id: 1 for the one that starts denoising next."""

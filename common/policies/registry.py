@@ -2,6 +2,7 @@
 
 from common.policies.fifo import Fifo
 from common.policies.policy import Policy
+from common.policies.rib import Rib
 
 POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Fifo,)}
 
@@ -10,8 +11,13 @@ class UnknownPolicy(ValueError):
     """No policy has this name."""
 
 
-def make_policy(name: str, first_epoch: int = 1) -> Policy:
-    """A fresh policy.
+def policy_names() -> tuple[str, ...]:
+    """The names there are; ``sdop:N`` takes any power of two and is listed with the paper's three."""
+    return tuple(POLICIES)
+
+
+def make_policy(name: str, first_epoch: int = 1, rib: Rib | None = None) -> Policy:
+    """A fresh policy; ``rib`` is the profile it decides by (None: the paper's table).
 
     Raises:
         UnknownPolicy: names the ones there are.
