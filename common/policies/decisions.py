@@ -19,8 +19,8 @@ class GrantLease:
 
     A job that runs already gets more or fewer members under a higher epoch this way. That takes effect at its next step
     boundary: slots that join are held at once and idle until then, slots that leave are held until then. The leader
-    of a running job never changes. ``from_step`` is the number of steps a parked or checkpointed job has done already; its
-    latent comes from the cache store.
+    of a running job changes only if it is lost. ``from_step`` is the number of steps done already: the latent of a
+    parked or checkpointed job comes from the cache store.
     """
 
     job_id: str
