@@ -196,7 +196,7 @@ def _timelines(rib: Rib, setting: Setting, policies: Sequence[str], gpus: int) -
 
 
 def _progress(done: int, count: int, started_s: float) -> None:
-    if sys.stderr.isatty() or done == count or done % max(1, count // 20) == 0:
+    if done == count or done % max(1, count // 10) == 0:
         print(f"{done} of {count} tasks, {time.perf_counter() - started_s:.0f} s", file=sys.stderr)
 
 

@@ -1,7 +1,7 @@
 """A run's events on record, and played again: a policy that is pure decides the same every time.
 
-The record is a text of JSON lines, each ``{"at_s": seconds, "event": name, ...}`` with the event's own fields. It is the
-same for a live scheduler's events and the simulator's.
+The record is a text of JSON lines, each ``{"at_s": seconds, "event": name, ...}`` with the event's own fields. It is
+the same for a live scheduler's events and the simulator's.
 """
 
 import dataclasses
