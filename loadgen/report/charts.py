@@ -3,6 +3,7 @@
 Colours are classes; the page's style sheet gives them for light and dark.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -111,7 +112,7 @@ def slot_chart(timeline: Mapping[str, Any], classes: Sequence[str]) -> str:
 
 def policy_class(policy: str) -> str:
     """The style class of a policy: "sdop:1" is "p-sdop-1"."""
-    return "p-" + policy.replace(":", "-")
+    return "p-" + re.sub("[^a-z0-9]", "-", policy.lower())
 
 
 def _line(line: Line, x_scale: Scale, y_scale: Scale, dots: bool = True) -> str:

@@ -41,9 +41,9 @@ class Reading:
 
 _BEST_STATIC = "the best static policy"
 _UNKNOWN_RATE = (
-    "Neither the rate nor the mix of the paper's 64-GPU run is known; ours has the even mix and the rates of its single "
-    "node times eight. Many servers share their load well, so every policy waits less than on one server and what is "
-    "left to gain is the time of the steps themselves."
+    "Neither the rate nor the mix of the paper's 64-GPU run is known; ours has the even mix and the rates of its "
+    "single node times eight. Many servers share their load well, so every policy waits less than on one server, and "
+    "what is left to gain is the time of the steps themselves."
 )
 _UP_TO = "The paper's figure is its best case; ours is the largest over all our points."
 

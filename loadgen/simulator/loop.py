@@ -185,13 +185,14 @@ class Simulation:
         """The latest step of every watched video, if it is news, as of the moment it ended."""
         live = self._live
         for job_id in list(self._policy.watched()):
-            video = live.get(job_id)
-            if video is None or not video.running:
+            video = live[job_id]
+            if now_s < video.next_news_s or not video.running:
                 continue
             step = video.step_at(now_s)
             if step > video.told:
                 video.told = step
                 self._hand_over(StepFinished(job_id, video.epoch, step), video.end_of_step(step))
+            video.next_news_s = video.end_of_step(step + 1)
 
     def _book(self, video: Video, now_s: float) -> None:
         """Charge the video for the slots the policy says it holds, from now on."""
@@ -293,6 +294,7 @@ class Simulation:
         video.base = video.step
         video.start_s = now_s + wait_s
         video.step_s = self._cost.step_s(video.kind, degree) * video.step_factor
+        video.next_news_s = video.start_s
         video.version += 1
         if self._exact:
             self._push(video.end_of_step(video.base + 1), _STEP, self._stepped, video, video.version)

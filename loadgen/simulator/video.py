@@ -8,7 +8,7 @@ class Video:
     """Mutable and slotted: a simulated day has hundreds of thousands.
 
     While ``running``, step ``base + k`` ends at ``start_s + k * step_s``. ``told`` is the last step the policy heard
-    of. ``version`` counts the changes that make events in the heap void.
+    of, and before ``next_news_s`` there is no other. ``version`` counts the changes that make events in the heap void.
     """
 
     __slots__ = (
@@ -19,6 +19,7 @@ class Video:
         "job_id",
         "kind",
         "members",
+        "next_news_s",
         "number",
         "pending",
         "running",
@@ -54,6 +55,7 @@ class Video:
         self.base = 0
         self.start_s = 0.0
         self.step_s = 0.0
+        self.next_news_s = 0.0
         self.slots: tuple[int, ...] = ()
         self.slots_since_s = 0.0
         self.gpu_seconds = 0.0
