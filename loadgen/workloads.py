@@ -53,6 +53,10 @@ class UnknownMix(ValueError):
     """No mix has this name."""
 
 
+class WrongMix(ValueError):
+    """A mix that does not fit the profile: one weight is needed for each of its kinds of video."""
+
+
 def mix_named(name: str) -> Mix:
     """A mix by name.
 
@@ -66,12 +70,17 @@ def mix_named(name: str) -> Mix:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests in the order they arrive. ``kind`` holds, for each, its index into ``kinds``."""
+    """Requests in the order they arrive. ``kind`` holds, for each, its index into ``kinds``.
+
+    ``deadline_s`` and ``priority`` may be left empty: no request has one.
+    """
 
     kinds: tuple[VideoKind, ...]
     kind: NDArray[np.int64]
     arrival_s: FloatArray
-    steps: int = STEPS
+    steps: tuple[int, ...]
+    deadline_s: tuple[float | None, ...] = ()
+    priority: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -83,10 +92,10 @@ def make_workload(
     """``count`` requests. A seed's requests are the same at every rate, and their kinds under every pattern.
 
     Raises:
-        ValueError: the mix does not fit the kinds, or the rate or count is not above zero.
+        WrongMix: it does not fit the kinds.
+        ValueError: the rate or count is not above zero.
     """
-    if len(mix.weights) != len(kinds):
-        raise ValueError(f"mix {mix.name} has {len(mix.weights)} weights for {len(kinds)} kinds of video")
+    _check(mix, kinds)
     match pattern:
         case Pattern.POISSON:
             arrival_s = poisson(rate, count, seed)
@@ -95,7 +104,7 @@ def make_workload(
         case Pattern.SQUARE:
             arrival_s = square_wave(rate, count, seed)
     kind = generator(seed, 1).choice(len(kinds), size=count, p=mix.shares())
-    return Workload(tuple(kinds), kind, arrival_s, steps)
+    return Workload(tuple(kinds), kind, arrival_s, (steps,) * count)
 
 
 def gpu_seconds_at_one(rib: Rib, kind: VideoKind, steps: int = STEPS) -> float:
@@ -104,6 +113,16 @@ def gpu_seconds_at_one(rib: Rib, kind: VideoKind, steps: int = STEPS) -> float:
 
 
 def saturation_rate(rib: Rib, kinds: Sequence[VideoKind], mix: Mix, gpus: int, steps: int = STEPS) -> float:
-    """Requests a second at load 1 (see the module's head)."""
+    """Requests a second at load 1 (see the module's head).
+
+    Raises:
+        WrongMix: the mix does not fit the kinds.
+    """
+    _check(mix, kinds)
     mean = sum(share * gpu_seconds_at_one(rib, kind, steps) for share, kind in zip(mix.shares(), kinds, strict=True))
     return float(gpus / mean)
+
+
+def _check(mix: Mix, kinds: Sequence[VideoKind]) -> None:
+    if len(mix.weights) != len(kinds):
+        raise WrongMix(f"mix {mix.name} has {len(mix.weights)} weights, the profile {len(kinds)} kinds of video")

@@ -211,12 +211,17 @@ class Simulation:
     # --- what happens ---------------------------------------------------------------------------------------------
 
     def _arrive(self, now_s: float, number: int) -> None:
-        kind = self._workload.kinds[self._kinds[number]]
-        video = Video(number, f"video-{number:07d}", kind, self._workload.steps, *self._factors[number])
+        workload = self._workload
+        kind = workload.kinds[self._kinds[number]]
+        video = Video(number, f"video-{number:07d}", kind, workload.steps[number], *self._factors[number])
         self._videos[video.job_id] = self._live[video.job_id] = video
         if number + 1 < len(self._arrivals):
             self._push(self._arrivals[number + 1], _OTHER, self._arrive, number + 1, 0)
-        arrived = JobArrived(video.job_id, now_s, kind.width, kind.height, kind.frames, video.steps)
+        priority = workload.priority[number] if workload.priority else 0
+        deadline_s = workload.deadline_s[number] if workload.deadline_s else None
+        arrived = JobArrived(
+            video.job_id, now_s, kind.width, kind.height, kind.frames, video.steps, 0, priority, deadline_s
+        )
         self._tell(arrived, now_s, video)
 
     def _encoded(self, now_s: float, subject: tuple[Video, int]) -> None:

@@ -1,4 +1,4 @@
-"""``loadgen sim``: the JSON that is promised, the same whatever the number of processes, one clear line for mistakes."""
+"""``loadgen sim``: the JSON that is promised, the same with any number of processes, one clear line for mistakes."""
 
 import json
 from pathlib import Path
@@ -60,6 +60,7 @@ def test_a_short_day(capsys: pytest.CaptureFixture[str]) -> None:
         (["--requests", "1"], "--requests 1: give 2 or more"),
         (["--load", "0", "--day"], "--load 0.0: give a share of saturation above 0"),
         (["--rib", "/nowhere/rib.json"], "there is no such file"),
+        (["--record", "/nowhere/record.jsonl"], "there is no such file"),
         (["--json", "/nowhere/out.json"], "the folder does not exist"),
         (["--step-240p", "-1"], "give seconds above 0"),
     ],
@@ -69,6 +70,17 @@ def test_wrong_arguments_get_one_clear_line(arguments: list[str], message: str) 
         main(["sim", *arguments])
     text = str(stopped.value)
     assert message in text and "\n" not in text
+
+
+def test_a_record_is_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    joined = '{"at_s":0,"event":"WorkerJoined","instance":"dit-0","service":"dit","slot":0,"server":""}'
+    arrived = (
+        '{"at_s":1,"event":"JobArrived","job_id":"a","arrival_s":1,"width":256,"height":144,"frames":51,"steps":30}'
+    )
+    file = tmp_path / "record.jsonl"
+    file.write_text(f"{joined}\n{arrived}\n", encoding="utf-8")
+    assert main(["sim", "--record", str(file), "--policy", "fifo"]) == 0
+    assert "fifo: 1 recorded requests on 1 slots; latency mean 3.14 s" in capsys.readouterr().out
 
 
 def test_a_profile_that_is_none_is_refused(tmp_path: Path) -> None:

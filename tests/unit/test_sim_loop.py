@@ -16,6 +16,7 @@ from common.policies.state import Job, Phase
 from loadgen.simulator.cost import CostModel, Noise, Overheads
 from loadgen.simulator.loop import Cluster, Simulation, Stuck, Watch
 from loadgen.simulator.outcome import Outcome, Span, SpanKind, summary
+from loadgen.simulator.recorded import recorded_cluster, recorded_workload
 from loadgen.simulator.replay import WrongRecord, from_lines, replay, to_lines
 from loadgen.workloads import MIXES, Pattern, Workload, make_workload, saturation_rate
 
@@ -26,7 +27,8 @@ SMALL, MEDIUM, LARGE = range(3)
 
 def _workload(*requests: tuple[float, int]) -> Workload:
     """Requests as (arrival, kind)."""
-    return Workload(KINDS, np.array([kind for _, kind in requests]), np.array([at_s for at_s, _ in requests]))
+    kinds, times = np.array([kind for _, kind in requests]), np.array([at_s for at_s, _ in requests])
+    return Workload(KINDS, kinds, times, (30,) * len(requests))
 
 
 def _mixed(load: float, count: int, gpus: int = 8, seed: int = 1, mix: str = "even") -> Workload:
@@ -227,3 +229,16 @@ def test_noise_has_mean_one() -> None:
 def test_a_summary_names_what_the_readings_need() -> None:
     assert list(summary(np.arange(101.0))) == ["mean", "p50", "p90", "p99", "max"]
     assert summary(np.arange(101.0))["p99"] == pytest.approx(99.0)
+
+
+def test_a_recorded_run_can_be_simulated_again() -> None:
+    watch = Watch(events=[])
+    workload = _mixed(0.8, 40, gpus=16)
+    before = Simulation(make_policy("ddit", rib=RIB), Cluster(2, 8), workload, CostModel(RIB), watch=watch).run()
+    recorded = from_lines(to_lines(watch.events or []))
+    again = recorded_workload(recorded)
+    assert recorded_cluster(recorded) == Cluster(2, 8)
+    after = Simulation(make_policy("ddit", rib=RIB), recorded_cluster(recorded), again, CostModel(RIB)).run()
+    assert after.latency_s() == pytest.approx(before.latency_s())
+    with pytest.raises(WrongRecord, match="JobArrived"):
+        recorded_workload([])
