@@ -163,13 +163,15 @@ class Placement:
         return self._pieces(server, size - len(held))
 
     def _pieces(self, server: Server, count: int) -> tuple[int, ...]:
-        """Any ``count`` free slots of the server, out of its smallest gaps."""
+        """Any ``count`` free slots of the server: out of the smallest gap that has enough, else the largest gaps."""
+        gaps = list(server.fragments())
         pieces: list[int] = []
-        for order, start in server.fragments():
-            pieces += range(server.first + start, server.first + start + (1 << order))
-            if len(pieces) >= count:
-                break
-        return tuple(sorted(pieces[:count]))
+        while len(pieces) < count:
+            missing = count - len(pieces)
+            order, start = next((gap for gap in gaps if 1 << gap[0] >= missing), gaps[-1])
+            gaps.remove((order, start))
+            pieces += range(server.first + start, server.first + start + min(missing, 1 << order))
+        return tuple(sorted(pieces))
 
     def _refile(self, server: Server) -> None:
         bit = 1 << server.index
