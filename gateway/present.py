@@ -45,6 +45,8 @@ def video(record: VideoRecord, progress: VideoProgress | None) -> Video:
         steps=request.steps,
         guidance_scale=request.guidance_scale,
         negative_prompt=request.negative_prompt,
+        priority=request.priority,
+        deadline=request.deadline_s,
         queue_place=progress.queue_place if progress else None,
         step=step,
         degree_of_parallelism=progress.degree_of_parallelism if progress else 0,

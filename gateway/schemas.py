@@ -13,6 +13,9 @@ from common.messages.video import VideoState
 
 # The largest integer that every reader of JSON keeps exactly.
 MAX_SEED = 2**53 - 1
+# What a request may ask for, and what it gets that does not ask.
+PRIORITIES = (-100, 100)
+DEFAULT_PRIORITY = 0
 
 
 class Schema(BaseModel):
@@ -56,6 +59,19 @@ class CreateVideo(Schema):
     negative_prompt: str | None = Field(default=None, description="What the video should not show.")
     frames: int | None = Field(default=None, description="Number of frames; instead of seconds.")
     fps: int | None = Field(default=None, description="Frames per second.")
+    priority: int | None = Field(
+        default=None,
+        description=f"From {PRIORITIES[0]} to {PRIORITIES[1]}; of what waits, the higher goes first. Without it, "
+        f"{DEFAULT_PRIORITY}.",
+        json_schema_extra={"minimum": PRIORITIES[0], "maximum": PRIORITIES[1]},
+    )
+    deadline: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="Seconds from now by which the video should be done, above 0. A wish for policies that go by "
+        "deadlines: a late video is made all the same.",
+        json_schema_extra={"exclusiveMinimum": 0},
+    )
 
 
 class VideoError(Schema):
@@ -92,6 +108,8 @@ class Video(Schema):
     steps: int
     guidance_scale: float
     negative_prompt: str = ""
+    priority: int = Field(default=DEFAULT_PRIORITY, description="As asked for; of what waits, the higher goes first.")
+    deadline: float | None = Field(default=None, description="Seconds after created_at, as asked for.")
     queue_place: int | None = Field(default=None, description="1 is the next to start; absent once it runs.")
     step: int = Field(description="Denoising steps done.")
     degree_of_parallelism: int = Field(description="GPUs on it at the moment.")
@@ -130,10 +148,12 @@ class VideoEvent(Schema):
 
 
 class Span(Schema):
-    """One piece of work on one slot. ``phase`` is ``encode``, ``step`` or ``decode``."""
+    """One piece of work. ``phase`` is ``encode``, ``step`` or ``decode``; ``slot`` is that of ``instance``, the leader
+    where several work together, and ``slots`` are all that took part (empty: only ``slot``, if that)."""
 
     instance: str
     slot: int | None
+    slots: list[int] = Field(default_factory=list)
     phase: str
     step: int | None
     degree_of_parallelism: int

@@ -7,13 +7,15 @@ from typing import TypeVar
 from common.messages.cluster import VideoModelInfo
 from common.messages.video import VideoRequest
 from gateway.errors import ApiError, invalid
-from gateway.schemas import CreateVideo
+from gateway.schemas import DEFAULT_PRIORITY, PRIORITIES, CreateVideo
 
 Number = TypeVar("Number", int, float)
 
 # No tokenizer runs here: the encoder counts tokens and fails a job with the code "prompt_too_long". This only bounds
 # what is stored and sent about; the longest pieces of common vocabularies have 16 characters.
 MAX_CHARACTERS_PER_TOKEN = 16
+
+_LONGEST_DEADLINE_S = 365 * 24 * 3600
 
 _SIZE = re.compile(r"\s*([0-9]{1,5})\s*[xX×*]\s*([0-9]{1,5})\s*")
 _SECONDS = re.compile(r"\s*([0-9]{1,6}(\.[0-9]{0,12})?|\.[0-9]{1,12})\s*s?\s*")
@@ -40,6 +42,8 @@ def resolve(asked: CreateVideo, model: VideoModelInfo, random_seed: int) -> Vide
             "guidance_scale", asked.guidance_scale, model.guidance_scale, model.default_guidance_scale, model.name
         ),
         seed=random_seed if asked.seed is None else asked.seed,
+        priority=_priority(asked.priority),
+        deadline_s=_deadline_s(asked.deadline),
     )
 
 
@@ -123,7 +127,31 @@ def _seconds(asked: str | int | float) -> float:
             raise invalid("seconds", f"'seconds' must be a number such as 2 or \"2\", not {asked[:40]!r}.")
         asked = float(parsed[1])
     if not 0 < asked <= 1_000_000:
-        raise invalid("seconds", f"'seconds' must be above 0, not {asked:g}.")
+        raise invalid("seconds", f"'seconds' must be above 0, not {_shown(asked)}.")
+    return float(asked)
+
+
+def _priority(asked: int | None) -> int:
+    least, most = PRIORITIES
+    if asked is not None and not least <= asked <= most:
+        raise invalid(
+            "priority",
+            f"'priority' must be from {least} to {most}, not {_shown(asked)}; the higher goes first, usual is "
+            f"{DEFAULT_PRIORITY}.",
+        )
+    return DEFAULT_PRIORITY if asked is None else asked
+
+
+def _deadline_s(asked: float | None) -> float | None:
+    """Seconds from the video's creation on."""
+    if asked is None:
+        return None
+    if not 0 < asked <= _LONGEST_DEADLINE_S:
+        raise invalid(
+            "deadline",
+            f"'deadline' must be seconds from now, above 0 and at most {_LONGEST_DEADLINE_S:,} (a year), not "
+            f"{_shown(asked)}. Leave it out where there is none.",
+        )
     return float(asked)
 
 
@@ -134,7 +162,12 @@ def _within(field: str, asked: Number | None, limits: tuple[Number, Number], def
     if not least <= asked <= most:
         raise invalid(
             field,
-            f"{field!r} must be from {least:g} to {most:g} for {model}, not {asked:.12g}.",
+            f"{field!r} must be from {least:g} to {most:g} for {model}, not {_shown(asked)}.",
             f"unsupported_{field}",
         )
     return asked
+
+
+def _shown(number: float) -> str:
+    """A number as text of bounded length; whole ones may be too large for a float."""
+    return f"{number:.12g}" if abs(number) < 1e300 else f"{str(number)[:12]}..."

@@ -17,7 +17,7 @@ from gateway.routing import json_response
 from gateway.schemas import CreateVideo, Span, Timeline, Video, VideoDeleted, VideoList
 from gateway.validation import resolve
 
-_FORM_NUMBERS = frozenset({"seed", "steps", "guidance_scale", "frames", "fps"})
+_FORM_NUMBERS = frozenset({"seed", "steps", "guidance_scale", "frames", "fps", "priority", "deadline"})
 _UNSUPPORTED = {
     "input_reference": "videos are made from text alone. Leave it out and describe the picture in 'prompt'.",
     "input_references": "videos are made from text alone. Leave it out and describe the picture in 'prompt'.",

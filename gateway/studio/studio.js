@@ -223,19 +223,24 @@ function drawTimeline(spans) {
   $("timeline").hidden = !(whole > 0);
   if (!(whole > 0)) return;
   const rows = new Map();
-  for (const span of [...spans].sort((a, b) => (a.slot ?? -1) - (b.slot ?? -1))) {
-    const name = span.slot === null ? "encoder" : `GPU ${span.slot}`;
-    if (!rows.has(name)) rows.set(name, []);
-    rows.get(name).push(span);
+  // A step that several did together stands on the row of each.
+  const slotsOf = (span) => (span.slots.length ? span.slots : [span.slot ?? -1]);
+  for (const span of spans) {
+    for (const slot of slotsOf(span)) {
+      if (!rows.has(slot)) rows.set(slot, []);
+      rows.get(slot).push(span);
+    }
   }
-  const drawn = [...rows].map(([name, there]) => {
+  const drawn = [...rows].sort(([a], [b]) => a - b).map(([slot, there]) => {
+    const name = slot < 0 ? "encoder" : `GPU ${slot}`;
     const track = element("div", "track");
     for (const span of there) {
       const mark = element("span", `span ${span.phase}`);
       mark.style.left = `${(100 * (span.started_at_s - begin)) / whole}%`;
       mark.style.width = `${(100 * (span.ended_at_s - span.started_at_s)) / whole}%`;
       const step = span.step === null ? span.phase : `step ${span.step}`;
-      mark.title = `${span.instance}: ${step}, ${(span.ended_at_s - span.started_at_s).toFixed(3)} s`;
+      const together = span.degree_of_parallelism > 1 ? ` on ${span.degree_of_parallelism} GPUs together` : "";
+      mark.title = `${span.instance}: ${step}${together}, ${(span.ended_at_s - span.started_at_s).toFixed(3)} s`;
       track.append(mark);
     }
     const row = element("div", "row");
