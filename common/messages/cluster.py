@@ -1,6 +1,7 @@
 """Who is in the cluster: members, their life signs, and what they can serve."""
 
 from enum import StrEnum
+from typing import ClassVar
 
 from common.messages.base import Message
 
@@ -47,8 +48,11 @@ class Member(Message):
     """One process of the stack, as it stands in the membership bucket under its ``instance``.
 
     ``instance`` is its lasting name (``dit-0``); ``incarnation`` differs in every life of it, so a restart is seen
-    at once. ``slot`` is the GPU it works on, where it works on one.
+    at once. ``slot`` is the GPU it works on, where it works on one; slots of one ``host`` can share a video. ``meeting``
+    is the address at which groups meet that it leads, where it can be in one.
     """
+
+    version: ClassVar[int] = 2
 
     instance: str
     incarnation: str
@@ -59,7 +63,12 @@ class Member(Message):
     started_at_s: float
     slot: int | None = None
     device: str = "cpu"
+    meeting: str = ""
     video_model: VideoModelInfo | None = None
+
+
+class Ping(Message):
+    """Are you there? Asked of a member that others could not go on with; a dead one is nobody to the broker at once."""
 
 
 class Heartbeat(Message):

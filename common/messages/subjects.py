@@ -88,12 +88,18 @@ VIDEO_FILES = ObjectBucket("video_files", max_bytes=4096 * _MB)
 ENCODE_PROMPT = RequestSubject("triptych.encoder.{}.encode", video.EncodePrompt, video.PromptEncoded)
 GRANT_LEASE = RequestSubject("triptych.dit.{}.lease", video.Lease, failures.Acknowledged)
 REVOKE_LEASE = RequestSubject("triptych.dit.{}.revoke", video.RevokeLease, failures.Acknowledged)
+PARK_JOB = RequestSubject("triptych.dit.{}.park", video.ParkJob, failures.Acknowledged)
 DECODE_VIDEO = RequestSubject("triptych.vae.{}.decode", video.DecodeVideo, failures.Acknowledged)
 CANCEL_DECODING = RequestSubject("triptych.vae.{}.cancel", video.CancelDecoding, failures.Acknowledged)
+
+# Between DiT workers, so that growing waits for no scheduler.
+GROUP_CALLED = EventSubject("triptych.dit.{}.called", video.GroupCalled)
 
 # Workers' reports to the scheduler. The final ones are answered, so that the worker repeats what was not heard.
 STEP_FINISHED = EventSubject("triptych.scheduler.step.{}", video.StepFinished)
 CHECKPOINT_STORED = EventSubject("triptych.scheduler.checkpoint.{}", video.CheckpointStored)
+GROUP_BROKEN = EventSubject("triptych.scheduler.group_broken.{}", video.GroupBroken)
+JOB_PARKED = RequestSubject("triptych.scheduler.job_parked", video.JobParked, failures.Acknowledged)
 DENOISING_FINISHED = RequestSubject(
     "triptych.scheduler.denoising_finished", video.DenoisingFinished, failures.Acknowledged
 )
@@ -112,6 +118,7 @@ DROP_TENSOR = RequestSubject("triptych.cache_store.drop", cache.DropTensor, fail
 # The cluster
 MEMBERS = Bucket("members", cluster.Member, max_bytes=16 * _MB)
 SCHEDULER_LIVES = Bucket("scheduler_lives", cluster.SchedulerLife, max_bytes=_MB)
+PING = RequestSubject("triptych.ping.{}", cluster.Ping, failures.Acknowledged)
 HEARTBEATS = EventSubject("triptych.heartbeat.{}", cluster.Heartbeat)
 
 # What must exist before the first job: any process may prepare it, as often as it likes.

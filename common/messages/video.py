@@ -1,7 +1,7 @@
 """A video job: its record and states, and the conversation between scheduler, encoder, DiT and VAE."""
 
 from enum import StrEnum
-from typing import Self
+from typing import ClassVar, Self
 
 from common.messages.base import Message
 from common.messages.failures import Failure
@@ -43,7 +43,8 @@ class IllegalMove(ValueError):
 class VideoRequest(Message):
     """What is to be made, fully resolved: every default filled in, every value checked by the gateway.
 
-    Sizes in pixels, ``fps`` in frames per second. ``seed`` fixes the video: same request, same bytes.
+    Sizes in pixels, ``fps`` in frames per second. ``seed`` fixes the video: same request, same bytes. A higher
+    ``priority`` goes first; ``deadline_s`` is by when it should be done, in Unix seconds. Neither changes the video.
     """
 
     model: str
@@ -56,6 +57,8 @@ class VideoRequest(Message):
     steps: int
     guidance_scale: float
     seed: int
+    priority: int = 0
+    deadline_s: float | None = None
 
 
 class VideoFile(Message):
@@ -157,19 +160,30 @@ def checkpoint_key(job_id: str) -> str:
 
 
 class Lease(Message):
-    """The right of ``members`` to denoise one job together, until revoked or done (DDiT, section 3).
+    """The right of ``members`` to denoise one job together, until revoked, changed or done (DDiT, section 3).
 
     ``epoch`` grows with every lease that any scheduler grants; a worker refuses any older than it has seen.
-    ``members`` are DiT instances in rank order, ``leader`` is the one that reports and keeps the latent.
-    With ``resume`` the job goes on from there; a leader that cannot fetch it starts from the beginning.
+    ``members`` are DiT instances in rank order, each on the slot at its place in ``slots``; ``leader``, the first, is
+    the one that reports and keeps the latent. Where there are several, their group meets at ``meeting``, the leader's
+    own place. ``from_step`` is the number of steps done already, as far as the scheduler knows.
+
+    With ``text`` the job starts: the leader fetches the embeddings and goes on from ``resume``, or begins where there
+    is none or it cannot be fetched. Without ``text`` the job runs already: its members have the latent, this lease
+    takes the place of theirs at the next step boundary, and newcomers get everything from the leader. The leader is
+    told last, once every other member has answered that it is free to come: so no step waits for one that is not.
     """
+
+    version: ClassVar[int] = 2
 
     job_id: str
     epoch: int
     members: tuple[str, ...]
     leader: str
     request: VideoRequest
-    text: TensorRef
+    slots: tuple[int, ...] = ()
+    meeting: str = ""
+    from_step: int = 0
+    text: TensorRef | None = None
     negative: TensorRef | None = None
     resume: Checkpoint | None = None
 
@@ -177,15 +191,39 @@ class Lease(Message):
 class RevokeLease(Message):
     """Stop working on ``job_id`` at the next step boundary and drop what is held for its leases up to ``epoch``.
 
-    Without a ``job_id``: whatever was granted up to ``epoch`` (a new scheduler clears what its predecessor left).
+    Without a ``job_id``: whatever was granted up to ``epoch`` (a new scheduler clears what its predecessor left). A
+    group stops together: its leader tells the others, who never leave it on their own.
     """
 
     job_id: str | None
     epoch: int
 
 
+class ParkJob(Message):
+    """Bring the latent after the step under way to the cache store, free the group, and report ``JobParked``.
+
+    For the leader of the job's leases up to ``epoch``. A job whose last step is under way is finished instead.
+    """
+
+    job_id: str
+    epoch: int
+
+
+class GroupCalled(Message):
+    """From a leader to one that joins: the group of lease ``epoch`` meets now."""
+
+    job_id: str
+    epoch: int
+
+
 class StepFinished(Message):
-    """One denoising step is done. ``step`` counts from 1 to ``steps``. Times are Unix seconds."""
+    """One denoising step is done. ``step`` counts from 1 to ``steps``. Times are Unix seconds.
+
+    ``epoch`` is the lease it ran under, on exactly the ``slots``; ``next_epoch`` the one under which the next step
+    runs, where that is another one. Slots that only the former has are free by now.
+    """
+
+    version: ClassVar[int] = 2
 
     job_id: str
     epoch: int
@@ -195,10 +233,33 @@ class StepFinished(Message):
     steps: int
     started_at_s: float
     ended_at_s: float
+    next_epoch: int | None = None
 
     @property
     def degree_of_parallelism(self) -> int:
         return len(self.slots)
+
+
+class GroupBroken(Message):
+    """The group of lease ``epoch`` fell apart: a member died, hung or failed. Each survivor says so once.
+
+    The latent after the last whole step is kept by each for a few seconds: a lease for some of them goes on from it.
+    """
+
+    job_id: str
+    epoch: int
+    instance: str
+    members: tuple[str, ...]
+    reason: str
+
+
+class JobParked(Message):
+    """The latent after ``step`` steps lies in the cache store, and every member of the lease is free."""
+
+    job_id: str
+    epoch: int
+    instance: str
+    step: int
 
 
 class CheckpointStored(Message):

@@ -38,6 +38,10 @@ class Fence:
             # What is forgotten here was revoked a thousand jobs ago; its messages are long delivered or lost.
             del self._revoked[next(iter(self._revoked))]
 
+    def void(self, job_id: str, epoch: int) -> bool:
+        """Whether this grant was revoked; one that was merely followed by a newer one was not."""
+        return epoch <= max(self._floor, self._revoked.get(job_id, 0))
+
     def holds(self, job_id: str, epoch: int) -> bool:
         """Whether this grant is the newest and not revoked."""
         return epoch == self._granted and epoch > max(self._floor, self._revoked.get(job_id, 0))
