@@ -4,8 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compose.errors import OptionError, StackError
+
+if TYPE_CHECKING:
+    from compose.local import StackOptions
 
 _DEFAULT_URL = "http://127.0.0.1:8080"
 
@@ -40,11 +44,29 @@ def size(text: str) -> tuple[int, int]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="triptych", description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_up(commands)
+    _add_video(commands)
+    _add_timeline(commands)
+    _add_profile(commands)
+    for name, run, text in (
+        ("status", _run_status, "show the processes of a running stack and its jobs"),
+        ("models", _run_models, "show what the served models can be asked for"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--base-url", default=_DEFAULT_URL, help="a running stack (default %(default)s)")
+        command.set_defaults(run=run)
+    return parser
+
+
+def _add_up(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     up = commands.add_parser("up", help="run the whole stack on this machine until Ctrl-C")
     up.add_argument("--host", default="127.0.0.1", help="address the gateway listens on (default %(default)s)")
     up.add_argument("--port", type=int, default=8080, help="its port; 0 takes a free one (default %(default)s)")
     _add_stack_options(up)
     up.set_defaults(run=_run_up)
+
+
+def _add_video(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     video = commands.add_parser("video", help="make one video from one sentence")
     video.add_argument("prompt", help="what is to be seen")
     video.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the MP4 goes")
@@ -56,21 +78,53 @@ def _parser() -> argparse.ArgumentParser:
     video.add_argument("--negative-prompt", help="what is not to be seen")
     video.add_argument("--seed", type=int, help="the same seed gives the same video")
     video.add_argument("--model", help="where the stack serves more than one")
+    video.add_argument("--priority", type=int, metavar="N", help="-100 to 100; what waits with a higher one goes first")
+    video.add_argument("--deadline", type=float, metavar="SECONDS", help="from now, by when it should be done")
     video.add_argument("--sheet", type=Path, metavar="PNG", help="write a contact sheet of the frames too")
     video.add_argument("--timeline", type=Path, metavar="HTML", help="write which slot did which step of it too")
+    video.add_argument("--trace", type=Path, metavar="JSON", help="the same for chrome://tracing and Perfetto")
     where = video.add_mutually_exclusive_group()
     where.add_argument("--base-url", default=_DEFAULT_URL, help="a running stack (default %(default)s)")
     where.add_argument("--start", action="store_true", help="start a stack of its own for this one video")
     _add_stack_options(video)
     video.set_defaults(run=_run_video)
-    for name, run, text in (
-        ("status", _run_status, "show the processes of a running stack and its jobs"),
-        ("models", _run_models, "show what the served models can be asked for"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("--base-url", default=_DEFAULT_URL, help="a running stack (default %(default)s)")
-        command.set_defaults(run=run)
-    return parser
+
+
+def _add_timeline(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    timeline = commands.add_parser("timeline", help="show which slot did which step of which video")
+    which = timeline.add_mutually_exclusive_group(required=True)
+    which.add_argument("videos", nargs="*", default=[], metavar="ID", help="of these videos")
+    which.add_argument("--all", action="store_true", help="of all videos that the stack has finished")
+    which.add_argument("--since", metavar="DURATION", help="of those ordered within the last 30s, 10m, 2h, ...")
+    timeline.add_argument("-o", "--output", type=Path, metavar="HTML", help="where the page goes")
+    timeline.add_argument("--trace", type=Path, metavar="JSON", help="where a file for chrome://tracing, Perfetto goes")
+    timeline.add_argument("--base-url", default=_DEFAULT_URL, help="a running stack (default %(default)s)")
+    timeline.set_defaults(run=_run_timeline)
+
+
+def _add_profile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    profile = commands.add_parser("profile", help="measure step times on this machine, for the scheduler to go by")
+    profile.add_argument(
+        "-o", "--output", type=Path, default=Path("rib.json"), metavar="FILE", help="(default %(default)s)"
+    )
+    profile.add_argument("--video-model", default="demo", metavar="PATH|NAME", help="a local folder or a hub name")
+    profile.add_argument(
+        "--slots", type=int, metavar="N", help="measure on 1, 2, 4, ... up to N (default: the GPUs; without any, 2)"
+    )
+    profile.add_argument("--size", dest="sizes", type=size, nargs="+", metavar="WxH", help="only these")
+    profile.add_argument("--frames", type=int, nargs="+", metavar="N", help="only these")
+    profile.add_argument("--repeats", type=int, default=5, metavar="N", help="readings of each (default %(default)s)")
+    profile.add_argument("--warm-up", type=int, default=2, metavar="N", help="not counted (default %(default)s)")
+    profile.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default %(default)s)")
+    profile.add_argument("--threads", type=int, default=1, metavar="N", help="of each process (default %(default)s)")
+    profile.add_argument("--sequence", choices=("dsp", "ulysses"), default="dsp", help="how a group shares the tokens")
+    profile.add_argument("--no-guidance-parallel", action="store_true", help="share out nothing but tokens")
+    profile.add_argument("--alone", action="store_true", help="leave the other slots idle (default: they do the same)")
+    profile.add_argument(
+        "--rule", choices=("largest-gain", "threshold"), default="largest-gain", help="what is optimal"
+    )
+    profile.add_argument("--threshold", type=float, default=0.4, help="least gain that pays (default %(default)s)")
+    profile.set_defaults(run=_run_profile)
 
 
 def _add_stack_options(parser: argparse.ArgumentParser) -> None:
@@ -86,36 +140,27 @@ def _add_stack_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video-model", default="demo", metavar="PATH|NAME", help="a local folder or a hub name")
     parser.add_argument("--language-model", metavar="PATH|NAME", help="not served yet")
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="keep jobs and videos here between runs")
+    parser.add_argument("--policy", metavar="NAME", help="how slots are given out: fifo, ddit, sdop:2, ...")
+    parser.add_argument("--rib", type=Path, metavar="FILE", help="what triptych profile wrote (default: the paper's)")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="record what happens, to be simulated or replayed")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
 
 
 def _run_up(options: argparse.Namespace) -> int:
-    from compose.local import StackOptions
     from compose.up import run_up
 
-    _refuse_language_model(options)
-    return run_up(
-        StackOptions(
-            host=options.host,
-            port=options.port,
-            replicas=dict(options.scales),
-            video_model=options.video_model,
-            state_dir=options.state_dir,
-            log_level=options.log_level,
-        )
-    )
+    return run_up(_stack_options(options, options.host, options.port))
 
 
 def _run_video(options: argparse.Namespace) -> int:
-    from compose.local import StackOptions
     from compose.video import VideoOrder, run_video
 
-    _refuse_language_model(options)
     order = VideoOrder(
         prompt=options.prompt,
         output=options.output,
         sheet=options.sheet,
         timeline=options.timeline,
+        trace=options.trace,
         size=options.size,
         frames=options.frames,
         fps=options.fps,
@@ -124,15 +169,42 @@ def _run_video(options: argparse.Namespace) -> int:
         negative_prompt=options.negative_prompt,
         seed=options.seed,
         model=options.model,
+        priority=options.priority,
+        deadline_s=options.deadline,
     )
-    stack = StackOptions(
-        port=0,
-        replicas=dict(options.scales),
-        video_model=options.video_model,
-        state_dir=options.state_dir,
-        log_level=options.log_level,
-    )
+    stack = _stack_options(options, "127.0.0.1", 0)
     return run_video(order, options.base_url, stack if options.start else None)
+
+
+def _run_timeline(options: argparse.Namespace) -> int:
+    from compose.timeline.command import Choice, run_timeline
+
+    choice = Choice(tuple(options.videos), options.since)
+    return run_timeline(options.base_url, choice, options.output, options.trace)
+
+
+def _run_profile(options: argparse.Namespace) -> int:
+    from compose.profiling.command import run_profile
+    from compose.profiling.plan import ProfileOptions
+
+    return run_profile(
+        ProfileOptions(
+            output=options.output,
+            video_model=options.video_model,
+            slots=options.slots,
+            sizes=tuple(options.sizes or ()),
+            frames=tuple(options.frames or ()),
+            repeats=options.repeats,
+            warm_up=options.warm_up,
+            device=options.device,
+            threads=options.threads,
+            sequence=options.sequence,
+            guidance_parallel=not options.no_guidance_parallel,
+            alone=options.alone,
+            rule=options.rule.replace("-", "_"),
+            threshold=options.threshold,
+        )
+    )
 
 
 def _run_status(options: argparse.Namespace) -> int:
@@ -147,9 +219,22 @@ def _run_models(options: argparse.Namespace) -> int:
     return run_models(options.base_url)
 
 
-def _refuse_language_model(options: argparse.Namespace) -> None:
+def _stack_options(options: argparse.Namespace, host: str, port: int) -> "StackOptions":
+    from compose.local import StackOptions
+
     if options.language_model is not None:
         raise OptionError("--language-model: language models are not served yet; leave it out")
+    return StackOptions(
+        host=host,
+        port=port,
+        replicas=dict(options.scales),
+        video_model=options.video_model,
+        state_dir=options.state_dir,
+        policy=options.policy,
+        rib=options.rib,
+        record=options.record,
+        log_level=options.log_level,
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ _CONNECT_TIMEOUT_S = 10.0
 _SILENCE_TIMEOUT_S = 60.0
 _RETRY_EVENTS_AFTER_S = 0.5
 _CHUNK_BYTES = 256 * 1024
+# As many as the list gives at once.
+_PAGE = 100
 
 
 class StackClient:
@@ -50,6 +52,17 @@ class StackClient:
     async def retrieve(self, video_id: str) -> dict[str, Any]:
         """The job as it stands."""
         return await self._json("GET", f"/v1/videos/{video_id}")
+
+    async def videos(self) -> AsyncIterator[dict[str, Any]]:
+        """Every job, the newest first."""
+        after = ""
+        while True:
+            page = await self._json("GET", f"/v1/videos?limit={_PAGE}&order=desc{after}")
+            for video in page["data"]:
+                yield video
+            if not page["has_more"]:
+                return
+            after = f"&after={page['last_id']}"
 
     async def cancel(self, video_id: str) -> None:
         """Ask for an end to the job."""

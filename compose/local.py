@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.policies.registry import UnknownPolicy, make_policy
+from common.policies.rib import Rib, WrongRib
 from compose.errors import OptionError, StartError
 from compose.launch import CommandLauncher, ForkLauncher, Launcher
 from compose.logs import LogFollower
@@ -23,13 +25,20 @@ _PER_REPLICA = ("TRIPTYCH_INSTANCE", "TRIPTYCH_SLOT")
 
 @dataclass(frozen=True)
 class StackOptions:
-    """What ``triptych up`` can be told. ``port`` 0 takes a free one; without ``state_dir`` nothing is kept."""
+    """What ``triptych up`` can be told. ``port`` 0 takes a free one; without ``state_dir`` nothing is kept.
+
+    ``policy``, ``rib`` (a profile of this machine) and ``record`` (a file for what happened) are the scheduler's; None
+    leaves each to the environment and the compose file.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8080
     replicas: Mapping[str, int] = field(default_factory=dict)
     video_model: str = "demo"
     state_dir: Path | None = None
+    policy: str | None = None
+    rib: Path | None = None
+    record: Path | None = None
     log_level: str = "info"
     start_timeout_s: float = 180.0
     compose_file: Path = COMPOSE_FILE
@@ -61,6 +70,7 @@ async def running_stack(
         CrashLoopError: a service kept dying while it started.
     """
     # Looked at first: everything that can be refused at once.
+    _check_scheduling(options)
     read_stack({}, options.compose_file).scaled(options.replicas)
     port = free_port(options.host) if options.port == 0 else checked_port(options.host, options.port)
     with run_directory(options.state_dir) as directory:
@@ -135,9 +145,38 @@ def _variables(options: StackOptions, directory: RunDirectory, port: int) -> dic
         "TRIPTYCH_NATS_URL": f"nats://127.0.0.1:{nats_port}",
         "TRIPTYCH_NATS_STORE": str(directory.broker_store),
         "TRIPTYCH_CACHE_DIR": str(directory.cache),
-        "TRIPTYCH_VIDEO_MODEL": _model(options.video_model),
+        "TRIPTYCH_VIDEO_MODEL": model_location(options.video_model),
         "TRIPTYCH_LOG_LEVEL": options.log_level,
+        **_scheduling(options),
     }
+
+
+def _scheduling(options: StackOptions) -> dict[str, str]:
+    """The scheduler's variables, as far as they were asked for. Paths in full: the services run elsewhere."""
+    asked = {"TRIPTYCH_POLICY": options.policy, "TRIPTYCH_RIB": options.rib, "TRIPTYCH_RECORD": options.record}
+    return {
+        name: str(value.resolve()) if isinstance(value, Path) else value
+        for name, value in asked.items()
+        if value is not None
+    }
+
+
+def _check_scheduling(options: StackOptions) -> None:
+    """Raises OptionError for what the scheduler would refuse."""
+    if options.policy is not None:
+        try:
+            make_policy(options.policy)
+        except UnknownPolicy as error:
+            raise OptionError(f"--policy: {error}") from error
+    if options.rib is not None:
+        try:
+            Rib.from_json(options.rib.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise OptionError(f"--rib {options.rib}: {error.strerror}; triptych profile writes one") from error
+        except (WrongRib, UnicodeDecodeError) as error:
+            raise OptionError(f"--rib {options.rib} is no profile ({error}); triptych profile writes one") from error
+    if options.record is not None and not options.record.resolve().parent.is_dir():
+        raise OptionError(f"--record {options.record}: the folder does not exist; make it first")
 
 
 def _environment(spec: ServiceSpec, index: int) -> dict[str, str]:
@@ -160,8 +199,12 @@ def _fork_launcher(stack: StackSpec, directory: RunDirectory) -> ForkLauncher:
     return ForkLauncher(common, preload, directory.path / "logs" / "forkserver.log")
 
 
-def _model(name: str) -> str:
-    """A model that is a local folder by its full path: the services run elsewhere."""
+def model_location(name: str) -> str:
+    """A model that is a local folder by its full path: the services run elsewhere.
+
+    Raises:
+        OptionError: it looks like a folder and is none.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path.resolve())

@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from compose.client import StackClient
-from compose.errors import OptionError, ServerError, StackError
+from compose.errors import ServerError, StackError
+from compose.files import prepare_file
 from compose.local import StackOptions, running_stack
 from compose.sheet import write_sheet
-from compose.timeline import write_timeline
+from compose.timeline.page import Story, write_page
+from compose.timeline.trace import write_trace
 from compose.up import Interruption, report
 
 _INTERRUPTED = 130
@@ -29,6 +31,7 @@ class VideoOrder:
     output: Path
     sheet: Path | None = None
     timeline: Path | None = None
+    trace: Path | None = None
     size: tuple[int, int] | None = None
     frames: int | None = None
     fps: int | None = None
@@ -37,6 +40,13 @@ class VideoOrder:
     negative_prompt: str | None = None
     seed: int | None = None
     model: str | None = None
+    priority: int | None = None
+    deadline_s: float | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that is to be written."""
+        return tuple(path for path in (self.output, self.sheet, self.timeline, self.trace) if path is not None)
 
     def fields(self) -> dict[str, object]:
         """The body of the request."""
@@ -50,6 +60,8 @@ class VideoOrder:
             "negative_prompt": self.negative_prompt,
             "seed": self.seed,
             "model": self.model,
+            "priority": self.priority,
+            "deadline": self.deadline_s,
         }
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -63,7 +75,8 @@ async def _video(order: VideoOrder, base_url: str, private_stack: StackOptions |
     interruption = Interruption()
     console = Console(stderr=True)
     try:
-        _prepare(order)
+        for path in order.files:
+            prepare_file(path)
         async with _server(base_url, private_stack, interruption, console) as url, StackClient(url) as client:
             video_id = await client.create(order.fields())
             await _follow(client, video_id, console)
@@ -75,9 +88,8 @@ async def _video(order: VideoOrder, base_url: str, private_stack: StackOptions |
     except StackError as error:
         report(f"triptych: {error}")
         return 1
-    for path in (order.output, order.sheet, order.timeline):
-        if path is not None:
-            report(str(path))
+    for path in order.files:
+        report(str(path))
     return 0
 
 
@@ -92,19 +104,6 @@ async def _server(
         with console.status("starting the stack"):
             stack = await held.enter_async_context(running_stack(private_stack, report, interruption.hurries))
         yield stack.base_url
-
-
-def _prepare(order: VideoOrder) -> None:
-    """Find out now, not after the work, that a file cannot be written."""
-    for path in (order.output, order.sheet, order.timeline):
-        if path is None:
-            continue
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OptionError(f"cannot write {path}: {error.strerror}") from error
-        if path.is_dir():
-            raise OptionError(f"cannot write {path}: it is a folder; name a file")
 
 
 async def _follow(client: StackClient, video_id: str, console: Console) -> None:
@@ -153,7 +152,11 @@ def detail_of(state: dict[str, Any]) -> str:
 
 async def _bring_home(client: StackClient, video_id: str, order: VideoOrder) -> None:
     await client.download(video_id, order.output)
-    if order.timeline is not None:
-        write_timeline(order.timeline, await client.timeline(video_id), order.prompt)
+    if order.timeline is not None or order.trace is not None:
+        stories = [Story(order.prompt, await client.timeline(video_id))]
+        if order.timeline is not None:
+            write_page(order.timeline, stories)
+        if order.trace is not None:
+            write_trace(order.trace, stories)
     if order.sheet is not None:
         await asyncio.to_thread(write_sheet, order.output, order.sheet, order.prompt)

@@ -46,7 +46,7 @@ def video(record: VideoRecord, progress: VideoProgress | None) -> Video:
         guidance_scale=request.guidance_scale,
         negative_prompt=request.negative_prompt,
         priority=request.priority,
-        deadline=request.deadline_s,
+        deadline_at=request.deadline_s,
         queue_place=progress.queue_place if progress else None,
         step=step,
         degree_of_parallelism=progress.degree_of_parallelism if progress else 0,

@@ -109,7 +109,7 @@ class Video(Schema):
     guidance_scale: float
     negative_prompt: str = ""
     priority: int = Field(default=DEFAULT_PRIORITY, description="As asked for; of what waits, the higher goes first.")
-    deadline: float | None = Field(default=None, description="Seconds after created_at, as asked for.")
+    deadline_at: float | None = Field(default=None, description="By when it should be done, if that was asked for.")
     queue_place: int | None = Field(default=None, description="1 is the next to start; absent once it runs.")
     step: int = Field(description="Denoising steps done.")
     degree_of_parallelism: int = Field(description="GPUs on it at the moment.")

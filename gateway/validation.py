@@ -21,8 +21,8 @@ _SIZE = re.compile(r"\s*([0-9]{1,5})\s*[xX×*]\s*([0-9]{1,5})\s*")
 _SECONDS = re.compile(r"\s*([0-9]{1,6}(\.[0-9]{0,12})?|\.[0-9]{1,12})\s*s?\s*")
 
 
-def resolve(asked: CreateVideo, model: VideoModelInfo, random_seed: int) -> VideoRequest:
-    """Fill in the defaults and check every value against ``model``.
+def resolve(asked: CreateVideo, model: VideoModelInfo, random_seed: int, now_s: float) -> VideoRequest:
+    """Fill in the defaults and check every value against ``model``. ``now_s`` (Unix) is what a deadline counts from.
 
     Raises:
         ApiError: 400, naming the field and what the model can do.
@@ -43,7 +43,7 @@ def resolve(asked: CreateVideo, model: VideoModelInfo, random_seed: int) -> Vide
         ),
         seed=random_seed if asked.seed is None else asked.seed,
         priority=_priority(asked.priority),
-        deadline_s=_deadline_s(asked.deadline),
+        deadline_s=_deadline_s(asked.deadline, now_s),
     )
 
 
@@ -142,8 +142,8 @@ def _priority(asked: int | None) -> int:
     return DEFAULT_PRIORITY if asked is None else asked
 
 
-def _deadline_s(asked: float | None) -> float | None:
-    """Seconds from the video's creation on."""
+def _deadline_s(asked: float | None, now_s: float) -> float | None:
+    """The deadline in Unix seconds."""
     if asked is None:
         return None
     if not 0 < asked <= _LONGEST_DEADLINE_S:
@@ -152,7 +152,7 @@ def _deadline_s(asked: float | None) -> float | None:
             f"'deadline' must be seconds from now, above 0 and at most {_LONGEST_DEADLINE_S:,} (a year), not "
             f"{_shown(asked)}. Leave it out where there is none.",
         )
-    return float(asked)
+    return now_s + asked
 
 
 def _within(field: str, asked: Number | None, limits: tuple[Number, Number], default: Number, model: str) -> Number:

@@ -1,6 +1,7 @@
 """Create, list, retrieve, cancel and delete videos, and what was done where."""
 
 import secrets
+import time
 from collections.abc import Mapping
 
 from aiohttp import web
@@ -38,7 +39,7 @@ async def create_video(request: web.Request) -> web.Response:
         )
     fields = await read_fields(request, edge.settings.body_deadline_s, _FORM_NUMBERS)
     asked = parse_fields(CreateVideo, fields, _UNSUPPORTED)
-    resolved = resolve(asked, _model(edge, asked.model), secrets.randbelow(_RANDOM_SEEDS))
+    resolved = resolve(asked, _model(edge, asked.model), secrets.randbelow(_RANDOM_SEEDS), time.time())
     record = await edge.work.finish(edge.desk.create(resolved))
     return json_response(present.video(record, None))
 

@@ -36,7 +36,7 @@ MODEL = VideoModelInfo(
 
 
 def resolved(**fields: Any) -> VideoRequest:
-    return resolve(parse_fields(CreateVideo, {"prompt": "a ball"} | fields), MODEL, random_seed=42)
+    return resolve(parse_fields(CreateVideo, {"prompt": "a ball"} | fields), MODEL, random_seed=42, now_s=1000.0)
 
 
 def refused(**fields: Any) -> ApiError:
@@ -150,7 +150,7 @@ def test_all_unknown_fields_are_named() -> None:
 @given(fields=st.dictionaries(st.sampled_from(list(CreateVideo.model_fields)), st.from_type(object), max_size=4))
 def test_no_field_value_whatever_breaks_the_validation(fields: dict[str, Any]) -> None:
     try:
-        request = resolve(parse_fields(CreateVideo, fields), MODEL, random_seed=1)
+        request = resolve(parse_fields(CreateVideo, fields), MODEL, random_seed=1, now_s=1000.0)
     except ApiError as error:
         assert error.status == 400
         assert error.message
