@@ -48,8 +48,8 @@ class Member(Message):
     """One process of the stack, as it stands in the membership bucket under its ``instance``.
 
     ``instance`` is its lasting name (``dit-0``); ``incarnation`` differs in every life of it, so a restart is seen
-    at once. ``slot`` is the GPU it works on, where it works on one; slots of one ``host`` can share a video. ``meeting``
-    is the address at which groups meet that it leads, where it can be in one.
+    at once. ``slot`` is the GPU it works on, where it works on one; slots of one ``host`` can share a video.
+    ``meeting`` is the address at which groups meet that it leads, where it can be in one.
     """
 
     version: ClassVar[int] = 2

@@ -98,7 +98,7 @@ GROUP_CALLED = EventSubject("triptych.dit.{}.called", video.GroupCalled)
 # Workers' reports to the scheduler. The final ones are answered, so that the worker repeats what was not heard.
 STEP_FINISHED = EventSubject("triptych.scheduler.step.{}", video.StepFinished)
 CHECKPOINT_STORED = EventSubject("triptych.scheduler.checkpoint.{}", video.CheckpointStored)
-GROUP_BROKEN = EventSubject("triptych.scheduler.group_broken.{}", video.GroupBroken)
+GROUP_LOST = EventSubject("triptych.scheduler.group_lost.{}", video.GroupLost)
 JOB_PARKED = RequestSubject("triptych.scheduler.job_parked", video.JobParked, failures.Acknowledged)
 DENOISING_FINISHED = RequestSubject(
     "triptych.scheduler.denoising_finished", video.DenoisingFinished, failures.Acknowledged

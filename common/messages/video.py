@@ -240,7 +240,7 @@ class StepFinished(Message):
         return len(self.slots)
 
 
-class GroupBroken(Message):
+class GroupLost(Message):
     """The group of lease ``epoch`` fell apart: a member died, hung or failed. Each survivor says so once.
 
     The latent after the last whole step is kept by each for a few seconds: a lease for some of them goes on from it.

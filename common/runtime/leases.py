@@ -38,6 +38,44 @@ class LeaseLost(Exception):
     """The work was revoked, or newer work has taken its place."""
 
 
+class Reporter:
+    """Tells the scheduler what came of granted work."""
+
+    def __init__(self, bus: Bus, stage: Stage, instance: str) -> None:
+        self._bus = bus
+        self._stage = stage
+        self._instance = instance
+
+    async def report(
+        self, void: Callable[[], bool], subject: RequestSubject[Report, Acknowledged], message: Report
+    ) -> None:
+        """Tell it again and again until it has heard.
+
+        Raises:
+            LeaseLost: the work became void meanwhile; nobody waits for the report.
+        """
+        while True:
+            if void():
+                raise LeaseLost
+            try:
+                await self._bus.request(subject, message, deadline_s=REPORT_DEADLINE_S)
+                return
+            except BusError as error:
+                log.warning("report not heard, telling again", report=type(message).__name__, reason=str(error))
+            await asyncio.sleep(REPORT_PAUSE_S)
+
+    async def report_failure(
+        self, void: Callable[[], bool], work: Granted, code: str, message: str, *, retryable: bool
+    ) -> None:
+        """Tell it that this worker cannot do the work."""
+        failure = self.failure(code, message, retryable)
+        report = PhaseFailed(job_id=work.job_id, epoch=work.epoch, instance=self._instance, failure=failure)
+        await self.report(void, PHASE_FAILED, report)
+
+    def failure(self, code: str, message: str, retryable: bool) -> Failure:
+        return Failure(stage=self._stage, code=code, message=message, retryable=retryable)
+
+
 class LeaseHolder(Generic[Work]):
     """Takes grants, works them off one after the other with ``work_off``, and reports what comes of them.
 
@@ -45,9 +83,7 @@ class LeaseHolder(Generic[Work]):
     """
 
     def __init__(self, bus: Bus, stage: Stage, instance: str, work_off: Callable[[Work], Awaitable[None]]) -> None:
-        self._bus = bus
-        self._stage = stage
-        self._instance = instance
+        self._reporter = Reporter(bus, stage, instance)
         self._work_off = work_off
         self._fence = Fence()
         self._work: Work | None = None
@@ -60,7 +96,7 @@ class LeaseHolder(Generic[Work]):
         try:
             self._fence.admit(work.job_id, work.epoch)
         except StaleEpoch as stale:
-            raise Refusal(self._failure("stale_epoch", str(stale), retryable=True)) from stale
+            raise Refusal(self._reporter.failure("stale_epoch", str(stale), retryable=True)) from stale
         self._work = work
         self.idle.clear()
         self._asked.set()
@@ -72,7 +108,7 @@ class LeaseHolder(Generic[Work]):
 
     def check(self, work: Work) -> None:
         """Raises LeaseLost if the work is void."""
-        if not self._fence.holds(work.job_id, work.epoch):
+        if self._void(work):
             raise LeaseLost
 
     async def run(self) -> None:
@@ -92,25 +128,12 @@ class LeaseHolder(Generic[Work]):
                 self.idle.set()
 
     async def report(self, work: Work, subject: RequestSubject[Report, Acknowledged], message: Report) -> None:
-        """Tell the scheduler again and again until it has heard.
-
-        Raises:
-            LeaseLost: the work became void meanwhile; nobody waits for the report.
-        """
-        while True:
-            self.check(work)
-            try:
-                await self._bus.request(subject, message, deadline_s=REPORT_DEADLINE_S)
-                return
-            except BusError as error:
-                log.warning("report not heard, telling again", job=work.job_id, reason=str(error))
-            await asyncio.sleep(REPORT_PAUSE_S)
+        """See ``Reporter.report``."""
+        await self._reporter.report(lambda: self._void(work), subject, message)
 
     async def report_failure(self, work: Work, code: str, message: str, *, retryable: bool) -> None:
-        """Tell the scheduler that this worker cannot do the work."""
-        failure = self._failure(code, message, retryable)
-        report = PhaseFailed(job_id=work.job_id, epoch=work.epoch, instance=self._instance, failure=failure)
-        await self.report(work, PHASE_FAILED, report)
+        """See ``Reporter.report_failure``."""
+        await self._reporter.report_failure(lambda: self._void(work), work, code, message, retryable=retryable)
 
-    def _failure(self, code: str, message: str, retryable: bool) -> Failure:
-        return Failure(stage=self._stage, code=code, message=message, retryable=retryable)
+    def _void(self, work: Work) -> bool:
+        return not self._fence.holds(work.job_id, work.epoch)

@@ -60,8 +60,9 @@ class Registration:
         with contextlib.suppress(BusError):
             await self._bus.delete(MEMBERS, self.member.instance)
 
-    async def ready(self, video_model: VideoModelInfo | None = None) -> None:
-        """Announce that this process takes work now."""
+    async def ready(self, video_model: VideoModelInfo | None = None, meeting: str = "") -> None:
+        """Announce that this process takes work now; ``meeting``: where groups meet that it leads."""
+        self.member = self.member.model_copy(update={"meeting": meeting})
         await self._move(MemberState.READY, video_model)
 
     async def draining(self) -> None:

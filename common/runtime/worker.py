@@ -12,7 +12,9 @@ import torch
 
 from common.bus.nats_bus import NatsBus
 from common.bus.port import Bus, Subscription
-from common.messages.cluster import Service, VideoModelInfo
+from common.messages.cluster import Ping, Service, VideoModelInfo
+from common.messages.failures import Acknowledged
+from common.messages.subjects import PING
 from common.models.opensora.errors import ModelLoadError
 from common.models.opensora.spec import VideoModelSpec, load_spec
 from common.runtime.membership import Registration
@@ -74,8 +76,12 @@ async def serve_worker(
     service: Service,
     load: Callable[[VideoModelSpec, torch.device], Model],
     make: Callable[[Equipment, Model], Worker],
+    meeting: str = "",
 ) -> None:
-    """Load a part of the video model, join the cluster, work until ``stop``, finish what is under way."""
+    """Load a part of the video model, join the cluster, work until ``stop``, finish what is under way.
+
+    ``meeting`` is the address at which groups meet that this worker leads, where it can be in one.
+    """
     instance = settings.instance_of(service)
     device = choose_device(settings)
     try:
@@ -94,10 +100,10 @@ async def serve_worker(
                 raise CannotServe(f"video model: {error}") from error
             log.info("model loaded", instance=instance, device=str(device), seconds=time.monotonic() - started_s)
             worker = make(Equipment(instance, settings.slot, device, bus, tensors, compute), model)
-            subscriptions = await worker.listen()
+            subscriptions = [*await worker.listen(), await bus.serve(PING, _answer, instance)]
             working = asyncio.create_task(worker.run(), name="work")
             stopping = asyncio.create_task(stop.wait(), name="stop")
-            await registration.ready(model_info(spec))
+            await registration.ready(model_info(spec), meeting)
             # A worker whose loop has died must not look alive: whichever ends first ends the process.
             await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
             if working.done():
@@ -111,6 +117,10 @@ async def serve_worker(
         compute.close()
         await tensors.close()
         await bus.close()
+
+
+async def _answer(_: Ping) -> Acknowledged:
+    return Acknowledged()
 
 
 async def _finish(worker: Worker, drain_s: float) -> None:
