@@ -7,6 +7,7 @@ The latent and the count of steps are all there is to keep: the sampler's state 
 import asyncio
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -41,10 +42,15 @@ class Snapshot:
     latent: torch.Tensor
 
 
-def take_step(run: DenoisingRun, interval: CheckpointInterval) -> torch.Tensor | None:
-    """Take the next step; the latent's copy where it is to be kept, which the final one always is."""
+def take_step(
+    run: DenoisingRun, interval: CheckpointInterval, transformer: Callable[..., torch.Tensor] | None = None
+) -> torch.Tensor | None:
+    """Take the next step; the latent's copy where it is to be kept, which the final one always is.
+
+    ``transformer``: the model on a group, where it is not this worker's alone.
+    """
     started_s = time.perf_counter()
-    run.step()
+    run.step(transformer)
     # The step is over when the device is: kernels queued ahead would outrun revocations and reports.
     _wait_for(run.latent)
     due = interval.step_took(time.perf_counter() - started_s)
@@ -106,6 +112,15 @@ class CheckpointWriter:
                 _, snapshot = self._waiting.popitem(last=False)
                 await self._store(snapshot)
             self.idle.set()
+
+    async def keep(self, snapshot: Snapshot) -> None:
+        """Store it now; returns once it lies there.
+
+        Raises:
+            BusError: the cache store is away, slow or full.
+        """
+        self._waiting.pop(snapshot.job_id, None)
+        await self._ask(snapshot)
 
     async def _store(self, snapshot: Snapshot) -> None:
         try:

@@ -1,12 +1,11 @@
-"""The DiT process: one slot, one lease at a time, one denoising step after the other.
+"""The DiT process: one slot, at most one job at a time, alone or with others, one denoising step after the other.
 
-Nothing in the step loop waits for the scheduler: steps are reported, not acknowledged, and a lease that was revoked
-or overtaken is noticed between two steps (DDiT, section 6: changes take effect at the next step boundary). Nor does it
-wait for the cache store, to which the latent goes every few steps.
+Nothing in the step loop waits for the scheduler: steps are reported, not acknowledged, and a lease that was changed,
+revoked or overtaken is noticed between two steps (DDiT, section 6: changes take effect at the next step boundary). Nor
+does it wait for the cache store, to which the latent goes every few steps.
 """
 
 import asyncio
-import time
 from collections.abc import Sequence
 
 import structlog
@@ -14,150 +13,137 @@ import torch
 
 from common.bus.port import Subscription
 from common.messages.cluster import Service
-from common.messages.failures import Acknowledged, Stage
-from common.messages.subjects import DENOISING_FINISHED, GRANT_LEASE, REVOKE_LEASE, STEP_FINISHED
-from common.messages.video import DenoisingFinished, Lease, RevokeLease, StepFinished
-from common.models.opensora.pipeline import Denoiser, DenoisingRun
-from common.runtime.leases import LeaseHolder, LeaseLost
-from common.runtime.worker import Equipment, serve_worker
-from common.tensors.errors import TensorError
-from services.dit.checkpoints import CheckpointWriter, Snapshot, copy_cost_s, take_step
+from common.messages.failures import Stage
+from common.messages.subjects import GROUP_LOST
+from common.messages.video import GroupLost, Lease
+from common.models.opensora.pipeline import Denoiser
+from common.parallel.errors import GroupBroken
+from common.parallel.groups import Groups
+from common.parallel.transport import BackendName
+from common.runtime.leases import LeaseLost, Reporter
+from common.runtime.worker import Equipment, choose_device, serve_worker
+from services.dit.book import LeaseBook
+from services.dit.checkpoints import CheckpointWriter
 from services.dit.config import DitSettings
-from services.dit.interval import CheckpointInterval
+from services.dit.desk import LeaseDesk, Rest
+from services.dit.follower import Follower
+from services.dit.leader import Leader
+from services.dit.member import GroupMember
+from services.dit.start import JobStarter
 
 log = structlog.get_logger()
 
-FETCH_DEADLINE_S = 10.0
-# Beginning again is the remedy, so this is not worth a long wait.
-CHECKPOINT_FETCH_DEADLINE_S = 5.0
-
 
 class DitWorker:
-    """Denoises for the lease it holds."""
+    """Denoises for one lease after the other, as its leader or as one of the others."""
 
-    def __init__(self, equipment: Equipment, denoiser: Denoiser, settings: DitSettings) -> None:
+    def __init__(self, equipment: Equipment, denoiser: Denoiser, groups: Groups, settings: DitSettings) -> None:
         self._instance = equipment.instance
-        self._slots = (equipment.slot or 0,)
         self._bus = equipment.bus
         self._tensors = equipment.tensors
-        self._compute = equipment.compute
-        self._denoiser = denoiser
-        self._latent_lease_s = settings.latent_lease_s
-        self._checkpoint_steps = None if settings.checkpoint_steps == "auto" else settings.checkpoint_steps
+        self._regroup_s = settings.regroup_s
+        self._reporter = Reporter(equipment.bus, Stage.DIT, equipment.instance)
+        self._desk = LeaseDesk(equipment.bus, LeaseBook(equipment.instance), self._reporter)
+        self._member = GroupMember(denoiser, groups)
         self._checkpoints = CheckpointWriter(equipment.bus, equipment.tensors)
-        self._leases = LeaseHolder[Lease](equipment.bus, Stage.DIT, equipment.instance, self._work_off)
+        starter = JobStarter(equipment, denoiser)
+        self._leader = Leader(equipment, self._desk, self._member, starter, self._checkpoints, self._reporter, settings)
+        self._follower = Follower(equipment.compute, self._desk, self._member)
 
     async def listen(self) -> Sequence[Subscription]:
-        return (
-            await self._bus.serve(GRANT_LEASE, self._leases.grant, self._instance),
-            await self._bus.serve(REVOKE_LEASE, self._revoke, self._instance),
-        )
+        return await self._desk.listen()
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._leases.run(), name="leases")
+            tasks.create_task(self._work(), name="leases")
             tasks.create_task(self._checkpoints.run(), name="checkpoints")
 
     async def finish(self) -> None:
         """The lease under way is done, its checkpoint is stored, and the VAE has fetched its latent."""
-        await self._leases.idle.wait()
+        await self._desk.idle.wait()
         await self._checkpoints.idle.wait()
         # Looked at, not waited for: this happens once in a process's life, and the port promises no event for it.
         while self._tensors.exported_count:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
-    async def _revoke(self, request: RevokeLease) -> Acknowledged:
-        self._leases.revoke(request.job_id, request.epoch)
-        return Acknowledged()
+    async def _work(self) -> None:
+        rest: Rest | None = None
+        while True:
+            lease = await self._desk.next(rest)
+            if lease is not None:
+                self._desk.begin(lease)
+                rest = await self._take_part(lease)
+            elif rest is not None:
+                rest = await self._give_up(rest)
+            await self._desk.end()
 
-    async def _work_off(self, lease: Lease) -> None:
+    async def _take_part(self, lease: Lease) -> Rest | None:
+        """Work under the lease and what follows from it; what is left of the job afterwards, if anything."""
+        led = lease.leader == self._instance
         try:
-            latent = await self._denoise(lease)
-            await self._hand_over(lease, latent)
-        except TensorError as error:
-            await self._leases.report_failure(lease, "tensor_not_fetched", str(error), retryable=True)
-        except (RuntimeError, ValueError) as error:
-            # Out of memory and the like: there is no reason why it should go better elsewhere.
-            log.exception("denoising failed", job=lease.job_id)
-            await self._leases.report_failure(lease, "denoising_failed", str(error), retryable=False)
-
-    async def _denoise(self, lease: Lease) -> torch.Tensor:
-        """The final latent [1, channels, frames, height, width]."""
-        request = lease.request
-        run = await self._start(lease)
-        interval = CheckpointInterval(await self._compute.run(copy_cost_s, run.latent), self._checkpoint_steps)
-        for step in range(run.steps_done + 1, request.steps + 1):
-            self._leases.check(lease)
-            started_at_s = time.time()
-            latent = await self._compute.run(take_step, run, interval)
-            report = StepFinished(
-                job_id=lease.job_id,
-                epoch=lease.epoch,
-                instance=self._instance,
-                slots=self._slots,
-                step=step,
-                steps=request.steps,
-                started_at_s=started_at_s,
-                ended_at_s=time.time(),
-            )
-            await self._bus.publish(STEP_FINISHED, report, lease.job_id)
-            if latent is not None:
-                # Not for a lease that was revoked meanwhile: a job that has ended would leave a checkpoint behind.
-                self._leases.check(lease)
-                self._checkpoints.offer(Snapshot(lease.job_id, lease.epoch, step, latent))
-        return run.latent
-
-    async def _start(self, lease: Lease) -> DenoisingRun:
-        """The job at its first step, or after that of the checkpoint it goes on from."""
-        request = lease.request
-        text = await self._tensors.fetch(lease.text, deadline_s=FETCH_DEADLINE_S)
-        negative = None
-        if lease.negative is not None:
-            negative = await self._tensors.fetch(lease.negative, deadline_s=FETCH_DEADLINE_S)
-        latent = await self._resumed(lease)
-        return await self._compute.run(
-            self._denoiser.start,
-            text,
-            negative,
-            width=request.width,
-            height=request.height,
-            frames=request.frames,
-            fps=request.fps,
-            steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            seed=request.seed,
-            latent=latent,
-            steps_done=lease.resume.step if lease.resume is not None and latent is not None else 0,
-        )
-
-    async def _resumed(self, lease: Lease) -> torch.Tensor | None:
-        """The checkpoint's latent; None where there is none that fits, so that the job begins again."""
-        request = lease.request
-        if lease.resume is None or not 0 < lease.resume.step <= request.steps:
-            return None
-        shape = self._denoiser.latent_shape(request.frames, request.height, request.width)
-        # Torch's own memory, aligned like any step's latent: the steps that follow come out bit for bit the same.
-        latent = torch.empty(shape, dtype=torch.float32, device=self._denoiser.device)
-        try:
-            await self._tensors.fetch(lease.resume.latent, latent, deadline_s=CHECKPOINT_FETCH_DEADLINE_S)
-        except TensorError as error:
-            log.warning("checkpoint not fetched, beginning again", job=lease.job_id, reason=str(error))
-            return None
-        log.info("going on from a checkpoint", job=lease.job_id, step=lease.resume.step)
-        return latent
-
-    async def _hand_over(self, lease: Lease, latent: torch.Tensor) -> None:
-        ref = self._tensors.export(latent, uses=1, lease_s=self._latent_lease_s)
-        report = DenoisingFinished(job_id=lease.job_id, epoch=lease.epoch, instance=self._instance, latent=ref)
-        try:
-            await self._leases.report(lease, DENOISING_FINISHED, report)
+            if led:
+                await self._leader.lead(lease)
+            elif await self._follower.follow(lease):
+                return self._rest(led, broken=False)
         except LeaseLost:
-            await self._tensors.release(ref)
-            raise
+            log.info("work let go", job=lease.job_id, epoch=lease.epoch)
+        except GroupBroken as broken:
+            return await self._left_over(led, broken)
+        self._member.drop()
+        return None
+
+    async def _left_over(self, led: bool, broken: GroupBroken) -> Rest | None:
+        """A group fell apart. Those left of it have the latent of the last whole step (DDiT, section 6)."""
+        rest = self._rest(led, broken=True)
+        lease = rest.lease
+        log.warning("group broken", job=lease.job_id, epoch=lease.epoch, reason=broken.reason)
+        report = GroupLost(
+            job_id=lease.job_id,
+            epoch=lease.epoch,
+            instance=self._instance,
+            members=lease.members,
+            reason=broken.reason,
+        )
+        await self._bus.publish(GROUP_LOST, report, lease.job_id)
+        return rest if led or self._member.held is not None else None
+
+    def _rest(self, led: bool, broken: bool) -> Rest:
+        until_s = asyncio.get_running_loop().time() + self._regroup_s
+        return Rest(self._desk.current, led, broken, until_s)
+
+    async def _give_up(self, rest: Rest) -> None:
+        """Nobody has asked for what was left of a job; the job goes on from its checkpoint."""
+        self._member.drop()
+        if not rest.led:
+            return
+        message = "the group fell apart and no lease came for those who are left"
+        try:
+            await self._reporter.report_failure(
+                lambda: self._desk.book.void(rest.lease), rest.lease, "group_broken", message, retryable=True
+            )
+        except LeaseLost:
+            log.info("work let go", job=rest.lease.job_id, epoch=rest.lease.epoch)
 
 
 async def serve(settings: DitSettings, stop: asyncio.Event) -> None:
-    def make(equipment: Equipment, denoiser: Denoiser) -> DitWorker:
-        return DitWorker(equipment, denoiser, settings)
+    device = choose_device(settings)
+    groups = Groups(
+        settings.instance_of(Service.DIT),
+        settings.meeting_host,
+        backend=_backend(settings, device),
+        device=device,
+        exchange_timeout_s=settings.exchange_timeout_s,
+        meeting_timeout_s=settings.meeting_timeout_s,
+    )
 
-    await serve_worker(settings, stop, Service.DIT, Denoiser, make)
+    def make(equipment: Equipment, denoiser: Denoiser) -> DitWorker:
+        return DitWorker(equipment, denoiser, groups, settings)
+
+    await serve_worker(settings, stop, Service.DIT, Denoiser, make, groups.address)
+
+
+def _backend(settings: DitSettings, device: torch.device) -> BackendName:
+    if settings.collectives != "auto":
+        return settings.collectives
+    # NCCL does not take two members on one GPU.
+    return "nccl" if device.type == "cuda" and torch.cuda.device_count() > 1 else "gloo"
