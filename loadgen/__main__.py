@@ -37,7 +37,7 @@ def benchmarks() -> dict[str, str]:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         if {"add_arguments", "run"} <= functions:
-            found[file.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+            found[file.stem.replace("_", "-")] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return found
 
 
@@ -58,7 +58,7 @@ def _parser(chosen: str | None, first: str | None) -> argparse.ArgumentParser:
         command = names.add_parser(name, help=summary, description=summary)
         command.add_argument("--json", type=Path, metavar="OUT", help="write the readings here")
         if name == chosen:
-            module = importlib.import_module(f"loadgen.bench.{name}")
+            module = importlib.import_module(f"loadgen.bench.{name.replace('-', '_')}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     for name, (where, summary) in _COMMANDS.items():

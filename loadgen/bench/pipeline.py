@@ -7,27 +7,20 @@ one slot, and must come to the same bytes.
 
 import argparse
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
 import sys
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from asyncio.subprocess import Process
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 
 from loadgen.bench.compare import compare_async
+from loadgen.bench.process import BenchmarkError, line_of, located, started
 
-_START_TIMEOUT_S = 300.0
-_STOP_TIMEOUT_S = 60.0
 _VIDEO_TIMEOUT_S = 600.0
-
-
-class BenchmarkError(RuntimeError):
-    """The two sides could not be compared."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +54,13 @@ async def _run(options: argparse.Namespace) -> dict[str, object]:
     threads = str(options.threads)
     environment = {**os.environ, "TRIPTYCH_THREADS": threads, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
     stack = [sys.executable, "-m", "compose.cli", "up", "--port", "0", "--set", "dit=1", "--set", "vae=1"]
-    stack += ["--video-model", options.video_model, "--log-level", "warning"]
-    process = [sys.executable, "-m", "loadgen.in_process", options.video_model, str(options.threads)]
+    location = located(options.video_model)
+    stack += ["--video-model", location, "--log-level", "warning"]
+    process = [sys.executable, "-m", "loadgen.in_process", location, str(options.threads)]
     hashes = _Hashes()
     async with (
-        _started(stack, environment) as (_, stack_ready),
-        _started(process, environment) as (pipeline, _),
+        started(stack, environment) as (_, stack_ready),
+        started(process, environment) as (pipeline, _),
         aiohttp.ClientSession(stack_ready.split()[1]) as session,
     ):
         model = await _model(session)
@@ -95,37 +89,12 @@ async def _run(options: argparse.Namespace) -> dict[str, object]:
     return comparison.as_dict() | {"request": fields, "threads": options.threads}
 
 
-@contextlib.asynccontextmanager
-async def _started(command: list[str], environment: dict[str, str]) -> AsyncIterator[tuple[Process, str]]:
-    """A process and the line by which it said that it is ready; stopped at the end."""
-    process = await asyncio.create_subprocess_exec(*command, env=environment, stdin=PIPE, stdout=PIPE)
-    try:
-        yield process, await _line(process, _START_TIMEOUT_S)
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _STOP_TIMEOUT_S)
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-
-
-async def _line(process: Process, timeout_s: float) -> str:
-    if process.stdout is None:
-        raise BenchmarkError("the process has no output to read")
-    line = await asyncio.wait_for(process.stdout.readline(), timeout_s)
-    if not line:
-        raise BenchmarkError("a process ended early; what it said stands above")
-    return line.decode()
-
-
 async def _ask(process: Process, arguments: dict[str, Any]) -> dict[str, Any]:
     if process.stdin is None:
         raise BenchmarkError("the process has no input to write to")
     process.stdin.write(json.dumps(arguments).encode() + b"\n")
     await process.stdin.drain()
-    answer: dict[str, Any] = json.loads(await _line(process, _VIDEO_TIMEOUT_S))
+    answer: dict[str, Any] = json.loads(await line_of(process, _VIDEO_TIMEOUT_S))
     return answer
 
 

@@ -1,0 +1,53 @@
+"""Processes that a benchmark starts, each of which says in one line that it is ready."""
+
+import asyncio
+import contextlib
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+START_TIMEOUT_S = 300.0
+_STOP_TIMEOUT_S = 60.0
+# Where our packages lie: ``python -m`` finds them there.
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class BenchmarkError(RuntimeError):
+    """What was to be measured did not come about."""
+
+
+@contextlib.asynccontextmanager
+async def started(command: Sequence[str], environment: dict[str, str]) -> AsyncIterator[tuple[Process, str]]:
+    """A process and the line by which it said that it is ready; stopped at the end."""
+    process = await asyncio.create_subprocess_exec(*command, env=environment, cwd=ROOT, stdin=PIPE, stdout=PIPE)
+    try:
+        yield process, await line_of(process, START_TIMEOUT_S)
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), _STOP_TIMEOUT_S)
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def line_of(process: Process, timeout_s: float) -> str:
+    """The next line of its standard output.
+
+    Raises:
+        BenchmarkError: it ended.
+        TimeoutError: it said nothing in time.
+    """
+    if process.stdout is None:
+        raise BenchmarkError("the process has no output to read")
+    line = await asyncio.wait_for(process.stdout.readline(), timeout_s)
+    if not line:
+        raise BenchmarkError("a process ended early; what it said stands above")
+    return line.decode()
+
+
+def located(model: str) -> str:
+    """A model that is a local folder by its full path: the processes run elsewhere."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
