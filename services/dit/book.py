@@ -52,11 +52,13 @@ class LeaseBook:
     # --- what is heard --------------------------------------------------------------------------------------------
 
     def grant(self, lease: Lease) -> None:
-        """Note a lease.
+        """Note a lease. One that comes again, its answer having been lost, changes nothing.
 
         Raises:
             StaleEpoch: it is older than something seen already, or was revoked before it came.
         """
+        if self._granted.get(lease.epoch) == lease:
+            return
         self._fence.admit(lease.job_id, lease.epoch)
         elsewhere = self._concluded and lease.leader != self.instance
         if lease.text is not None or lease.job_id != self._line[0] or elsewhere:

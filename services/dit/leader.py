@@ -64,11 +64,11 @@ class Leader:
             if await self._is_at_hand(lease):
                 await self._denoise(lease)
         except TensorError as error:
-            await self._fail(lease, "tensor_not_fetched", str(error), retryable=True)
+            await self._fail(self._desk.current, "tensor_not_fetched", str(error), retryable=True)
         except (RuntimeError, ValueError) as error:
             # Out of memory and the like: there is no reason why it should go better elsewhere.
             log.exception("denoising failed", job=lease.job_id)
-            await self._fail(lease, "denoising_failed", str(error), retryable=False)
+            await self._fail(self._desk.current, "denoising_failed", str(error), retryable=False)
 
     async def _is_at_hand(self, lease: Lease) -> bool:
         """Have the video between two steps: from the start, or from what this worker kept when its group broke."""

@@ -1,13 +1,30 @@
 """The scheduler's settings."""
 
-from pydantic import Field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
 
 from common.runtime.settings import ServiceSettings
 
 
-class SchedulerSettings(ServiceSettings):
-    """``max_admitted`` jobs are known to the policy at once; the rest wait in the work queue."""
+def _none_if_empty(value: object) -> object:
+    """A compose file has no way to leave a variable out; an empty path is none."""
+    return None if value == "" else value
 
-    policy: str = "fifo"
+
+OptionalPath = Annotated[Path | None, BeforeValidator(_none_if_empty)]
+
+
+class SchedulerSettings(ServiceSettings):
+    """``max_admitted`` jobs are known to the policy at once; the rest wait in the work queue.
+
+    ``policy``: by the name it has in the registry. ``rib``: the file with the profile that it decides by (without one,
+    the paper's table). ``record``: the file to which all events go, to be played again in the simulator.
+    """
+
+    policy: str = "ddit"
+    rib: OptionalPath = None
+    record: OptionalPath = None
     max_admitted: int = Field(default=64, ge=1)
     drain_s: float = Field(default=10.0, ge=0)

@@ -10,27 +10,15 @@ import structlog
 from common.bus.errors import BusError, NobodyThere, ObjectMissing, RemoteFailure
 from common.bus.port import Bus
 from common.messages.failures import Failure, Stage
-from common.messages.subjects import (
-    CANCEL_DECODING,
-    DECODE_VIDEO,
-    ENCODE_PROMPT,
-    GRANT_LEASE,
-    REVOKE_LEASE,
-    VIDEO_FILES,
-    VIDEO_TIMELINES,
-    Reply,
-    Request,
-    RequestSubject,
-)
+from common.messages.subjects import VIDEO_FILES, VIDEO_TIMELINES
 from common.messages.tensors import TensorRef
 from common.messages.video import (
-    CancelDecoding,
     Checkpoint,
     DecodeVideo,
     EncodePrompt,
     Lease,
     PromptEncoded,
-    RevokeLease,
+    StepFinished,
     TimelineSpan,
     VideoFile,
     VideoRecord,
@@ -41,19 +29,19 @@ from common.policies import decisions as decide
 from common.policies import events as event
 from services.scheduler.checkpoints import Checkpoints
 from services.scheduler.records import JobGone, RecordKeeper
+from services.scheduler.workers import Workers
 
 log = structlog.get_logger()
 
-CONTROL_DEADLINE_S = 5.0
-ENCODE_DEADLINE_S = 60.0
+CHANGE_PAUSE_S = 0.2
 
 
 class VideoJob:
     """One admitted job.
 
     Decisions are queued and carried out one after the other by ``run``; what comes of them goes to ``tell``, as
-    events for the policy. ``doubt`` is told of a worker that does not answer; ``changed`` is called whenever the record
-    has moved. ``checkpoint_step`` counts the steps that no loss of a worker can cost any more.
+    events for the policy. ``changed`` is called whenever the record has moved. ``step`` is how far the job has come,
+    and ``checkpoint_step`` counts the steps that no loss of a worker can cost any more.
     """
 
     def __init__(
@@ -62,21 +50,26 @@ class VideoJob:
         record: VideoRecord,
         revision: int,
         checkpoints: Checkpoints,
+        workers: Workers,
         tell: Callable[[event.Event], None],
-        doubt: Callable[[str], None],
         changed: Callable[[], None],
     ) -> None:
         self._bus = bus
         self._keeper = RecordKeeper(bus, record, revision)
         self._checkpoints = checkpoints
+        self._workers = workers
         self._tell = tell
-        self._doubt = doubt
         self._changed = changed
         self._decisions: asyncio.Queue[decide.Decision] = asyncio.Queue()
+        self._encoder = ""
         self._encoded: dict[int, PromptEncoded] = {}
         self._encoding: asyncio.Task[None] | None = None
+        self._changing: asyncio.Task[None] | None = None
+        self._running = False
         self._leased = record.attempt > 0
+        self._on_slot: dict[int, str] = {}
         self.attempt = 0
+        self.step = 0
         self.checkpoint_step = 0
         self.latents: dict[int, TensorRef] = {}
         self.files: dict[int, VideoFile] = {}
@@ -101,22 +94,32 @@ class VideoJob:
             log.info("job ended elsewhere", job=self.record.job_id, state=str(gone))
             self._tell(event.JobCancelled(self.record.job_id))
         finally:
-            if self._encoding is not None:
-                self._encoding.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await self._encoding
+            for task in (self._encoding, self._changing):
+                if task is not None:
+                    task.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await task
 
     async def _carry_out(self, decision: decide.Decision) -> None:
+        if self._changing is not None:
+            # Whatever is decided now takes the place of a change that its members have not all heard of.
+            self._changing.cancel()
+            self._changing = None
         try:
             match decision:
                 case decide.StartEncoding():
                     await self._start_encoding(decision)
                 case decide.GrantLease():
                     await self._grant_lease(decision)
+                case decide.ParkJob():
+                    self._running = False
+                    await self._workers.park(decision)
                 case decide.StartDecoding():
                     await self._start_decoding(decision)
                 case decide.RequeueJob(reason=reason):
                     log.warning("attempt lost, the job waits again", job=self.record.job_id, reason=reason)
+                    self._running = False
+                    self.step = self.checkpoint_step
                     await _insist(lambda: self._keeper.move(VideoState.QUEUED, time.time()))
                 case decide.CompleteJob():
                     await _insist(self._complete)
@@ -127,19 +130,15 @@ class VideoJob:
 
     async def _start_encoding(self, decision: decide.StartEncoding) -> None:
         self.attempt = decision.attempt
+        self._encoder = decision.encoder
         # Steps done before stay: those that a checkpoint does not save are replaced when they are done again.
         self.spans[:] = [span for span in self.spans if span.phase == "step"]
         await self._keeper.move(VideoState.ENCODING, time.time())
         self._encoding = asyncio.create_task(self._encode(decision), name=f"encode-{decision.job_id}")
 
     async def _encode(self, decision: decide.StartEncoding) -> None:
-        request = EncodePrompt(
-            job_id=decision.job_id,
-            prompt=self.record.request.prompt,
-            negative_prompt=self.record.request.negative_prompt,
-        )
         try:
-            encoded = await self._ask(ENCODE_PROMPT, request, decision.encoder, ENCODE_DEADLINE_S)
+            encoded = await self._workers.encode(self._prompt(), decision.encoder)
         except RemoteFailure as refusal:
             self.failure = refusal.failure
             self._failed(refusal.failure.message, refusal.failure.retryable, decision.attempt)
@@ -161,34 +160,81 @@ class VideoJob:
         )
         self._tell(event.PromptEncoded(decision.job_id, decision.attempt))
 
+    def _prompt(self) -> EncodePrompt:
+        request = self.record.request
+        return EncodePrompt(job_id=self.record.job_id, prompt=request.prompt, negative_prompt=request.negative_prompt)
+
     async def _grant_lease(self, decision: decide.GrantLease) -> None:
-        encoded = self._encoded[self.attempt]
+        """Start the job on its members; or, where it runs already, have its lease changed.
+
+        A change is told beside what is decided next, which may overtake it: nobody waits for a member that is busy.
+        """
+        self._on_slot |= zip(decision.slots, decision.members, strict=True)
+        if self._running:
+            self._changing = asyncio.create_task(self._change_lease(self._lease(decision)), name="change-lease")
+            return
+        # Embeddings are fetched once; a job that was parked has its prompt encoded again, which is soon done.
+        encoded = self._encoded.pop(self.attempt, None) or await self._workers.encode(self._prompt(), self._encoder)
         resume = await self._resume_point()
         await self._keeper.move(VideoState.DENOISING, time.time())
-        lease = Lease(
+        start = {"text": encoded.text, "negative": encoded.negative, "resume": resume}
+        await self._workers.grant(self._lease(decision).model_copy(update=start))
+        self._running = True
+
+    def _lease(self, decision: decide.GrantLease) -> Lease:
+        """The lease as one that changes another; one that starts a job has more."""
+        return Lease(
             job_id=decision.job_id,
             epoch=decision.epoch,
             members=decision.members,
             leader=decision.leader,
             request=self.record.request,
-            text=encoded.text,
-            negative=encoded.negative,
-            resume=resume,
+            slots=decision.slots,
+            meeting=self._workers.meetings.get(decision.leader, ""),
+            from_step=decision.from_step,
         )
-        for member in decision.members:
-            await self._ask(GRANT_LEASE, lease, member)
+
+    async def _change_lease(self, lease: Lease) -> None:
+        """Tell the members until all have heard. The job goes on meanwhile, and if it comes to nothing, as it was."""
+        while True:
+            try:
+                await self._workers.grant(lease)
+                return
+            except (NobodyThere, RemoteFailure) as error:
+                # One is gone, which the policy has been told; or has seen something newer, and so will the policy.
+                log.warning("lease not changed", job=lease.job_id, epoch=lease.epoch, reason=str(error))
+                return
+            except BusError as error:
+                log.warning("lease not changed yet", job=lease.job_id, epoch=lease.epoch, reason=str(error))
+            await asyncio.sleep(CHANGE_PAUSE_S)
 
     async def _resume_point(self) -> Checkpoint | None:
         """Where the job goes on; nobody is asked about one that was never under way."""
         resume = await self._checkpoints.newest(self.record.job_id) if self._leased else None
         self._leased = True
-        self.checkpoint_step = resume.step if resume is not None else 0
+        self.step = self.checkpoint_step = resume.step if resume is not None else 0
         return resume
 
-    def step_done(self, span: TimelineSpan) -> None:
-        """Take a step into the timeline, in place of the same and later ones of an attempt that was lost."""
-        step = span.step or 0
-        self.spans[:] = [*(known for known in self.spans if known.step is None or known.step < step), span]
+    def step_done(self, report: StepFinished) -> None:
+        """Take a step into the timeline, in place of the same and later ones of what was lost."""
+        self.step = report.step
+        self.spans[:] = [known for known in self.spans if known.step is None or known.step < report.step]
+        self.spans += [
+            TimelineSpan(
+                instance=self._on_slot.get(slot, report.instance),
+                slot=slot,
+                phase="step",
+                step=report.step,
+                degree_of_parallelism=report.degree_of_parallelism,
+                started_at_s=report.started_at_s,
+                ended_at_s=report.ended_at_s,
+            )
+            for slot in report.slots
+        ]
+
+    def parked(self, step: int) -> None:
+        """The latent after ``step`` lies in the cache store."""
+        self.step = self.checkpoint_step = step
 
     async def _start_decoding(self, decision: decide.StartDecoding) -> None:
         await self._keeper.move(VideoState.DECODING, time.time())
@@ -200,21 +246,7 @@ class VideoJob:
             # One name for each epoch: a worker that was given up too early cannot overwrite its successor's file.
             object_name=f"{decision.job_id}/{decision.epoch}.mp4",
         )
-        await self._ask(DECODE_VIDEO, work, decision.instance)
-
-    async def _ask(
-        self,
-        subject: RequestSubject[Request, Reply],
-        request: Request,
-        instance: str,
-        deadline_s: float = CONTROL_DEADLINE_S,
-    ) -> Reply:
-        """Ask a worker. One that is not there is not chosen again before it has given a sign of life."""
-        try:
-            return await self._bus.request(subject, request, instance, deadline_s=deadline_s)
-        except NobodyThere:
-            self._doubt(instance)
-            raise
+        await self._workers.decode(work, decision.instance)
 
     async def _complete(self) -> None:
         timeline = VideoTimeline(job_id=self.record.job_id, spans=tuple(self.spans))
@@ -247,34 +279,3 @@ async def _insist(write: Callable[[], Awaitable[None]]) -> None:
             log.warning("record not written, trying again", reason=str(error), pause_s=pause_s)
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, 2.0)
-
-
-async def withdraw(bus: Bus, decision: decide.RevokeLease | decide.CancelDecoding) -> None:
-    """Tell the workers to let a job go."""
-    match decision:
-        case decide.RevokeLease(job_id, epoch, members):
-            for member in members:
-                await revoke_lease(bus, member, job_id, epoch)
-        case decide.CancelDecoding(job_id, epoch, instance):
-            await cancel_decoding(bus, instance, job_id, epoch)
-
-
-async def revoke_lease(bus: Bus, instance: str, job_id: str | None, epoch: int) -> None:
-    """Have a DiT worker drop the leases of ``job_id`` (None: of any job) up to ``epoch``.
-
-    One that cannot be told is dying; should it live on, the next lease's higher epoch tells it.
-    """
-    try:
-        revoke = RevokeLease(job_id=job_id, epoch=epoch)
-        await bus.request(REVOKE_LEASE, revoke, instance, deadline_s=CONTROL_DEADLINE_S)
-    except BusError as error:
-        log.warning("lease not revoked", instance=instance, job=job_id, reason=str(error))
-
-
-async def cancel_decoding(bus: Bus, instance: str, job_id: str | None, epoch: int) -> None:
-    """Have a VAE worker drop the decoding of ``job_id`` (None: of any job) up to ``epoch``."""
-    try:
-        cancel = CancelDecoding(job_id=job_id, epoch=epoch)
-        await bus.request(CANCEL_DECODING, cancel, instance, deadline_s=CONTROL_DEADLINE_S)
-    except BusError as error:
-        log.warning("decoding not cancelled", instance=instance, job=job_id, reason=str(error))

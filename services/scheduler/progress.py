@@ -30,17 +30,15 @@ class ProgressReporter:
                 VideoProgress(job_id=record.job_id, state=record.state, step=done, steps=record.request.steps)
             )
 
-    def changes(self, records: dict[str, VideoRecord], checkpoints: dict[str, int]) -> list[VideoProgress]:
-        """What has changed since the last call. ``checkpoints``: after how many steps each job's was taken."""
+    def changes(self, records: dict[str, VideoRecord], steps: dict[str, int]) -> list[VideoProgress]:
+        """What has changed since the last call. ``steps``: after how many each job stands."""
         news, self._ended = self._ended, []
         places = self._policy.queue_places()
         for job_id, job in self._policy.state.jobs.items():
             record = records.get(job_id)
             if record is None:
                 continue
-            # A job that waits for its next attempt stands where that will begin.
-            step = job.step or checkpoints.get(job_id, 0)
-            progress = self._progress(job, record, step, places.get(job_id))
+            progress = self._progress(job, record, steps.get(job_id, 0), places.get(job_id))
             if self._told.get(job_id) != progress:
                 self._told[job_id] = progress
                 news.append(progress)
@@ -54,7 +52,7 @@ class ProgressReporter:
             queue_place=place,
             step=step,
             steps=job.steps,
-            degree_of_parallelism=len(job.members) if job.phase is Phase.DENOISING else 0,
+            degree_of_parallelism=len(job.active) if job.phase is Phase.DENOISING else 0,
             remaining_s=None if place is not None else self._remaining.remaining_s(_kind(job), steps_left),
         )
 

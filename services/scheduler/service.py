@@ -18,6 +18,8 @@ from common.messages.subjects import (
     CHECKPOINT_STORED,
     DECODING_FINISHED,
     DENOISING_FINISHED,
+    GROUP_LOST,
+    JOB_PARKED,
     PHASE_FAILED,
     SCHEDULER_LIVES,
     STEP_FINISHED,
@@ -32,6 +34,8 @@ from common.messages.video import (
     CheckpointStored,
     DecodingFinished,
     DenoisingFinished,
+    GroupLost,
+    JobParked,
     PhaseFailed,
     StepFinished,
     TimelineSpan,
@@ -41,8 +45,9 @@ from common.messages.video import (
 from common.policies import decisions as decide
 from common.policies import events as event
 from common.policies.policy import Policy
-from common.policies.registry import make_policy
-from common.policies.state import Phase
+from common.policies.registry import UnknownPolicy, make_policy
+from common.policies.rib import Rib, WrongRib
+from common.policies.state import Job, Phase
 from common.runtime.membership import (
     MemberChange,
     MemberDraining,
@@ -51,10 +56,13 @@ from common.runtime.membership import (
     MembershipView,
     Registration,
 )
+from common.runtime.process import CannotServe
 from services.scheduler.checkpoints import Checkpoints
 from services.scheduler.config import SchedulerSettings
-from services.scheduler.job import VideoJob, cancel_decoding, revoke_lease, withdraw
+from services.scheduler.job import VideoJob
 from services.scheduler.progress import ProgressReporter
+from services.scheduler.record import EventRecord
+from services.scheduler.workers import Workers
 
 log = structlog.get_logger()
 
@@ -64,17 +72,26 @@ EPOCHS_PER_LIFE = 1 << 32
 
 
 class Scheduler:
-    """Admits jobs, hears the workers, and drives one policy."""
+    """Admits jobs, hears the workers, and drives one policy. ``record``: where its events go, if anywhere."""
 
-    def __init__(self, bus: Bus, policy: Policy, first_epoch: int, settings: SchedulerSettings) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        policy: Policy,
+        first_epoch: int,
+        settings: SchedulerSettings,
+        record: EventRecord | None = None,
+    ) -> None:
         self._bus = bus
         self._policy = policy
         self._first_epoch = first_epoch
         self._settings = settings
+        self._record = record
         self._jobs: dict[str, VideoJob] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._unfinished: dict[str, VideoRecord] = {}
         self._view = MembershipView(bus, settings.member_timeout_s, self._member_changed)
+        self._workers = Workers(bus, self._view.doubt)
         self._checkpoints = Checkpoints(bus, self._cache_store_expected)
         self._present: dict[str, str] = {}
         self._records_read = asyncio.Event()
@@ -90,7 +107,9 @@ class Scheduler:
                 await self._bus.serve(DENOISING_FINISHED, self._denoising_finished),
                 await self._bus.serve(DECODING_FINISHED, self._decoding_finished),
                 await self._bus.serve(PHASE_FAILED, self._phase_failed),
+                await self._bus.serve(JOB_PARKED, self._job_parked),
                 await self._bus.subscribe(STEP_FINISHED, self._step_finished),
+                await self._bus.subscribe(GROUP_LOST, self._group_lost),
                 await self._bus.subscribe(CHECKPOINT_STORED, self._checkpoint_stored),
             ]
             loops = [
@@ -119,12 +138,15 @@ class Scheduler:
 
     def _tell(self, happened: event.Event) -> None:
         """Hand one event to the policy and pass its decisions on."""
-        for decision in self._policy.handle(happened, time.time()):
-            log.debug("decided", decision=type(decision).__name__, job=decision.job_id, reason=decision.reason)
+        now_s = time.time()
+        if self._record is not None:
+            self._record.write(now_s, happened)
+        for decision in self._policy.handle(happened, now_s):
+            log.info("decided", decision=type(decision).__name__, job=decision.job_id, reason=decision.reason)
             match decision:
                 case decide.RevokeLease() | decide.CancelDecoding():
                     # Not queued behind the job's other decisions: cancel means now.
-                    self._tasks.create_task(withdraw(self._bus, decision))
+                    self._tasks.create_task(self._workers.withdraw(decision))
                 case _:
                     self._jobs[decision.job_id].submit(decision)
         if isinstance(happened, event.JobCancelled):
@@ -174,8 +196,8 @@ class Scheduler:
                 return
         if job_id in self._jobs:
             return
-        job = VideoJob(self._bus, record, revision, self._checkpoints, self._tell, self._view.doubt, self._dirty.set)
-        job.checkpoint_step = checkpoint_step
+        job = VideoJob(self._bus, record, revision, self._checkpoints, self._workers, self._tell, self._dirty.set)
+        job.step = job.checkpoint_step = checkpoint_step
         self._jobs[job_id] = job
         self._running[job_id] = self._tasks.create_task(self._run_job(job), name=job_id)
         request = record.request
@@ -188,6 +210,9 @@ class Scheduler:
                 request.frames,
                 request.steps,
                 record.attempt,
+                request.priority,
+                request.deadline_s,
+                checkpoint_step,
             )
         )
 
@@ -261,12 +286,19 @@ class Scheduler:
             case MemberJoined():
                 if member.service in (Service.ENCODER, Service.DIT, Service.VAE):
                     log.info("worker joined", instance=member.instance, slot=member.slot)
+                    self._workers.meetings[member.instance] = member.meeting
                     self._tasks.create_task(self._welcome(member))
             case MemberDraining():
                 self._tell(event.WorkerDraining(member.instance))
             case MemberLost(reason=reason):
                 log.info("member lost", instance=member.instance, reason=reason)
+                if member.service is Service.DIT:
+                    # Should it be alive after all, it lets go of what others get now, and its group hears that.
+                    self._tasks.create_task(self._workers.revoke_lease(member.instance, None, self._newest_epoch()))
                 self._tell(event.WorkerLost(member.instance))
+
+    def _newest_epoch(self) -> int:
+        return max((job.epoch for job in self._policy.state.jobs.values()), default=self._first_epoch - 1)
 
     def _cache_store_expected(self) -> bool:
         return any(member.service is Service.CACHE_STORE for member in self._view.members.values())
@@ -276,40 +308,47 @@ class Scheduler:
         everything = self._first_epoch - 1
         match member.service:
             case Service.DIT:
-                await revoke_lease(self._bus, member.instance, None, everything)
+                await self._workers.revoke_lease(member.instance, None, everything)
             case Service.VAE:
-                await cancel_decoding(self._bus, member.instance, None, everything)
+                await self._workers.cancel_decoding(member.instance, None, everything)
             case _:
                 pass
         if self._present.get(member.instance) == member.incarnation:
-            self._tell(event.WorkerJoined(member.instance, member.service, member.slot))
+            self._tell(event.WorkerJoined(member.instance, member.service, member.slot, member.host))
 
     async def _step_finished(self, report: StepFinished) -> None:
         job = self._jobs.get(report.job_id)
-        known = self._policy.state.jobs.get(report.job_id)
-        if job is None or known is None or known.epoch != report.epoch:
+        known = self._under_way(report.job_id, report.epoch)
+        if job is None or known is None or known.phase is not Phase.DENOISING:
             return
-        job.step_done(
-            TimelineSpan(
-                instance=report.instance,
-                slot=report.slots[0],
-                phase="step",
-                step=report.step,
-                degree_of_parallelism=report.degree_of_parallelism,
-                started_at_s=report.started_at_s,
-                ended_at_s=report.ended_at_s,
-            )
-        )
+        job.step_done(report)
         self._progress.step_took(known, report.ended_at_s - report.started_at_s)
-        self._tell(event.StepFinished(report.job_id, report.epoch, report.step))
+        self._tell(event.StepFinished(report.job_id, report.epoch, report.step, report.next_epoch))
+
+    def _under_way(self, job_id: str, epoch: int) -> Job | None:
+        """The job, if ``epoch`` is a lease of its newest run: of an older one nothing matters any more."""
+        known = self._policy.state.jobs.get(job_id)
+        return known if known is not None and known.first_epoch <= epoch <= known.epoch else None
+
+    async def _group_lost(self, report: GroupLost) -> None:
+        """Find out who is dead; what becomes of those who are left, the policy decides when it hears that."""
+        if self._under_way(report.job_id, report.epoch) is not None:
+            log.warning("group lost", job=report.job_id, told_by=report.instance, reason=report.reason)
+            self._tasks.create_task(self._workers.look_for_dead(report.members))
+
+    async def _job_parked(self, report: JobParked) -> Acknowledged:
+        job = self._jobs.get(report.job_id)
+        if job is not None and self._under_way(report.job_id, report.epoch) is not None:
+            job.parked(report.step)
+            self._tell(event.JobParked(report.job_id, report.epoch, report.step))
+        return Acknowledged()
 
     def _checkpoint_stored(self, report: CheckpointStored) -> None:
         job = self._jobs.get(report.job_id)
-        known = self._policy.state.jobs.get(report.job_id)
-        # Of an older lease it would say nothing of where this one stands.
-        if job is not None and known is not None and known.epoch == report.epoch:
+        # Of an older run it would say nothing of where this one stands.
+        if job is not None and self._under_way(report.job_id, report.epoch) is not None:
             job.checkpoint_step = report.step
-            self._dirty.set()
+            self._tell(event.CheckpointStored(report.job_id, report.step))
 
     async def _denoising_finished(self, report: DenoisingFinished) -> Acknowledged:
         job = self._jobs.get(report.job_id)
@@ -340,8 +379,8 @@ class Scheduler:
 
     async def _phase_failed(self, report: PhaseFailed) -> Acknowledged:
         job = self._jobs.get(report.job_id)
-        known = self._policy.state.jobs.get(report.job_id)
-        if job is not None and known is not None and known.epoch == report.epoch:
+        known = self._under_way(report.job_id, report.epoch)
+        if job is not None and known is not None:
             job.failure = report.failure
             reason = f"{report.instance}: {report.failure.message}"
             self._tell(event.AttemptFailed(report.job_id, known.attempt, reason, report.failure.retryable))
@@ -355,8 +394,8 @@ class Scheduler:
             await self._dirty.wait()
             self._dirty.clear()
             records = {job_id: job.record for job_id, job in self._jobs.items()}
-            checkpoints = {job_id: job.checkpoint_step for job_id, job in self._jobs.items()}
-            for progress in self._progress.changes(records, checkpoints):
+            steps = {job_id: job.step for job_id, job in self._jobs.items()}
+            for progress in self._progress.changes(records, steps):
                 with contextlib.suppress(BusError):
                     await self._bus.publish(VIDEO_PROGRESS, progress, progress.job_id)
 
@@ -376,15 +415,47 @@ async def take_first_epoch(bus: Bus) -> int:
             return life.number * EPOCHS_PER_LIFE
 
 
+def choose_policy(settings: SchedulerSettings, first_epoch: int) -> Policy:
+    """The policy that is set, with the profile that is set.
+
+    Raises:
+        CannotServe: there is no such policy, or the file is no profile.
+    """
+    try:
+        rib = Rib.from_json(settings.rib.read_text(encoding="utf-8")) if settings.rib is not None else None
+        return make_policy(settings.policy, first_epoch, rib)
+    except (OSError, UnicodeDecodeError, WrongRib) as error:
+        raise CannotServe(f"TRIPTYCH_RIB: {settings.rib} cannot be used: {error}") from error
+    except UnknownPolicy as error:
+        raise CannotServe(f"TRIPTYCH_POLICY: {error}") from error
+
+
+def open_record(settings: SchedulerSettings) -> contextlib.AbstractContextManager[EventRecord | None]:
+    """The record that is set, if any.
+
+    Raises:
+        CannotServe: it cannot be written to.
+    """
+    if settings.record is None:
+        return contextlib.nullcontext()
+    try:
+        return EventRecord(settings.record)
+    except OSError as error:
+        raise CannotServe(f"TRIPTYCH_RECORD: {settings.record} cannot be written to: {error}") from error
+
+
 async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:
     """Connect, prepare the durable state, and run the scheduler until ``stop``."""
+    # Looked at before anything starts.
+    choose_policy(settings, 1)
     bus = await NatsBus.connect(settings.nats_url, name=settings.instance_of(Service.SCHEDULER))
     try:
         await bus.prepare(queues=VIDEO_QUEUES, buckets=VIDEO_BUCKETS, object_buckets=VIDEO_OBJECTS)
-        async with Registration(bus, settings, Service.SCHEDULER) as registration:
-            first_epoch = await take_first_epoch(bus)
-            policy = make_policy(settings.policy, first_epoch)
-            log.info("scheduler starts", policy=policy.name, first_epoch=first_epoch)
-            await Scheduler(bus, policy, first_epoch, settings).run(registration, stop)
+        with open_record(settings) as record:
+            async with Registration(bus, settings, Service.SCHEDULER) as registration:
+                first_epoch = await take_first_epoch(bus)
+                policy = choose_policy(settings, first_epoch)
+                log.info("scheduler starts", policy=policy.name, rib=str(settings.rib), first_epoch=first_epoch)
+                await Scheduler(bus, policy, first_epoch, settings, record).run(registration, stop)
     finally:
         await bus.close()

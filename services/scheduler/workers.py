@@ -1,0 +1,126 @@
+"""What the scheduler says to encoders, DiT and VAE workers."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+import structlog
+
+from common.bus.errors import BusError, NobodyThere
+from common.bus.port import Bus
+from common.messages.cluster import Ping
+from common.messages.subjects import (
+    CANCEL_DECODING,
+    DECODE_VIDEO,
+    ENCODE_PROMPT,
+    GRANT_LEASE,
+    PARK_JOB,
+    PING,
+    REVOKE_LEASE,
+    Reply,
+    Request,
+    RequestSubject,
+)
+from common.messages.video import CancelDecoding, DecodeVideo, EncodePrompt, Lease, ParkJob, PromptEncoded, RevokeLease
+from common.policies import decisions as decide
+
+log = structlog.get_logger()
+
+CONTROL_DEADLINE_S = 5.0
+ENCODE_DEADLINE_S = 60.0
+# A worker that joins a group answers when it is free, which may take the step of a job that was taken from it.
+JOIN_DEADLINE_S = 65.0
+PING_DEADLINE_S = 1.0
+
+
+class Workers:
+    """The conversation with all workers. One that is not there is not chosen again before it has given a life sign.
+
+    ``meetings`` has the address of each DiT worker at which groups meet that it leads.
+    """
+
+    def __init__(self, bus: Bus, doubt: Callable[[str], None]) -> None:
+        """doubt: told of a worker that is not there."""
+        self._bus = bus
+        self._doubt = doubt
+        self.meetings: dict[str, str] = {}
+
+    async def encode(self, request: EncodePrompt, instance: str) -> PromptEncoded:
+        return await self._ask(ENCODE_PROMPT, request, instance, ENCODE_DEADLINE_S)
+
+    async def grant(self, lease: Lease) -> None:
+        """Give the lease to all members: at once to all who join, and to the leader when they have said yes.
+
+        The leader may thus go over to it at its next step boundary without asking anybody.
+        """
+        await _together(
+            self._ask(GRANT_LEASE, lease, instance, JOIN_DEADLINE_S)
+            for instance in lease.members
+            if instance != lease.leader
+        )
+        await self._ask(GRANT_LEASE, lease, lease.leader)
+
+    async def park(self, decision: decide.ParkJob) -> None:
+        """Tell the leader, who tells the others."""
+        await self._ask(PARK_JOB, ParkJob(job_id=decision.job_id, epoch=decision.epoch), decision.members[0])
+
+    async def decode(self, work: DecodeVideo, instance: str) -> None:
+        await self._ask(DECODE_VIDEO, work, instance)
+
+    async def withdraw(self, decision: decide.RevokeLease | decide.CancelDecoding) -> None:
+        """Have a job let go, by all who have it at once."""
+        match decision:
+            case decide.RevokeLease(job_id, epoch, members):
+                await _together(self.revoke_lease(member, job_id, epoch) for member in members)
+            case decide.CancelDecoding(job_id, epoch, instance):
+                await self.cancel_decoding(instance, job_id, epoch)
+
+    async def revoke_lease(self, instance: str, job_id: str | None, epoch: int) -> None:
+        """Have a DiT worker drop the leases of ``job_id`` (None: of any job) up to ``epoch``.
+
+        One that cannot be told is dying; should it live on, the next lease's higher epoch tells it.
+        """
+        try:
+            revoke = RevokeLease(job_id=job_id, epoch=epoch)
+            await self._bus.request(REVOKE_LEASE, revoke, instance, deadline_s=CONTROL_DEADLINE_S)
+        except BusError as error:
+            log.info("lease not revoked", instance=instance, job=job_id, reason=str(error))
+
+    async def cancel_decoding(self, instance: str, job_id: str | None, epoch: int) -> None:
+        """Have a VAE worker drop the decoding of ``job_id`` (None: of any job) up to ``epoch``."""
+        try:
+            cancel = CancelDecoding(job_id=job_id, epoch=epoch)
+            await self._bus.request(CANCEL_DECODING, cancel, instance, deadline_s=CONTROL_DEADLINE_S)
+        except BusError as error:
+            log.info("decoding not cancelled", instance=instance, job=job_id, reason=str(error))
+
+    async def look_for_dead(self, instances: Iterable[str]) -> None:
+        """Doubt those of a broken group that are gone. The broker knows at once; life signs stop only after a while."""
+        await _together(self._ping(instance) for instance in instances)
+
+    async def _ping(self, instance: str) -> None:
+        try:
+            await self._ask(PING, Ping(), instance, PING_DEADLINE_S)
+        except BusError as error:
+            log.info("member of a broken group does not answer", instance=instance, reason=str(error))
+
+    async def _ask(
+        self,
+        subject: RequestSubject[Request, Reply],
+        request: Request,
+        instance: str,
+        deadline_s: float = CONTROL_DEADLINE_S,
+    ) -> Reply:
+        try:
+            return await self._bus.request(subject, request, instance, deadline_s=deadline_s)
+        except NobodyThere:
+            self._doubt(instance)
+            raise
+
+
+async def _together(requests: Iterable[Coroutine[Any, Any, object]]) -> None:
+    """Make all of them at once; raises the first's error, when all have ended."""
+    outcomes = await asyncio.gather(*requests, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
