@@ -103,7 +103,13 @@ class Member:
             guidance_scale=self._spec.defaults.guidance_scale,
             seed=1,
         )
-        seconds = [self._timed(lambda: run.step(transformer)) for _ in range(warm_up + repeats)]
+
+        def take() -> None:
+            # Before each step the leader says that there is one.
+            group.agree(0)
+            run.step(transformer)
+
+        seconds = [self._timed(take) for _ in range(warm_up + repeats)]
         self._latent = run.latent
         return {"seconds": seconds[warm_up:], "tokens": _tokens(denoiser, run.latent)}
 

@@ -40,6 +40,22 @@ async def test_a_create_stores_the_record_and_the_job(nats_server: NatsServer) -
         assert (await s.call("GET", f"/v1/videos/{created['id']}"))[1] == created
 
 
+async def test_priority_and_deadline_go_with_the_job(nats_server: NatsServer) -> None:
+    async with stack(nats_server) as s:
+        before_s = time.time()
+        created = await s.create(priority=5, deadline=60)
+        request = (await s.bus.get(VIDEO_RECORDS, created["id"])).value.request
+        assert (created["priority"], request.priority) == (5, 5)
+        assert request.deadline_s is not None and before_s + 60 <= request.deadline_s <= time.time() + 60
+        assert created["deadline_at"] == request.deadline_s
+        plain = await s.create()
+        assert (plain["priority"], plain["deadline_at"]) == (0, None)
+        status, from_form = await s.call(
+            "POST", "/v1/videos", data={"prompt": "x", "priority": "-2", "deadline": "9.5"}
+        )
+        assert status == 200 and from_form["priority"] == -2
+
+
 async def test_without_a_seed_each_video_gets_its_own_and_says_so(nats_server: NatsServer) -> None:
     async with stack(nats_server) as s:
         seeds = {(await s.create())["seed"] for _ in range(4)}

@@ -61,6 +61,23 @@ def test_everything_asked_for_is_kept() -> None:
     assert (request.steps, request.guidance_scale, request.seed, request.negative_prompt) == (3, 1.0, 0, "rain")
 
 
+def test_priority_and_deadline_are_kept_and_shown() -> None:
+    request = resolved(priority=-7, deadline=90.5)
+    assert (request.priority, request.deadline_s) == (-7, 1090.5), "the deadline counts from now, which is 1000"
+    assert (resolved().priority, resolved().deadline_s) == (0, None)
+    asked = record(VideoState.QUEUED).model_copy(update={"request": request})
+    shown = present.video(asked, None)
+    assert (shown.priority, shown.deadline_at) == (-7, 1090.5)
+    assert present.video(record(VideoState.QUEUED), None).deadline_at is None
+
+
+def test_the_document_says_what_priority_and_deadline_may_be() -> None:
+    fields = openapi.describe(ROUTES, "Triptych", "1")["components"]["schemas"]["CreateVideo"]["properties"]
+    assert (fields["priority"]["minimum"], fields["priority"]["maximum"]) == (-100, 100)
+    assert "the higher goes first" in fields["priority"]["description"]
+    assert fields["deadline"]["exclusiveMinimum"] == 0 and "Seconds from now" in fields["deadline"]["description"]
+
+
 def test_null_is_the_same_as_left_out() -> None:
     assert resolved(size=None, seed=None, seconds=None) == resolved()
 
@@ -130,6 +147,19 @@ def test_an_impossible_duration_names_the_possible_ones_and_the_fps_that_would_d
         ({"seconds": math.inf}, "seconds", "above 0"),
         ({"seconds": 1e300}, "seconds", "above 0"),
         ({"seconds": True}, "seconds", "a string or an integer or a number"),
+        ({"seconds": 10**400}, "seconds", "above 0"),
+        ({"steps": 10**400}, "steps", "from 1 to 50"),
+        ({"priority": 101}, "priority", "from -100 to 100, not 101; the higher goes first"),
+        ({"priority": -(10**400)}, "priority", "from -100 to 100"),
+        ({"priority": 1.5}, "priority", "an integer, not the number 1.5"),
+        ({"priority": "high"}, "priority", "an integer, not the text 'high'"),
+        ({"priority": True}, "priority", "an integer, not true or false"),
+        ({"deadline": 0}, "deadline", "seconds from now, above 0 and at most 31,536,000 (a year), not 0."),
+        ({"deadline": -60}, "deadline", "Leave it out where there is none"),
+        ({"deadline": 1e300}, "deadline", "at most 31,536,000"),
+        ({"deadline": math.inf}, "deadline", "finite"),
+        ({"deadline": "soon"}, "deadline", "a number, not the text 'soon'"),
+        ({"priorty": 1}, "priorty", "Did you mean 'priority'?"),
         ({"sise": "64x64"}, "sise", "Did you mean 'size'?"),
         ({"zzz": 1}, "zzz", "Known are prompt"),
     ],

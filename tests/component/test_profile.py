@@ -1,0 +1,61 @@
+"""``triptych profile`` with real processes and a small model: measured, written, read by the scheduler's own class."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.policies.rib import DegreeRule, Rib, VideoKind
+from compose.launch import PACKAGE_ROOT
+from tests.support.small_model import save_small_model
+
+KIND = VideoKind(32, 32, 13)
+
+
+def profile(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "compose.cli", "profile", *arguments],
+        cwd=PACKAGE_ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("model"))
+
+
+def test_the_profile_of_this_machine_is_what_the_scheduler_reads(model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "rib.json"
+    options = ["--video-model", str(model), "--slots", "2", "--size", "32x32", "48x32", "--frames", "13"]
+    done = profile(*options, "--repeats", "2", "--warm-up", "1", "--rule", "threshold", "-o", str(target))
+    assert done.returncode == 0, done.stderr
+    rib = Rib.from_json(target.read_text())
+    assert list(rib.profiles) == [KIND, VideoKind(48, 32, 13)]
+    assert rib.degrees == (1, 2) and rib.rule is DegreeRule.THRESHOLD
+    profiled = rib.profiles[KIND]
+    assert all(0 < seconds < 60 for seconds in (*profiled.step_s.values(), profiled.decode_s, profiled.encode_s))
+    head, first, second, _, notes, path = done.stdout.splitlines()
+    assert head.split()[:3] == ["size", "frames", "tokens"]
+    assert first.split()[:3] == ["32x32", "13", "64"] and second.split()[:3] == ["48x32", "13", "96"]
+    assert "2 slots of cpu, all slots at work" in notes and path == str(target)
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_process_that_cannot_measure_says_why_in_one_line(model: Path, tmp_path: Path) -> None:
+    """Three heads do not divide by two ranks; the file that was there stays."""
+    target = tmp_path / "rib.json"
+    target.write_text("before")
+    options = ["--video-model", str(model), "--slots", "2", "--size", "32x32", "--frames", "1", "-o", str(target)]
+    done = profile(*options, "--sequence", "ulysses", "--no-guidance-parallel")
+    assert done.returncode == 1
+    assert done.stdout == "" and "3 heads do not divide by 2 ranks; use dsp" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("triptych: the measuring process slot-")
+    assert target.read_text() == "before"
