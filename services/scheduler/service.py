@@ -13,16 +13,8 @@ from common.bus.errors import BusError, KeyExists, KeyMissing, WrongRevision
 from common.bus.nats_bus import NatsBus
 from common.bus.port import Bus, Change
 from common.messages.cluster import Member, SchedulerLife, Service
-from common.messages.failures import Acknowledged
 from common.messages.subjects import (
-    CHECKPOINT_STORED,
-    DECODING_FINISHED,
-    DENOISING_FINISHED,
-    GROUP_LOST,
-    JOB_PARKED,
-    PHASE_FAILED,
     SCHEDULER_LIVES,
-    STEP_FINISHED,
     VIDEO_BUCKETS,
     VIDEO_JOBS,
     VIDEO_OBJECTS,
@@ -30,24 +22,13 @@ from common.messages.subjects import (
     VIDEO_QUEUES,
     VIDEO_RECORDS,
 )
-from common.messages.video import (
-    CheckpointStored,
-    DecodingFinished,
-    DenoisingFinished,
-    GroupLost,
-    JobParked,
-    PhaseFailed,
-    StepFinished,
-    TimelineSpan,
-    VideoRecord,
-    VideoState,
-)
+from common.messages.video import VideoRecord, VideoState
 from common.policies import decisions as decide
 from common.policies import events as event
 from common.policies.policy import Policy
 from common.policies.registry import UnknownPolicy, make_policy
 from common.policies.rib import Rib, WrongRib
-from common.policies.state import Job, Phase
+from common.policies.state import Phase
 from common.runtime.membership import (
     MemberChange,
     MemberDraining,
@@ -62,6 +43,7 @@ from services.scheduler.config import SchedulerSettings
 from services.scheduler.job import VideoJob
 from services.scheduler.progress import ProgressReporter
 from services.scheduler.record import EventRecord
+from services.scheduler.reports import WorkerReports
 from services.scheduler.workers import Workers
 
 log = structlog.get_logger()
@@ -103,15 +85,7 @@ class Scheduler:
         """Serve until ``stop``; then let what runs come to its end, within the drain time."""
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            reports = [
-                await self._bus.serve(DENOISING_FINISHED, self._denoising_finished),
-                await self._bus.serve(DECODING_FINISHED, self._decoding_finished),
-                await self._bus.serve(PHASE_FAILED, self._phase_failed),
-                await self._bus.serve(JOB_PARKED, self._job_parked),
-                await self._bus.subscribe(STEP_FINISHED, self._step_finished),
-                await self._bus.subscribe(GROUP_LOST, self._group_lost),
-                await self._bus.subscribe(CHECKPOINT_STORED, self._checkpoint_stored),
-            ]
+            reports = await self._reports(tasks).listen()
             loops = [
                 tasks.create_task(self._watch_records(), name="watch-records"),
                 tasks.create_task(self._publish_progress(), name="publish-progress"),
@@ -133,6 +107,11 @@ class Scheduler:
                 task.cancel()
             for subscription in reports:
                 await subscription.stop()
+
+    def _reports(self, tasks: asyncio.TaskGroup) -> WorkerReports:
+        return WorkerReports(
+            self._bus, self._jobs, self._policy.state, self._workers, self._progress, self._tell, tasks.create_task
+        )
 
     # --- the policy -----------------------------------------------------------------------------------------------
 
@@ -315,76 +294,6 @@ class Scheduler:
                 pass
         if self._present.get(member.instance) == member.incarnation:
             self._tell(event.WorkerJoined(member.instance, member.service, member.slot, member.host))
-
-    async def _step_finished(self, report: StepFinished) -> None:
-        job = self._jobs.get(report.job_id)
-        known = self._under_way(report.job_id, report.epoch)
-        if job is None or known is None or known.phase is not Phase.DENOISING:
-            return
-        job.step_done(report)
-        self._progress.step_took(known, report.ended_at_s - report.started_at_s)
-        self._tell(event.StepFinished(report.job_id, report.epoch, report.step, report.next_epoch))
-
-    def _under_way(self, job_id: str, epoch: int) -> Job | None:
-        """The job, if ``epoch`` is a lease of its newest run: of an older one nothing matters any more."""
-        known = self._policy.state.jobs.get(job_id)
-        return known if known is not None and known.first_epoch <= epoch <= known.epoch else None
-
-    async def _group_lost(self, report: GroupLost) -> None:
-        """Find out who is dead; what becomes of those who are left, the policy decides when it hears that."""
-        if self._under_way(report.job_id, report.epoch) is not None:
-            log.warning("group lost", job=report.job_id, told_by=report.instance, reason=report.reason)
-            self._tasks.create_task(self._workers.look_for_dead(report.members))
-
-    async def _job_parked(self, report: JobParked) -> Acknowledged:
-        job = self._jobs.get(report.job_id)
-        if job is not None and self._under_way(report.job_id, report.epoch) is not None:
-            job.parked(report.step)
-            self._tell(event.JobParked(report.job_id, report.epoch, report.step))
-        return Acknowledged()
-
-    def _checkpoint_stored(self, report: CheckpointStored) -> None:
-        job = self._jobs.get(report.job_id)
-        # Of an older run it would say nothing of where this one stands.
-        if job is not None and self._under_way(report.job_id, report.epoch) is not None:
-            job.checkpoint_step = report.step
-            self._tell(event.CheckpointStored(report.job_id, report.step))
-
-    async def _denoising_finished(self, report: DenoisingFinished) -> Acknowledged:
-        job = self._jobs.get(report.job_id)
-        if job is not None:
-            job.latents[report.epoch] = report.latent
-            self._tell(event.DenoisingFinished(report.job_id, report.epoch))
-        return Acknowledged()
-
-    async def _decoding_finished(self, report: DecodingFinished) -> Acknowledged:
-        job = self._jobs.get(report.job_id)
-        known = self._policy.state.jobs.get(report.job_id)
-        if job is not None and known is not None:
-            job.files[report.epoch] = report.file
-            job.spans.append(
-                TimelineSpan(
-                    instance=report.instance,
-                    slot=report.slot,
-                    phase="decode",
-                    step=None,
-                    degree_of_parallelism=1,
-                    started_at_s=report.started_at_s,
-                    ended_at_s=report.ended_at_s,
-                )
-            )
-            self._progress.decode_took(known, report.ended_at_s - report.started_at_s)
-            self._tell(event.DecodingFinished(report.job_id, report.epoch))
-        return Acknowledged()
-
-    async def _phase_failed(self, report: PhaseFailed) -> Acknowledged:
-        job = self._jobs.get(report.job_id)
-        known = self._under_way(report.job_id, report.epoch)
-        if job is not None and known is not None:
-            job.failure = report.failure
-            reason = f"{report.instance}: {report.failure.message}"
-            self._tell(event.AttemptFailed(report.job_id, known.attempt, reason, report.failure.retryable))
-        return Acknowledged()
 
     # --- progress -------------------------------------------------------------------------------------------------
 
