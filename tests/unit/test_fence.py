@@ -58,3 +58,15 @@ def test_memory_of_revocations_is_bounded() -> None:
     for number in range(5000):
         fence.revoke(f"job-{number}", number)
     assert len(fence._revoked) <= 1024
+
+
+def test_what_was_followed_is_not_void_and_what_was_revoked_is() -> None:
+    fence = Fence()
+    fence.admit("a", 5)
+    fence.admit("a", 6)
+    assert not fence.void("a", 5)
+    fence.revoke("a", 5)
+    assert fence.void("a", 5)
+    assert not fence.void("a", 6)
+    fence.revoke(None, 9)
+    assert fence.void("b", 9)
