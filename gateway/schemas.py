@@ -148,12 +148,11 @@ class VideoEvent(Schema):
 
 
 class Span(Schema):
-    """One piece of work. ``phase`` is ``encode``, ``step`` or ``decode``; ``slot`` is that of ``instance``, the leader
-    where several work together, and ``slots`` are all that took part (empty: only ``slot``, if that)."""
+    """One piece of work on one slot. ``phase`` is ``encode``, ``step`` or ``decode``. A step that several slots did
+    together has one span for each, with ``degree_of_parallelism`` of them."""
 
     instance: str
     slot: int | None
-    slots: list[int] = Field(default_factory=list)
     phase: str
     step: int | None
     degree_of_parallelism: int

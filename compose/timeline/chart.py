@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from compose.timeline.story import Piece, Story, bounds_s, pieces, together, took_s, what
+from compose.timeline.story import Piece, Story, bounds_s, pieces
 
 _LABEL_WIDTH = 110
 _ROW_HEIGHT = 46
@@ -42,7 +42,7 @@ def chart(stories: Sequence[Story]) -> str:
     start_s, end_s = bounds_s(found)
     length_s = max(end_s - start_s, 1e-6)
     scale = _Scale(start_s, length_s, _width(found, length_s))
-    rows = sorted({piece.row for piece in found})
+    rows = sorted({row for piece in found for row in piece.rows})
     height = len(rows) * _ROW_HEIGHT + _AXIS_HEIGHT
     width = _LABEL_WIDTH + scale.width + 20
     many = len(stories) > 1
@@ -59,7 +59,7 @@ def chart(stories: Sequence[Story]) -> str:
             f'<line class="row" x1="{_LABEL_WIDTH}" x2="{_LABEL_WIDTH + scale.width:.0f}" y1="{middle}" y2="{middle}"/>'
         )
         parts.append(f'<text class="name" x="0" y="{middle + 5}">{escape(row.name)}</text>')
-        parts += [_box(piece, scale, middle, stories if many else ()) for piece in found if piece.row == row]
+        parts += [_box(piece, scale, middle, stories if many else ()) for piece in found if row in piece.rows]
     return "\n".join([*parts, "</svg>"])
 
 
@@ -69,7 +69,7 @@ def hue(video: int) -> float:
 
 
 def _width(found: Sequence[Piece], length_s: float) -> float:
-    steps = [took_s(piece.span) for piece in found if piece.span.phase == "step"]
+    steps = [piece.took_s for piece in found if piece.span.phase == "step"]
     if not steps:
         return _NARROWEST_CHART
     wanted = length_s / max(statistics.median(steps), 1e-6) * _STEP_WIDTH
@@ -97,12 +97,9 @@ def _box(piece: Piece, scale: _Scale, middle: float, stories: Sequence[Story]) -
 
 def _hint(piece: Piece, scale: _Scale, stories: Sequence[Story]) -> str:
     span = piece.span
-    shared = together(span)
+    where = piece.together or f"on {span.instance}"
     start_s = span.started_at_s - scale.origin_s
-    lines = [
-        f"{what(span)} on {span.instance}" + (f", {shared}" if shared else ""),
-        f"from {start_s:.3f} s, took {took_s(span):.3f} s",
-    ]
+    lines = [f"{piece.what} {where}", f"from {start_s:.3f} s, took {piece.took_s:.3f} s"]
     if stories:
         story = stories[piece.video]
         lines += [story.prompt, f"{story.timeline.job_id} {story.detail}".strip()]

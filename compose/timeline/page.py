@@ -6,10 +6,9 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from common.messages.video import TimelineSpan
 from compose.files import write_whole
 from compose.timeline.chart import chart, hue
-from compose.timeline.story import PHASES, Row, Story, bounds_s, pieces, rows_of, took_s
+from compose.timeline.story import PHASES, Story, bounds_s, pieces
 
 _PAGE = Path(__file__).with_name("page.html")
 # More would fill the page before the chart begins; the boxes name their videos themselves.
@@ -27,38 +26,38 @@ def write_page(target: Path, stories: Sequence[Story]) -> None:
             title=escape(one.prompt) if one else f"{len(stories)} videos",
             subtitle=escape(f"{one.timeline.job_id} {one.detail}".strip()) if one else "one colour for each",
             facts=_facts(stories),
-            legend=_phases(one.timeline.spans) if one else _videos(stories),
+            legend=_phases(one) if one else _videos(stories),
             chart=chart(stories),
         ),
     )
 
 
 def _facts(stories: Sequence[Story]) -> str:
-    spans = [span for story in stories for span in story.timeline.spans]
-    if not spans:
-        return ""
     found = pieces(stories)
+    if not found:
+        return ""
     start_s, end_s = bounds_s(found)
-    steps = [span for span in spans if span.phase == "step"]
+    steps = [piece for piece in found if piece.span.phase == "step"]
     facts = [("from first to last", f"{end_s - start_s:.2f} s")]
     if len(stories) > 1:
         facts.append(("videos", str(len(stories))))
     if steps:
         facts.append(("steps", str(len(steps))))
-        facts.append(("median step", f"{statistics.median(map(took_s, steps)) * 1000:.0f} ms"))
-        facts.append(("degree of parallelism", _range([span.degree_of_parallelism for span in steps])))
-    slots = {piece.row for piece in found if piece.row.slot >= 0}
-    busy_s = sum(took_s(piece.span) for piece in found if piece.row.slot >= 0)
+        facts.append(("median step", f"{statistics.median(piece.took_s for piece in steps) * 1000:.0f} ms"))
+        facts.append(("degree of parallelism", _range([piece.span.degree_of_parallelism for piece in steps])))
+    slots = {slot for piece in found for slot in piece.slots}
+    busy_s = sum(piece.slot_s for piece in found)
     facts.append(("slot time", f"{busy_s:.2f} s"))
     if slots and end_s > start_s:
         facts.append(("slots at work", f"{100 * busy_s / (len(slots) * (end_s - start_s)):.0f} % of {len(slots)}"))
     return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
 
 
-def _phases(spans: Sequence[TimelineSpan]) -> str:
+def _phases(story: Story) -> str:
+    found = pieces([story])
     items = []
     for phase, name in PHASES.items():
-        busy_s = sum(took_s(span) for span in spans if span.phase == phase)
+        busy_s = sum(piece.took_s for piece in found if piece.span.phase == phase)
         items.append(f'<li class="{phase}"><i></i>{name} <b>{busy_s:.2f} s</b></li>')
     return "".join(items)
 
@@ -67,17 +66,13 @@ def _videos(stories: Sequence[Story]) -> str:
     items = []
     for video, story in enumerate(stories[:_NAMED_VIDEOS]):
         short = story.prompt if len(story.prompt) <= _LONGEST_PROMPT else f"{story.prompt[: _LONGEST_PROMPT - 1]}…"
-        slot_s = sum(took_s(span) * _slots(rows_of(span)) for span in story.timeline.spans)
+        slot_s = sum(piece.slot_s for piece in pieces([story]))
         detail = f" {escape(story.detail)}" if story.detail else ""
         colour = f'class="video" style="--hue: {hue(video):.0f}"'
         items.append(f"<li {colour}><i></i>{escape(short)}{detail} <b>{slot_s:.2f} s</b></li>")
     if len(stories) > _NAMED_VIDEOS:
         items.append(f"<li>and {len(stories) - _NAMED_VIDEOS} more</li>")
     return "".join(items)
-
-
-def _slots(rows: Sequence[Row]) -> int:
-    return sum(row.slot >= 0 for row in rows)
 
 
 def _range(values: Sequence[int]) -> str:

@@ -31,27 +31,54 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """A span on one of its rows. ``video`` is the index of its story."""
+    """One piece of work, on all the rows that did it together. ``video`` is the index of its story.
 
-    row: Row
+    ``span`` is that of the first row; the others' have the same times.
+    """
+
     video: int
     span: TimelineSpan
+    rows: tuple[Row, ...]
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return tuple(row.slot for row in self.rows if row.slot >= 0)
+
+    @property
+    def took_s(self) -> float:
+        return self.span.ended_at_s - self.span.started_at_s
+
+    @property
+    def slot_s(self) -> float:
+        """Seconds of slots."""
+        return self.took_s * len(self.slots)
+
+    @property
+    def what(self) -> str:
+        """The work in words: ``denoising step 3``."""
+        span = self.span
+        return PHASES.get(span.phase, span.phase) + ("" if span.step is None else f" {span.step}")
+
+    @property
+    def together(self) -> str:
+        """With how many others, in words; empty where alone."""
+        degree = self.span.degree_of_parallelism
+        return f"together on {degree} slots ({', '.join(map(str, self.slots))})" if degree > 1 else ""
 
 
-def rows_of(span: TimelineSpan) -> list[Row]:
-    """Every slot that took part; a timeline stored by an older scheduler knows only the leader's."""
-    slots = span.slots or (() if span.slot is None else (span.slot,))
-    return [Row(slot, "") for slot in slots] or [Row(-1, span.instance)]
+def row_of(span: TimelineSpan) -> Row:
+    return Row(-1, span.instance) if span.slot is None else Row(span.slot, "")
 
 
 def pieces(stories: Sequence[Story]) -> list[Piece]:
-    """All spans of all videos, a step that several slots did together once for each."""
-    return [
-        Piece(row, video, span)
-        for video, story in enumerate(stories)
-        for span in story.timeline.spans
-        for row in rows_of(span)
-    ]
+    """All work on all videos. A step has one span for each slot; they are brought together here."""
+    found: dict[tuple[int, str, int | None, float], list[TimelineSpan]] = {}
+    for video, story in enumerate(stories):
+        for number, span in enumerate(story.timeline.spans):
+            # A step that was done again after a loss began at another time.
+            when = number if span.step is None else span.started_at_s
+            found.setdefault((video, span.phase, span.step, when), []).append(span)
+    return [Piece(key[0], spans[0], tuple(dict.fromkeys(map(row_of, spans)))) for key, spans in found.items()]
 
 
 def bounds_s(found: Iterable[Piece]) -> tuple[float, float]:
@@ -60,20 +87,3 @@ def bounds_s(found: Iterable[Piece]) -> tuple[float, float]:
     if not spans:
         return 0.0, 0.0
     return min(span.started_at_s for span in spans), max(span.ended_at_s for span in spans)
-
-
-def took_s(span: TimelineSpan) -> float:
-    return span.ended_at_s - span.started_at_s
-
-
-def what(span: TimelineSpan) -> str:
-    """The work in words: ``denoising step 3``."""
-    return PHASES.get(span.phase, span.phase) + ("" if span.step is None else f" {span.step}")
-
-
-def together(span: TimelineSpan) -> str:
-    """With how many others, in words; empty where alone."""
-    if span.degree_of_parallelism < 2:
-        return ""
-    named = f" ({', '.join(map(str, span.slots))})" if span.slots else ""
-    return f"together on {span.degree_of_parallelism} slots{named}"

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.messages.video import TimelineSpan
 from compose.files import write_whole
-from compose.timeline.story import Row, Story, bounds_s, pieces, took_s
+from compose.timeline.story import Piece, Row, Story, bounds_s, pieces
 
 _SLOTS, _VIDEOS = 1, 2
 _LONGEST_PROMPT = 60
@@ -27,14 +26,12 @@ def trace(stories: Sequence[Story]) -> dict[str, Any]:
     """The file's content."""
     found = pieces(stories)
     origin_s, _ = bounds_s(found)
-    rows = sorted({piece.row for piece in found})
+    rows = sorted({row for piece in found for row in piece.rows})
     number = {row: index for index, row in enumerate(rows)}
     events = [*_names(rows, stories)]
     for piece in found:
-        story = stories[piece.video]
-        events.append(_event(piece.span, story, origin_s, _SLOTS, number[piece.row]))
-    for video, story in enumerate(stories):
-        events += [_event(span, story, origin_s, _VIDEOS, video) for span in story.timeline.spans]
+        tracks = [*((_SLOTS, number[row]) for row in piece.rows), (_VIDEOS, piece.video)]
+        events += [_event(piece, stories[piece.video], origin_s, *track) for track in tracks]
     return {
         "traceEvents": events,
         "displayTimeUnit": "ms",
@@ -42,7 +39,8 @@ def trace(stories: Sequence[Story]) -> dict[str, Any]:
     }
 
 
-def _event(span: TimelineSpan, story: Story, origin_s: float, group: int, track: int) -> dict[str, Any]:
+def _event(piece: Piece, story: Story, origin_s: float, group: int, track: int) -> dict[str, Any]:
+    span = piece.span
     name = span.phase if span.step is None else f"step {span.step}"
     if span.degree_of_parallelism > 1:
         name += f" ×{span.degree_of_parallelism}"
@@ -51,14 +49,14 @@ def _event(span: TimelineSpan, story: Story, origin_s: float, group: int, track:
         "cat": span.phase,
         "ph": "X",
         "ts": round((span.started_at_s - origin_s) * 1e6, 3),
-        "dur": round(max(took_s(span), 0.0) * 1e6, 3),
+        "dur": round(max(piece.took_s, 0.0) * 1e6, 3),
         "pid": group,
         "tid": track,
         "args": {
             "video": story.timeline.job_id,
             "prompt": story.prompt,
             "instance": span.instance,
-            "slots": list(span.slots) or ([] if span.slot is None else [span.slot]),
+            "slots": list(piece.slots),
             "degree_of_parallelism": span.degree_of_parallelism,
             **({} if span.step is None else {"step": span.step}),
         },

@@ -223,16 +223,12 @@ function drawTimeline(spans) {
   $("timeline").hidden = !(whole > 0);
   if (!(whole > 0)) return;
   const rows = new Map();
-  // A step that several did together stands on the row of each.
-  const slotsOf = (span) => (span.slots.length ? span.slots : [span.slot ?? -1]);
-  for (const span of spans) {
-    for (const slot of slotsOf(span)) {
-      if (!rows.has(slot)) rows.set(slot, []);
-      rows.get(slot).push(span);
-    }
+  for (const span of [...spans].sort((a, b) => (a.slot ?? -1) - (b.slot ?? -1))) {
+    const name = span.slot === null ? "encoder" : `GPU ${span.slot}`;
+    if (!rows.has(name)) rows.set(name, []);
+    rows.get(name).push(span);
   }
-  const drawn = [...rows].sort(([a], [b]) => a - b).map(([slot, there]) => {
-    const name = slot < 0 ? "encoder" : `GPU ${slot}`;
+  const drawn = [...rows].map(([name, there]) => {
     const track = element("div", "track");
     for (const span of there) {
       const mark = element("span", `span ${span.phase}`);

@@ -25,9 +25,8 @@ async def _finished(running: ThreadedStack, prompt: str, start_s: float) -> str:
     await stack.complete(video_id, b"film")
     spans = tuple(
         TimelineSpan(
-            instance="dit-0",
-            slot=0,
-            slots=slots,
+            instance=f"dit-{slot}",
+            slot=slot,
             phase="step",
             step=step,
             degree_of_parallelism=len(slots),
@@ -35,6 +34,7 @@ async def _finished(running: ThreadedStack, prompt: str, start_s: float) -> str:
             ended_at_s=start_s + step + 1,
         )
         for step, slots in ((1, (0,)), (2, (0, 1)))
+        for slot in slots
     )
     await stack.bus.put(VIDEO_TIMELINES, video_id, VideoTimeline(job_id=video_id, spans=spans))
     return video_id

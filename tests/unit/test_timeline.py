@@ -10,33 +10,36 @@ import pytest
 from common.messages.video import TimelineSpan, VideoTimeline
 from compose.timeline.chart import chart
 from compose.timeline.page import write_page
-from compose.timeline.story import Row, Story, pieces, rows_of
+from compose.timeline.story import Row, Story, pieces
 from compose.timeline.trace import trace, write_trace
 
 
 def span(
     phase: str, start_s: float, end_s: float, slots: tuple[int, ...] = (), step: int | None = None
-) -> TimelineSpan:
+) -> tuple[TimelineSpan, ...]:
+    """One piece of work as the scheduler stores it: a span for each slot, the leader's first."""
     service = {"encode": "encoder", "step": "dit", "decode": "vae"}[phase]
-    return TimelineSpan(
-        instance=f"{service}-{slots[0] if slots else 0}",
-        slot=slots[0] if slots else None,
-        slots=slots,
-        phase=phase,
-        step=step,
-        degree_of_parallelism=max(len(slots), 1),
-        started_at_s=start_s,
-        ended_at_s=end_s,
+    return tuple(
+        TimelineSpan(
+            instance=f"{service}-{slot or 0}",
+            slot=slot,
+            phase=phase,
+            step=step,
+            degree_of_parallelism=max(len(slots), 1),
+            started_at_s=start_s,
+            ended_at_s=end_s,
+        )
+        for slot in (slots or (None,))
     )
 
 
 def story(number: int, start_s: float) -> Story:
     """A video that starts on one slot, grows to two, and is decoded on the first."""
     spans = (
-        span("encode", start_s, start_s + 0.1),
-        span("step", start_s + 0.1, start_s + 1.1, (1,), 1),
-        span("step", start_s + 1.1, start_s + 1.7, (1, 0), 2),
-        span("decode", start_s + 1.7, start_s + 2.0, (1,)),
+        *span("encode", start_s, start_s + 0.1),
+        *span("step", start_s + 0.1, start_s + 1.1, (1,), 1),
+        *span("step", start_s + 1.1, start_s + 1.7, (1, 0), 2),
+        *span("decode", start_s + 1.7, start_s + 2.0, (1,)),
     )
     return Story(f"video <{number}> & more", VideoTimeline(job_id=f"video_{number}", spans=spans), "64x64, 16 frames")
 
@@ -49,15 +52,17 @@ def boxes(root: ElementTree.Element) -> list[ElementTree.Element]:
     return [group for group in root.iter("g") if group.get("class", "").startswith("span ")]
 
 
-def test_a_step_stands_on_every_slot_that_ran_it() -> None:
-    assert rows_of(span("step", 0, 1, (1, 0), 2)) == [Row(1, ""), Row(0, "")]
-    assert rows_of(span("encode", 0, 1)) == [Row(-1, "encoder-0")]
-    assert [piece.row.slot for piece in pieces([story(1, 100.0)])] == [-1, 1, 1, 0, 1]
+def test_a_step_of_several_slots_is_one_piece_of_work() -> None:
+    found = pieces([story(1, 100.0)])
+    assert [piece.rows for piece in found] == [
+        (Row(-1, "encoder-0"),), (Row(1, ""),), (Row(1, ""), Row(0, "")), (Row(1, ""),),
+    ]  # fmt: skip
+    assert [piece.slot_s for piece in found] == pytest.approx([0, 1.0, 1.2, 0.3])
+    assert found[2].together == "together on 2 slots (1, 0)" and found[1].together == ""
 
 
-def test_a_timeline_stored_before_there_were_slots_stands_on_its_leaders() -> None:
-    old = span("step", 0, 1, (3,), 1).model_copy(update={"slots": ()})
-    assert rows_of(old) == [Row(3, "")]
+def test_two_videos_steps_that_began_at_the_same_time_stay_apart() -> None:
+    assert len(pieces([story(1, 100.0), story(2, 100.0)])) == 8
 
 
 def test_the_drawing_of_one_video_has_a_row_for_each_slot() -> None:
@@ -79,7 +84,7 @@ def test_among_several_videos_each_has_its_colour_and_its_name() -> None:
 
 
 def test_many_steps_make_a_wider_page_not_thinner_boxes() -> None:
-    steps = tuple(span("step", 0.01 * step, 0.01 * (step + 1), (0,), step + 1) for step in range(1000))
+    steps = tuple(span("step", 0.01 * step, 0.01 * (step + 1), (0,), step + 1)[0] for step in range(1000))
     root = drawing([Story("long", VideoTimeline(job_id="video_1", spans=steps))])
     width = float((root.get("viewBox") or "").split()[2])
     assert 6000 < width < 6500
