@@ -70,7 +70,7 @@ async def running_stack(
         CrashLoopError: a service kept dying while it started.
     """
     # Looked at first: everything that can be refused at once.
-    _check_scheduling(options)
+    check_scheduling(options)
     read_stack({}, options.compose_file).scaled(options.replicas)
     port = free_port(options.host) if options.port == 0 else checked_port(options.host, options.port)
     with run_directory(options.state_dir) as directory:
@@ -147,11 +147,11 @@ def _variables(options: StackOptions, directory: RunDirectory, port: int) -> dic
         "TRIPTYCH_CACHE_DIR": str(directory.cache),
         "TRIPTYCH_VIDEO_MODEL": model_location(options.video_model),
         "TRIPTYCH_LOG_LEVEL": options.log_level,
-        **_scheduling(options),
+        **scheduling_variables(options),
     }
 
 
-def _scheduling(options: StackOptions) -> dict[str, str]:
+def scheduling_variables(options: StackOptions) -> dict[str, str]:
     """The scheduler's variables, as far as they were asked for. Paths in full: the services run elsewhere."""
     asked = {"TRIPTYCH_POLICY": options.policy, "TRIPTYCH_RIB": options.rib, "TRIPTYCH_RECORD": options.record}
     return {
@@ -161,7 +161,7 @@ def _scheduling(options: StackOptions) -> dict[str, str]:
     }
 
 
-def _check_scheduling(options: StackOptions) -> None:
+def check_scheduling(options: StackOptions) -> None:
     """Raises OptionError for what the scheduler would refuse."""
     if options.policy is not None:
         try:

@@ -115,7 +115,8 @@ class Crew:
         asked = {
             "TRIPTYCH_VIDEO_MODEL": self._plan.model,
             "TRIPTYCH_THREADS": str(options.threads),
-            "TRIPTYCH_DEVICE": options.device,
+            # A worker finds the GPU of its slot itself.
+            "TRIPTYCH_DEVICE": "cpu" if options.device == "cpu" else "auto",
         }
         environment = read_stack({**os.environ, **asked}).services["dit"].environment
         return {**os.environ, **environment, "TRIPTYCH_INSTANCE": name, "TRIPTYCH_SLOT": str(slot)}

@@ -29,7 +29,7 @@ async def measure(plan: Plan, crew: Crew, folder: Path, watch: Watch) -> Measure
     """Measure all of it. ``folder`` holds what the processes hand to each other.
 
     Raises:
-        OptionError: more slots than GPUs.
+        OptionError: more slots than GPUs, or no GPU where one was asked for.
         StartError: a process could not measure.
     """
     return await _Measuring(plan, crew, folder, watch).run()

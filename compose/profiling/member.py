@@ -65,7 +65,7 @@ class Member:
         """Encode one prompt; the embeddings go to ``path``, for all members."""
         encoder = PromptEncoder(self._spec, self._device)
         seconds = [self._timed(lambda: encoder.encode([PROMPT])) for _ in range(warm_up + repeats)]
-        save_file({"text": encoder.encode([PROMPT])[0].cpu().contiguous()}, path)
+        save_file({"text": encoder.encode([PROMPT])[0].cpu().clone()}, path)
         return {"seconds": seconds[warm_up:]}
 
     def load(self) -> dict[str, Any]:

@@ -94,8 +94,10 @@ def slots_of(options: ProfileOptions, gpus: int) -> int:
     """How many slots are measured on a machine with so many GPUs of the kind in use (0: on its CPU).
 
     Raises:
-        OptionError: more slots than GPUs.
+        OptionError: more slots than GPUs, or a GPU was asked for and there is none.
     """
+    if options.device == "cuda" and not gpus:
+        raise OptionError("--device cuda: torch finds no GPU on this machine")
     if options.slots is None:
         return gpus or read_stack({}).services["dit"].replicas
     if gpus and options.slots > gpus:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import aiohttp
 import numpy as np
 
 from common.policies.registry import UnknownPolicy, make_policy
@@ -81,8 +82,12 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         _check(options)
         with TemporaryDirectory(prefix="ddit-live-") as folder:
             return asyncio.run(_run(options, Path(folder)))
-    except (WrongArgument, WrongMix, WrongRib, UnknownMix, UnknownPolicy, BenchmarkError, TimeoutError) as error:
+    except (WrongArgument, WrongMix, WrongRib, UnknownMix, UnknownPolicy, BenchmarkError) as error:
         raise SystemExit(f"loadgen bench ddit-live: {error}") from None
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise SystemExit(
+            f"loadgen bench ddit-live: the stack did not answer ({type(error).__name__} {error})"
+        ) from None
 
 
 async def _run(options: argparse.Namespace, folder: Path) -> dict[str, object]:

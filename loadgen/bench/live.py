@@ -15,7 +15,7 @@ from loadgen.bench.process import BenchmarkError, started
 from loadgen.workloads import Workload
 
 _VIDEO_TIMEOUT_S = 900.0
-_WARM_UP_STEPS = 2
+_WARM_UP_STEPS = 4
 _TERMINAL = ("completed", "failed", "cancelled")
 
 
@@ -27,8 +27,9 @@ class LiveStack:
 
     async def warm_up(self, workload: Workload, slots: int) -> None:
         """A short video of every kind on every slot: what is done once in a process's life is done."""
+        steps = min(_WARM_UP_STEPS, *workload.steps)
         for kind in workload.kinds:
-            await asyncio.gather(*(self._video(kind, _WARM_UP_STEPS, slot, "warming up") for slot in range(slots)))
+            await asyncio.gather(*(self._video(kind, steps, slot, "warming up") for slot in range(slots)))
 
     async def run(self, workload: Workload) -> list[float]:
         """Ask for all videos, each at its time, whatever became of the others; seconds from that time to its end."""

@@ -6,7 +6,7 @@ import pytest
 
 from common.policies.rib import paper_rib
 from compose.cli import main
-from compose.local import StackOptions, _check_scheduling, _scheduling
+from compose.local import StackOptions, check_scheduling, scheduling_variables
 from compose.spec import read_stack
 
 
@@ -24,13 +24,13 @@ def test_what_was_asked_for_is_handed_on_with_full_paths(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("rib.json").write_text(paper_rib().to_json())
     options = StackOptions(policy="sdop:2", rib=Path("rib.json"), record=Path("record.jsonl"))
-    _check_scheduling(options)
-    assert _scheduling(options) == {
+    check_scheduling(options)
+    assert scheduling_variables(options) == {
         "TRIPTYCH_POLICY": "sdop:2",
         "TRIPTYCH_RIB": str(tmp_path / "rib.json"),
         "TRIPTYCH_RECORD": str(tmp_path / "record.jsonl"),
     }
-    assert _scheduling(StackOptions()) == {}, "the environment's own stays"
+    assert scheduling_variables(StackOptions()) == {}, "the environment's own stays"
 
 
 @pytest.mark.parametrize(

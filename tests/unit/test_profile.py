@@ -62,6 +62,8 @@ def test_slots_are_the_gpus_there_are_or_what_the_stack_starts_with() -> None:
     assert slots_of(ProfileOptions(OUT, slots=4), gpus=0) == 4
     with pytest.raises(OptionError, match="--slots 4: this machine has 2 GPUs"):
         slots_of(ProfileOptions(OUT, slots=4), gpus=2)
+    with pytest.raises(OptionError, match="--device cuda: torch finds no GPU"):
+        slots_of(ProfileOptions(OUT, device="cuda"), gpus=0)
 
 
 def test_degrees_double_up_to_the_slots() -> None:
