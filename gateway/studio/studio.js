@@ -171,7 +171,9 @@ function facts(video) {
   if (!video.size) return "";
   const made = new Date(video.created_at * 1000).toLocaleString();
   const size = video.size.replace("x", " × ");
-  return `${video.model} · ${size} · ${video.frames} frames · ${video.seconds} s · ${video.steps} steps · seed ${video.seed} · ${made}`;
+  const wishes = [video.priority && `priority ${video.priority}`, video.deadline_at && `by ${new Date(video.deadline_at * 1000).toLocaleTimeString()}`];
+  const asked = wishes.filter(Boolean).map((wish) => ` · ${wish}`).join("");
+  return `${video.model} · ${size} · ${video.frames} frames · ${video.seconds} s · ${video.steps} steps · seed ${video.seed}${asked} · ${made}`;
 }
 
 function drawWork(video) {

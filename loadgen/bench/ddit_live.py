@@ -85,9 +85,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     except (WrongArgument, WrongMix, WrongRib, UnknownMix, UnknownPolicy, BenchmarkError) as error:
         raise SystemExit(f"loadgen bench ddit-live: {error}") from None
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise SystemExit(
-            f"loadgen bench ddit-live: the stack did not answer ({type(error).__name__} {error})"
-        ) from None
+        what = f"{type(error).__name__} {error}".strip()
+        raise SystemExit(f"loadgen bench ddit-live: the stack did not answer ({what})") from None
 
 
 async def _run(options: argparse.Namespace, folder: Path) -> dict[str, object]:
