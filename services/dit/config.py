@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
+from common.models.opensora.parallel import Parallelism, SequenceParallelism
 from common.runtime.settings import WorkerSettings
 
 
@@ -16,6 +17,8 @@ class DitSettings(WorkerSettings):
     with; ``auto`` takes NCCL where each worker has a GPU of its own. A member that does not come to a meeting within
     ``meeting_timeout_s``, or stays silent in an exchange for ``exchange_timeout_s``, breaks the group. Its survivors
     keep the latent for ``regroup_s``, in which a new lease must come.
+
+    ``sequence`` and ``guidance_parallel`` say how a group shares a step; all workers of a stack must agree on them.
     """
 
     latent_lease_s: float = Field(default=120.0, gt=0)
@@ -25,3 +28,9 @@ class DitSettings(WorkerSettings):
     meeting_timeout_s: float = Field(default=5.0, gt=0)
     exchange_timeout_s: float = Field(default=20.0, gt=0)
     regroup_s: float = Field(default=6.0, gt=0)
+    sequence: SequenceParallelism = SequenceParallelism.DSP
+    guidance_parallel: bool = True
+
+    @property
+    def parallelism(self) -> Parallelism:
+        return Parallelism(self.sequence, self.guidance_parallel)

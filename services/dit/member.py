@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.messages.video import Lease
 from common.models.opensora.join_state import JoinState, share_state
-from common.models.opensora.parallel import ParallelSTDiT3
+from common.models.opensora.parallel import Parallelism, ParallelSTDiT3
 from common.models.opensora.pipeline import Denoiser, DenoisingRun
 from common.parallel.errors import GroupBroken
 from common.parallel.group import Group
@@ -46,10 +46,11 @@ class GroupMember:
     ``held`` stays as it is when a group breaks: the latent after the last whole step.
     """
 
-    def __init__(self, denoiser: Denoiser, groups: Groups) -> None:
+    def __init__(self, denoiser: Denoiser, groups: Groups, parallelism: Parallelism) -> None:
         self._denoiser = denoiser
         self._groups = groups
         self._parallel = ParallelSTDiT3(denoiser.model)
+        self._parallelism = parallelism
         self._group: Group | None = None
         self.held: HeldVideo | None = None
 
@@ -126,7 +127,7 @@ class GroupMember:
         if self._group is None:
             return take_step(self.run, interval)
         self._group.agree(GO_ON)
-        return take_step(self.run, interval, self._parallel.on(self._group))
+        return take_step(self.run, interval, self._parallel.on(self._group, self._parallelism))
 
     def follow_step(self) -> int:
         """Hear the leader's word, and take the step with it if it goes on. Raises GroupBroken as `lead_step` does."""
@@ -134,7 +135,7 @@ class GroupMember:
             raise RuntimeError("there is no group to follow")
         word = self._group.agree(GO_ON)
         if word == GO_ON:
-            self.run.step(self._parallel.on(self._group))
+            self.run.step(self._parallel.on(self._group, self._parallelism))
         return word
 
     def _take(self, job_id: str, state: JoinState) -> None:

@@ -44,7 +44,7 @@ class DitWorker:
         self._regroup_s = settings.regroup_s
         self._reporter = Reporter(equipment.bus, Stage.DIT, equipment.instance)
         self._desk = LeaseDesk(equipment.bus, LeaseBook(equipment.instance), self._reporter)
-        self._member = GroupMember(denoiser, groups)
+        self._member = GroupMember(denoiser, groups, settings.parallelism)
         self._checkpoints = CheckpointWriter(equipment.bus, equipment.tensors)
         starter = JobStarter(equipment, denoiser)
         self._leader = Leader(equipment, self._desk, self._member, starter, self._checkpoints, self._reporter, settings)

@@ -34,9 +34,10 @@ REQUEST = VideoRequest(
 class SchedulerProcess:
     """The scheduler's own ``serve``, started and stopped as its process would be."""
 
-    def __init__(self, url: str) -> None:
-        self._settings = SchedulerSettings(
-            nats_url=url, instance="scheduler-0", heartbeat_s=0.1, member_timeout_s=1.0, drain_s=2.0
+    def __init__(self, url: str, **settings: object) -> None:
+        quick = {"heartbeat_s": 0.1, "member_timeout_s": 1.0, "drain_s": 2.0}
+        self._settings = SchedulerSettings.model_validate(
+            {"nats_url": url, "instance": "scheduler-0"} | quick | settings
         )
         self._task: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
@@ -89,10 +90,10 @@ class Stage:
     dit: PlayedWorker
     vae: PlayedWorker
 
-    async def submit(self, job_id: str, *, queue: bool = True) -> None:
+    async def submit(self, job_id: str, request: VideoRequest = REQUEST, *, queue: bool = True) -> None:
         now_s = time.time()
         record = VideoRecord(
-            job_id=job_id, state=VideoState.QUEUED, request=REQUEST, created_at_s=now_s, updated_at_s=now_s
+            job_id=job_id, state=VideoState.QUEUED, request=request, created_at_s=now_s, updated_at_s=now_s
         )
         await self.bus.create(VIDEO_RECORDS, job_id, record)
         if queue:
@@ -122,10 +123,10 @@ class Stage:
 
 
 @contextlib.asynccontextmanager
-async def stage(url: str) -> AsyncIterator[Stage]:
+async def stage(url: str, **settings: object) -> AsyncIterator[Stage]:
     bus = await NatsBus.connect(url, name="client")
     await bus.prepare(queues=VIDEO_QUEUES, buckets=VIDEO_BUCKETS, object_buckets=VIDEO_OBJECTS)
-    scheduler = SchedulerProcess(url)
+    scheduler = SchedulerProcess(url, **settings)
     scheduler.start()
     try:
         async with (

@@ -18,9 +18,12 @@ from common.messages.failures import Acknowledged
 from common.messages.subjects import (
     CHECKPOINT_STORED,
     DENOISING_FINISHED,
-    GRANT_LEASE,
+    GROUP_LOST,
+    JOB_PARKED,
     MEMBERS,
+    PARK_JOB,
     PHASE_FAILED,
+    REVOKE_LEASE,
     STEP_FINISHED,
     VIDEO_BUCKETS,
 )
@@ -28,14 +31,19 @@ from common.messages.video import (
     Checkpoint,
     CheckpointStored,
     DenoisingFinished,
+    GroupLost,
+    JobParked,
     Lease,
+    ParkJob,
     PhaseFailed,
+    RevokeLease,
     StepFinished,
     VideoRequest,
 )
 from common.tensors.ucx import UcxTensors
 from compose.launch import ForkLauncher, Launch, Running
 from services.scheduler.checkpoints import Checkpoints
+from services.scheduler.workers import Workers
 from tests.support.nats_server import NatsServer, running_nats_server
 
 WAIT_S = 60.0
@@ -49,6 +57,10 @@ class DenoisingStage:
         self.bus = bus
         self.tensors = tensors
         self.checkpoints = Checkpoints(bus, lambda: False)
+        self.workers = Workers(bus, lambda instance: None)
+        self.reports: list[StepFinished] = []
+        self.lost: list[GroupLost] = []
+        self.parked: list[JobParked] = []
         self.steps: dict[int, list[int]] = defaultdict(list)
         self.stored: dict[str, list[int]] = defaultdict(list)
         self.latents: asyncio.Queue[DenoisingFinished] = asyncio.Queue(100)
@@ -58,7 +70,6 @@ class DenoisingStage:
             "TRIPTYCH_NATS_URL": server.url,
             "TRIPTYCH_VIDEO_MODEL": str(model),
             "TRIPTYCH_CACHE_DIR": str(folder / "cache"),
-            "TRIPTYCH_SLOT": "0",
             "OMP_NUM_THREADS": "1",
         }
         self._launcher = ForkLauncher(self._environment, _PRELOAD, folder / "forkserver.log")
@@ -73,8 +84,9 @@ class DenoisingStage:
         running = self._running.get(instance)
         if running is not None and not running.ended.done():
             return
-        environment = self._environment | {"TRIPTYCH_INSTANCE": instance} | settings
-        command = ("python", "-m", f"services.{instance.rpartition('-')[0]}")
+        service, _, slot = instance.rpartition("-")
+        environment = self._environment | {"TRIPTYCH_INSTANCE": instance, "TRIPTYCH_SLOT": slot} | settings
+        command = ("python", "-m", f"services.{service}")
         launch = Launch(instance, command, environment, self.log(instance), _PRELOAD)
         self._running[instance] = await self._launcher.launch(launch)
 
@@ -88,6 +100,7 @@ class DenoisingStage:
     async def _is_ready(self, instance: str) -> bool:
         with contextlib.suppress(KeyMissing):
             member = (await self.bus.get(MEMBERS, instance)).value
+            self.workers.meetings[instance] = member.meeting
             return member.pid == self._running[instance].pid and member.state is MemberState.READY
         return False
 
@@ -107,20 +120,54 @@ class DenoisingStage:
     # --- the scheduler's part -------------------------------------------------------------------------------------
 
     async def grant(self, instance: str, request: VideoRequest, job_id: str, resume: Checkpoint | None = None) -> Lease:
-        """Have a job denoised, from the beginning or from ``resume`` on."""
-        self._epoch += 1
+        """Have a job denoised by one worker, from the beginning or from ``resume`` on."""
+        return await self.start_job((instance,), request, job_id, resume)
+
+    async def start_job(
+        self, members: tuple[str, ...], request: VideoRequest, job_id: str, resume: Checkpoint | None = None
+    ) -> Lease:
+        """Have a job denoised by a group."""
         embeddings = torch.randn(5, 24, generator=torch.Generator().manual_seed(5))
-        lease = Lease(
+        text = self.tensors.export(embeddings, uses=1, lease_s=WAIT_S)
+        lease = self._lease(members, request, job_id).model_copy(update={"text": text, "resume": resume})
+        await self.workers.grant(lease)
+        return lease
+
+    async def change(self, lease: Lease, *members: str) -> Lease:
+        """Have a running job go on with other members."""
+        newer = self._lease(members, lease.request, lease.job_id)
+        await self.workers.grant(newer)
+        return newer
+
+    def _lease(self, members: tuple[str, ...], request: VideoRequest, job_id: str) -> Lease:
+        self._epoch += 1
+        return Lease(
             job_id=job_id,
             epoch=self._epoch,
-            members=(instance,),
-            leader=instance,
+            members=members,
+            leader=members[0],
             request=request,
-            text=self.tensors.export(embeddings, uses=1, lease_s=WAIT_S),
-            resume=resume,
+            slots=tuple(int(instance.rpartition("-")[2]) for instance in members),
+            meeting=self.workers.meetings[members[0]],
         )
-        await self.bus.request(GRANT_LEASE, lease, instance, deadline_s=WAIT_S)
-        return lease
+
+    async def park(self, lease: Lease) -> JobParked:
+        """Have a job parked; its report."""
+        await self.bus.request(
+            PARK_JOB, ParkJob(job_id=lease.job_id, epoch=lease.epoch), lease.leader, deadline_s=WAIT_S
+        )
+        await self.until(lambda: any(report.job_id == lease.job_id for report in self.parked))
+        return self.parked[-1]
+
+    async def revoke(self, lease: Lease) -> None:
+        """Take a job from its members, one after the other in any order."""
+        for instance in reversed(lease.members):
+            revoke = RevokeLease(job_id=lease.job_id, epoch=lease.epoch)
+            await self.bus.request(REVOKE_LEASE, revoke, instance, deadline_s=WAIT_S)
+
+    def of_job(self, job_id: str) -> list[StepFinished]:
+        """Its steps, as they were reported."""
+        return [report for report in self.reports if report.job_id == job_id]
 
     async def finished(self, lease: Lease) -> torch.Tensor:
         """The final latent of a lease."""
@@ -141,6 +188,8 @@ class DenoisingStage:
         subscriptions = [
             await self.bus.serve(DENOISING_FINISHED, self._denoised),
             await self.bus.serve(PHASE_FAILED, self._failed),
+            await self.bus.serve(JOB_PARKED, self._job_parked),
+            await self.bus.subscribe(GROUP_LOST, self._group_lost),
             await self.bus.subscribe(STEP_FINISHED, self._stepped),
             await self.bus.subscribe(CHECKPOINT_STORED, self._checkpointed),
         ]
@@ -165,7 +214,17 @@ class DenoisingStage:
         self._news.set()
         return Acknowledged()
 
+    async def _job_parked(self, report: JobParked) -> Acknowledged:
+        self.parked.append(report)
+        self._news.set()
+        return Acknowledged()
+
+    def _group_lost(self, report: GroupLost) -> None:
+        self.lost.append(report)
+        self._news.set()
+
     def _stepped(self, report: StepFinished) -> None:
+        self.reports.append(report)
         self.steps[report.epoch].append(report.step)
         self._news.set()
 

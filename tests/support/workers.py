@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 from common.bus.nats_bus import NatsBus
 from common.bus.port import Bus, Subscription
-from common.messages.cluster import Service
+from common.messages.cluster import Ping, Service
 from common.messages.failures import Acknowledged, Failure, Stage
 from common.messages.subjects import (
     CANCEL_DECODING,
@@ -17,7 +17,11 @@ from common.messages.subjects import (
     DENOISING_FINISHED,
     ENCODE_PROMPT,
     GRANT_LEASE,
+    GROUP_LOST,
+    JOB_PARKED,
+    PARK_JOB,
     PHASE_FAILED,
+    PING,
     REVOKE_LEASE,
     STEP_FINISHED,
     VIDEO_FILES,
@@ -29,7 +33,10 @@ from common.messages.video import (
     DecodingFinished,
     DenoisingFinished,
     EncodePrompt,
+    GroupLost,
+    JobParked,
     Lease,
+    ParkJob,
     PhaseFailed,
     PromptEncoded,
     RevokeLease,
@@ -51,10 +58,15 @@ class PlayedWorker:
         self.slot = slot
         self.instance = f"{service}-{slot or 0}"
         self.leases: asyncio.Queue[Lease] = asyncio.Queue(100)
+        self.parks: asyncio.Queue[ParkJob] = asyncio.Queue(100)
         self.revoked: asyncio.Queue[RevokeLease] = asyncio.Queue(100)
         self.decodings: asyncio.Queue[DecodeVideo] = asyncio.Queue(100)
         self.cancelled: asyncio.Queue[CancelDecoding] = asyncio.Queue(100)
         self.encoded: list[str] = []
+        # Cleared by a test, this worker is busy: it answers to no lease before it is set again.
+        self.free = asyncio.Event()
+        self.free.set()
+        self.meeting = f"where {self.instance} leads"
         self._life: contextlib.AsyncExitStack | None = None
 
     async def join(self, url: str) -> None:
@@ -64,7 +76,7 @@ class PlayedWorker:
         registration = await self._life.enter_async_context(Registration(self.bus, settings, self.service))
         for subscription in await self._listen():
             self._life.push_async_callback(subscription.stop)
-        await registration.ready()
+        await registration.ready(meeting=self.meeting)
 
     async def leave(self) -> None:
         """Withdraw, with whatever was under way."""
@@ -79,6 +91,8 @@ class PlayedWorker:
             case Service.DIT:
                 return [
                     await self.bus.serve(GRANT_LEASE, self._lease, self.instance),
+                    await self.bus.serve(PARK_JOB, self._park, self.instance),
+                    await self.bus.serve(PING, self._pinged, self.instance),
                     await self.bus.serve(REVOKE_LEASE, self._revoke, self.instance),
                 ]
             case _:
@@ -94,6 +108,14 @@ class PlayedWorker:
 
     async def _lease(self, lease: Lease) -> Acknowledged:
         self.leases.put_nowait(lease)
+        await asyncio.wait_for(self.free.wait(), WAIT_S)
+        return Acknowledged()
+
+    async def _park(self, request: ParkJob) -> Acknowledged:
+        self.parks.put_nowait(request)
+        return Acknowledged()
+
+    async def _pinged(self, _: Ping) -> Acknowledged:
         return Acknowledged()
 
     async def _revoke(self, request: RevokeLease) -> Acknowledged:
@@ -118,6 +140,9 @@ class PlayedWorker:
     async def next_lease(self) -> Lease:
         return await asyncio.wait_for(self.leases.get(), WAIT_S)
 
+    async def next_park(self) -> ParkJob:
+        return await asyncio.wait_for(self.parks.get(), WAIT_S)
+
     async def next_revoked(self) -> RevokeLease:
         return await asyncio.wait_for(self.revoked.get(), WAIT_S)
 
@@ -127,19 +152,30 @@ class PlayedWorker:
     async def next_cancelled(self) -> CancelDecoding:
         return await asyncio.wait_for(self.cancelled.get(), WAIT_S)
 
-    async def do_step(self, lease: Lease, step: int) -> None:
+    async def do_step(self, lease: Lease, step: int, next_epoch: int | None = None) -> None:
         now_s = time.time()
         report = StepFinished(
             job_id=lease.job_id,
             epoch=lease.epoch,
             instance=self.instance,
-            slots=(self.slot or 0,),
+            slots=lease.slots,
             step=step,
             steps=lease.request.steps,
             started_at_s=now_s - 0.01,
             ended_at_s=now_s,
+            next_epoch=next_epoch,
         )
         await self.bus.publish(STEP_FINISHED, report, lease.job_id)
+
+    async def lose_group(self, lease: Lease) -> None:
+        report = GroupLost(
+            job_id=lease.job_id, epoch=lease.epoch, instance=self.instance, members=lease.members, reason="silence"
+        )
+        await self.bus.publish(GROUP_LOST, report, lease.job_id)
+
+    async def finish_parking(self, lease: Lease, step: int) -> None:
+        report = JobParked(job_id=lease.job_id, epoch=lease.epoch, instance=self.instance, step=step)
+        await self.bus.request(JOB_PARKED, report, deadline_s=WAIT_S)
 
     async def finish_denoising(self, lease: Lease) -> None:
         report = DenoisingFinished(

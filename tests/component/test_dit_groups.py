@@ -1,0 +1,178 @@
+"""DiT workers as real processes that share videos: whoever comes, goes, parks or dies, the latent is one worker's own.
+
+Real NATS, UCX and Gloo, four workers and a cache store; the test is their scheduler.
+"""
+
+import asyncio
+import itertools
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.messages.video import Lease, VideoRequest
+from tests.support.denoising import DenoisingStage, denoising_stage
+from tests.support.small_model import save_small_model
+
+WAIT_S = 60.0
+STEPS = 60
+ATOL = 1e-4
+KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "4"))
+WORKERS = ("dit-0", "dit-1", "dit-2", "dit-3")
+REQUEST = VideoRequest(
+    model="small", prompt="", width=160, height=160, frames=13, fps=8, steps=STEPS, guidance_scale=2.0, seed=7
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("model"))
+
+
+async def everybody(stage: DenoisingStage, **settings: str) -> None:
+    await stage.start("cache_store-0")
+    for instance in WORKERS:
+        await stage.start(instance, **settings)
+    await stage.ready("cache_store-0", *WORKERS)
+
+
+async def alone(stage: DenoisingStage) -> torch.Tensor:
+    """What one worker makes of the request, undisturbed."""
+    lease = await stage.grant("dit-0", REQUEST, "alone")
+    latent = await stage.finished(lease)
+    assert stage.steps[lease.epoch] == list(range(1, STEPS + 1))
+    return latent
+
+
+async def some_steps(stage: DenoisingStage, lease: Lease, count: int = 3) -> None:
+    """Return once so many steps have run under the lease."""
+    await stage.until(lambda: len(stage.steps[lease.epoch]) >= count)
+
+
+def same(latent: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(latent, expected, atol=ATOL, rtol=0.0)
+
+
+async def test_members_come_and_go_and_jobs_are_parked_and_taken_away(model: Path, tmp_path: Path) -> None:
+    async with denoising_stage(model, tmp_path) as stage:
+        await everybody(stage)
+        expected = await alone(stage)
+        await grows_and_shrinks(stage, expected)
+        await is_parked_and_resumed(stage, expected, ("dit-2",), ("dit-3",))
+        await is_parked_and_resumed(stage, expected, ("dit-1", "dit-3"), ("dit-0", "dit-1", "dit-2", "dit-3"))
+        await is_taken_away(stage, expected)
+        assert stage.failures == [] and stage.lost == []
+
+
+async def grows_and_shrinks(stage: DenoisingStage, expected: torch.Tensor) -> None:
+    """1 -> 2 -> 4 -> 2 other members -> 1, each step done once and reported with the slots it ran on."""
+    leases = [await stage.start_job(("dit-0",), REQUEST, "changing")]
+    groups = [("dit-0", "dit-1"), WORKERS, ("dit-0", "dit-3"), ("dit-0",)]
+    for members in groups:
+        await some_steps(stage, leases[-1])
+        leases.append(await stage.change(leases[-1], *members))
+    latent = await stage.finished(leases[-1])
+    reports = stage.of_job("changing")
+    assert [report.step for report in reports] == list(range(1, STEPS + 1))
+    assert all(report.instance == "dit-0" for report in reports)
+    slots = {lease.epoch: lease.slots for lease in leases}
+    assert all(report.slots == slots[report.epoch] for report in reports)
+    changed = [(report.epoch, report.next_epoch) for report in reports if report.next_epoch is not None]
+    epochs = [lease.epoch for lease in leases]
+    assert changed == list(itertools.pairwise(epochs)), "told in the report of the last step before"
+    same(latent, expected)
+
+
+async def is_parked_and_resumed(
+    stage: DenoisingStage, expected: torch.Tensor, first: tuple[str, ...], then: tuple[str, ...]
+) -> None:
+    job_id = f"parked-by-{len(first)}"
+    lease = await stage.start_job(first, REQUEST, job_id)
+    await some_steps(stage, lease)
+    parked = await stage.park(lease)
+    assert (parked.epoch, parked.instance) == (lease.epoch, first[0])
+    assert stage.steps[lease.epoch] == list(range(1, parked.step + 1))
+    resume = await stage.checkpoints.newest(job_id)
+    assert resume is not None and resume.step == parked.step
+    again = await stage.start_job(then, REQUEST, job_id, resume)
+    latent = await stage.finished(again)
+    assert stage.steps[again.epoch] == list(range(parked.step + 1, STEPS + 1)), "no step is done again"
+    same(latent, expected)
+    if len(first) == len(then) == 1:
+        assert torch.equal(latent, expected)
+
+
+async def is_taken_away(stage: DenoisingStage, expected: torch.Tensor) -> None:
+    """Revoked in a step, by all members at different times; all are free for the next at once."""
+    lease = await stage.start_job(WORKERS, REQUEST.model_copy(update={"steps": 5000}), "revoked")
+    await some_steps(stage, lease)
+    await stage.revoke(lease)
+    heard = len(stage.steps[lease.epoch])
+    following = await stage.start_job(("dit-3", "dit-1", "dit-0", "dit-2"), REQUEST, "following")
+    latent = await stage.finished(following)
+    # The step under way when the leader heard of it, and one whose report crossed the revocation.
+    assert len(stage.steps[lease.epoch]) <= heard + 2
+    same(latent, expected)
+
+
+async def test_whoever_is_killed_costs_one_step_at_most(model: Path, tmp_path: Path) -> None:
+    chance = random.Random(time.time_ns())
+    async with denoising_stage(model, tmp_path) as stage:
+        await everybody(stage, TRIPTYCH_REGROUP_S="3")
+        expected = await alone(stage)
+        for run in range(KILLS):
+            members = WORKERS if run % 2 == 0 else WORKERS[:2]
+            # The leader, then a follower, of either size.
+            victim = members[0] if run // 2 % 2 == 0 else chance.choice(members[1:])
+            await is_killed(stage, expected, members, victim, chance)
+        assert stage.failures == []
+        await nobody_grants(stage, expected)
+
+
+async def is_killed(
+    stage: DenoisingStage, expected: torch.Tensor, members: tuple[str, ...], victim: str, chance: random.Random
+) -> None:
+    await stage.ready(*members)
+    job_id = f"killed-{len(stage.reports)}"
+    lease = await stage.start_job(members, REQUEST, job_id)
+    last_step = chance.randrange(1, STEPS - 5)
+    await stage.until(lambda: last_step in stage.steps[lease.epoch])
+    await asyncio.sleep(chance.random() * 0.02)
+    await stage.kill(victim)
+    left = tuple(instance for instance in members if instance != victim)
+    await stage.until(lambda: {report.instance for report in stage.lost if report.job_id == job_id} >= set(left))
+    done = stage.steps[lease.epoch][-1]
+    # As the policy does: the largest power of two of those who are left.
+    healing = await stage.change(lease, *left[: 2 if len(left) > 1 else 1])
+    await stage.start(victim, TRIPTYCH_REGROUP_S="3")
+    latent = await stage.finished(healing)
+    said = f"{victim} of {len(members)} killed after step {done}"
+    first = stage.steps[healing.epoch][0]
+    # A leader may die with a step that all have done and that it has not reported.
+    assert done <= first <= done + 1 + (victim == members[0]), f"{said}, gone on with step {first}"
+    assert stage.steps[healing.epoch] == list(range(first, STEPS + 1)), said
+    same(latent, expected)
+
+
+async def nobody_grants(stage: DenoisingStage, expected: torch.Tensor) -> None:
+    """Without a lease for those who are left the leader gives up, and the job goes on from its checkpoint."""
+    await stage.ready(*WORKERS)
+    lease = await stage.start_job(("dit-0", "dit-1"), REQUEST, "given up")
+    await stage.until(lambda: bool(stage.stored["given up"]))
+    await stage.kill("dit-1")
+    await stage.until(lambda: bool(stage.failures))
+    (failed,) = stage.failures
+    assert (failed.instance, failed.epoch) == ("dit-0", lease.epoch)
+    assert (failed.failure.code, failed.failure.retryable) == ("group_broken", True)
+    # What was kept is forgotten by now: a lease that counts on it fails at once.
+    late = await stage.change(lease, "dit-0")
+    await stage.until(lambda: len(stage.failures) == 2)
+    assert (stage.failures[1].epoch, stage.failures[1].failure.code) == (late.epoch, "latent_lost")
+    resume = await stage.checkpoints.newest("given up")
+    assert resume is not None
+    again = await stage.start_job(("dit-2", "dit-3"), REQUEST, "given up", resume)
+    same(await stage.finished(again), expected)
+    assert stage.steps[again.epoch] == list(range(resume.step + 1, STEPS + 1))

@@ -1,0 +1,113 @@
+"""The whole stack with a profile by which two GPUs pay off: videos on groups, and whoever of a group is killed."""
+
+import io
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from common.policies.rib import KindProfile, Rib, VideoKind
+from tests.support.stack import Stack, running_stack
+
+LONG = 60  # steps: enough for a kill to fall into the middle, and for a worker to come back before the end
+SLOTS = (0, 1)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """One kind in the profile: all others are scaled from it, so two GPUs are the best for every video."""
+    rib = tmp_path_factory.mktemp("profile") / "rib.json"
+    rib.write_text(Rib({VideoKind(64, 64, 16): KindProfile({1: 0.1, 2: 0.06}, decode_s=0.1)}).to_json())
+    with running_stack("--set", "dit=2", "--set", "vae=2", "--policy", "ddit", "--rib", str(rib)) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _whole(stack: Stack) -> None:
+    """Whoever the test before has killed is back."""
+    stack.wait_whole()
+
+
+@pytest.fixture(scope="module")
+def fields(stack: Stack) -> dict[str, Any]:
+    limits = stack.limits()
+    return {
+        "prompt": "a red circle moving right",
+        "size": limits["default_size"],
+        "frames": min(frames for frames in limits["frames"] if frames > 1),
+        "steps": LONG,
+        "seed": 7,
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stack: Stack, fields: dict[str, Any]) -> np.ndarray:
+    """That video's frames, made by both slots from the first step to the last."""
+    video_id = stack.order(**fields)
+    frames = read(stack.completed(video_id))
+    assert degrees(stack, video_id) == dict.fromkeys(range(1, LONG + 1), 2)
+    return frames
+
+
+def read(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(np.float32)
+
+
+def degrees(stack: Stack, video_id: str) -> dict[int, int]:
+    """On how many slots each step ran, by what the timeline says; each slot must have a span of its own."""
+    spans = [span for span in stack.json("GET", f"/v1/videos/{video_id}/timeline")["spans"] if span["phase"] == "step"]
+    found = {step: sorted(span["slot"] for span in spans if span["step"] == step) for step in range(1, LONG + 1)}
+    assert all(len(set(slots)) == len(slots) for slots in found.values())
+    stated = {span["step"]: span["degree_of_parallelism"] for span in spans}
+    assert stated == {step: len(slots) for step, slots in found.items()}
+    return stated
+
+
+def alike(frames: np.ndarray, expected: np.ndarray) -> None:
+    """Apart from what another order of sums, and then the file's lossy coding, makes of a last bit."""
+    assert frames.shape == expected.shape
+    assert np.abs(frames - expected).mean() < 0.5
+
+
+def leader_slot(stack: Stack, video_id: str) -> int:
+    """The group's first slot: lowest by DDiT's placement, unless another has led since the job began."""
+    stack.wait(video_id, lambda video: video["state"] == "denoising" and video["degree_of_parallelism"] == 2)
+    return SLOTS[0]
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["leader", "follower"])
+def test_a_killed_member_costs_a_step_and_no_attempt(
+    stack: Stack, fields: dict[str, Any], undisturbed: np.ndarray, place: int
+) -> None:
+    video_id = stack.order(**fields)
+    victim = SLOTS[(leader_slot(stack, video_id) + place) % 2]
+    stack.wait(video_id, lambda video: video["step"] >= LONG // 4)
+    stack.process_of(f"dit-{victim}").kill()
+    alike(read(stack.completed(video_id)), undisturbed)
+    assert stack.json("GET", f"/v1/videos/{video_id}")["attempt"] == 1, "those who were left went on"
+    assert {1, 2} == set(degrees(stack, video_id).values()), "alone for a while, then together again"
+
+
+def test_videos_share_the_slots_and_one_loses_a_worker(
+    stack: Stack, fields: dict[str, Any], undisturbed: np.ndarray
+) -> None:
+    ordered = [stack.order(**fields) for _ in range(3)]
+    stack.wait(ordered[0], lambda video: video["state"] == "denoising" and video["step"] >= 3)
+    stack.process_of("dit-1").kill()
+    for video_id in ordered:
+        alike(read(stack.completed(video_id)), undisturbed)
+
+
+def test_a_cancelled_video_frees_the_group(stack: Stack, fields: dict[str, Any], undisturbed: np.ndarray) -> None:
+    video_id = stack.order(**{**fields, "steps": 100})
+    stack.wait(video_id, lambda video: video["step"] >= 2)
+    following = stack.order(**fields)
+    stack.call("POST", f"/v1/videos/{video_id}/cancel")
+    cancelled_s = time.monotonic()
+    stack.wait(following, lambda video: video["step"] >= 1)
+    assert time.monotonic() - cancelled_s < 5.0
+    alike(read(stack.completed(following)), undisturbed)
