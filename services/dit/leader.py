@@ -4,6 +4,7 @@ Between two steps the leader looks what it has heard meanwhile (`LeaseBook.at_bo
 (DDiT, sections 3 and 6: the engine controller).
 """
 
+import contextlib
 import time
 
 import structlog
@@ -13,6 +14,7 @@ from common.bus.errors import BusError
 from common.bus.port import Bus
 from common.messages.subjects import DENOISING_FINISHED, GROUP_CALLED, JOB_PARKED, STEP_FINISHED
 from common.messages.video import DenoisingFinished, GroupCalled, JobParked, Lease, StepFinished
+from common.parallel.errors import GroupBroken
 from common.runtime.leases import LeaseLost, Reporter
 from common.runtime.worker import Equipment
 from common.tensors.errors import TensorError
@@ -89,7 +91,7 @@ class Leader:
         while not run.finished:
             match verdict:
                 case Stop():
-                    await self._compute.run(self._member.tell, STOP)
+                    await self._dismiss()
                     raise LeaseLost
                 case Park():
                     await self._park(lease)
@@ -140,9 +142,14 @@ class Leader:
         for instance in others:
             await self._bus.publish(GROUP_CALLED, GroupCalled(job_id=lease.job_id, epoch=lease.epoch), instance)
 
+    async def _dismiss(self) -> None:
+        """Have the group stop. One that falls apart over this has stopped as well."""
+        with contextlib.suppress(GroupBroken):
+            await self._compute.run(self._member.tell, STOP)
+
     async def _park(self, lease: Lease) -> None:
         """Bring the latent away and be free, with all members."""
-        await self._compute.run(self._member.tell, STOP)
+        await self._dismiss()
         run = self._member.run
         self._desk.book.conclude()
         self._member.drop()
