@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions, Work
+from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions, Work
 
 from common.parallel.errors import GroupBroken
 from common.parallel.transport import Connector, Transport
@@ -52,7 +52,7 @@ class Group:
         sent_sizes = [piece.numel() * dtype.itemsize for piece in pieces]
         received_sizes = [count * dtype.itemsize for count in counts]
         self._run(lambda transport: transport.alltoall_base(received, sent, received_sizes, sent_sizes, options))
-        parts = received.view(dtype).to(device).split(counts)
+        parts = torch.split(received.view(dtype).to(device), counts)
         return [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
 
     def all_gather(self, piece: Tensor) -> list[Tensor]:

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from common.parallel.errors import GroupBroken
 from common.parallel.transport import Connector, Transport
