@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions, Work
+from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions, Work
 
 from common.parallel.errors import GroupBroken
 from common.parallel.transport import Connector, Transport
@@ -37,22 +37,25 @@ class Group:
     ) -> list[Tensor]:
         """Send piece i to rank i; returns what each rank sent here, by rank, in `shapes`.
 
-        Pieces have one dtype and device and any shapes, empty ones included. With NCCL this only queues the
-        exchange. Raises GroupBroken.
+        Pieces have one dtype and device, and any shapes and strides, empty ones included. With NCCL this only
+        queues the exchange. Raises GroupBroken.
         """
         if self.size == 1:
             self._check_open()
             return [pieces[0].reshape(tuple(shapes[0]))]
         dtype, device = pieces[0].dtype, pieces[0].device
         counts = [math.prod(shape) for shape in shapes]
-        sent = _bytes(torch.cat([piece.reshape(-1) for piece in pieces]), self._connector.device)
+        sent = _bytes(_joined(pieces), self._connector.device)
         received = torch.empty(sum(counts) * dtype.itemsize, dtype=torch.uint8, device=sent.device)
         options = AllToAllOptions()
         options.timeout = self._timeout if timeout_s is None else timedelta(seconds=timeout_s)
         sent_sizes = [piece.numel() * dtype.itemsize for piece in pieces]
         received_sizes = [count * dtype.itemsize for count in counts]
-        self._run(lambda transport: transport.alltoall_base(received, sent, received_sizes, sent_sizes, options))
-        parts = received.view(dtype).to(device).split(counts)
+        self._run(
+            lambda transport: transport.alltoall_base(received, sent, received_sizes, sent_sizes, options),
+            settle=device != sent.device,
+        )
+        parts = torch.split(received.view(dtype).to(device), counts)
         return [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
 
     def all_gather(self, piece: Tensor) -> list[Tensor]:
@@ -117,6 +120,15 @@ class Group:
             return self._connector.failure(transport) if settle else None
         except RuntimeError as error:
             return str(error).partition("\n")[0]
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    """All pieces in one flat tensor, copied once whatever their strides."""
+    counts = [piece.numel() for piece in pieces]
+    joined = pieces[0].new_empty(sum(counts))
+    for part, piece in zip(torch.split(joined, counts), pieces, strict=True):
+        part.view(piece.shape).copy_(piece)
+    return joined
 
 
 def _bytes(flat: Tensor, device: torch.device) -> Tensor:

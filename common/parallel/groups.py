@@ -101,13 +101,11 @@ class Groups:
     def _form(self, members: tuple[str, ...], address: str, token: int) -> Group:
         name = f"{token}/{','.join(members)}"
         rank = members.index(self._me)
-        try:
-            transport = self._places.meet(address, name, members, rank, self._connector)
-            group = Group(members, rank, transport, self._connector, self._exchange_timeout_s)
-            del transport
-            self._check(group, token)
-        finally:
-            self._places.clear(address, name)
+        transport = self._places.meet(address, name, members, rank, self._connector)
+        group = Group(members, rank, transport, self._connector, self._exchange_timeout_s)
+        del transport  # a group that breaks must hold the last reference
+        self._check(group, token)
+        self._places.clear()
         return group
 
     def _check(self, group: Group, token: int) -> None:

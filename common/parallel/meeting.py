@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from common.parallel.errors import GroupBroken
 from common.parallel.transport import Connector, Transport
@@ -29,6 +29,7 @@ class MeetingPlaces:
             wait_for_workers=False,
             master_listen_fd=listener.detach(),
         )
+        self._held_here: list[str] = []
         self._others: OrderedDict[str, TCPStore] = OrderedDict()
 
     def meet(self, address: str, name: str, members: Sequence[str], rank: int, connector: Connector) -> Transport:
@@ -37,6 +38,8 @@ class MeetingPlaces:
         Raises:
             GroupBroken: the store is gone, or somebody did not come within the time.
         """
+        if address == self.address:
+            self._held_here.append(name)
         transport, reason, missing = self._attempt(address, name, members, rank, connector)
         if transport is None:
             # The connection may be what failed; a new one costs a millisecond or two.
@@ -44,12 +47,18 @@ class MeetingPlaces:
             raise GroupBroken(members, reason, missing)
         return transport
 
-    def clear(self, address: str, name: str) -> None:
-        """Forget a meeting that is over; only the process that holds the store has anything to do."""
-        if address == self.address:
-            for key in self._own.list_keys():
-                if key.startswith(f"{name}/"):
-                    self._own.delete_key(key)
+    def clear(self) -> None:
+        """Forget the meetings that were held here, after one to which all came.
+
+        What is left of a failed one stays until then: it tells those who still wait who is missing.
+        """
+        if not self._held_here:
+            return
+        over = tuple(f"{name}/" for name in self._held_here)
+        self._held_here.clear()
+        for key in self._own.list_keys():
+            if key.startswith(over):
+                self._own.delete_key(key)
 
     def _attempt(
         self, address: str, name: str, members: Sequence[str], rank: int, connector: Connector

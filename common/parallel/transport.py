@@ -11,8 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import Store
-from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions, Work
+from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions, Store, Work
 
 BackendName = Literal["gloo", "nccl"]
 
@@ -49,7 +48,7 @@ class GlooConnector:
     def __init__(self, host: str) -> None:
         """host: the address at which the others reach this process."""
         # Imported here: a torch without Gloo lacks the name.
-        from torch.distributed.distributed_c10d import ProcessGroupGloo
+        from torch._C._distributed_c10d import ProcessGroupGloo
 
         self.device = torch.device("cpu")
         self._kind: Any = ProcessGroupGloo
@@ -75,7 +74,7 @@ class NcclConnector:
     def __init__(self, device: torch.device) -> None:
         # On a time-out the communicator is aborted, and the process lives on: without this it would be torn down.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
-        from torch.distributed.distributed_c10d import ErrorType, ProcessGroupNCCL
+        from torch._C._distributed_c10d import ErrorType, ProcessGroupNCCL
 
         self.device = device
         self._kind: Any = ProcessGroupNCCL

@@ -17,7 +17,7 @@ from common.parallel.errors import GroupBroken
 from common.parallel.group import Group
 from common.parallel.groups import Groups
 
-TIMEOUT_S = 1.5
+TIMEOUT_S = 2.5
 KEEP = 3
 
 
@@ -187,7 +187,7 @@ def test_a_member_that_does_nothing_breaks_the_others_after_the_time_out(party: 
     started = time.monotonic()
     with pytest.raises(GroupBroken):
         groups[0].agree(1, root=1)
-    assert TIMEOUT_S * 0.9 < time.monotonic() - started < TIMEOUT_S + 2
+    assert TIMEOUT_S * 0.9 < time.monotonic() - started < TIMEOUT_S + 5
     with pytest.raises(GroupBroken):
         groups[1].agree(1, root=1)
 

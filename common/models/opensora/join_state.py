@@ -79,7 +79,8 @@ class JoinState:
                     if isinstance(value, Tensor)
                     else torch.tensor(value, dtype=torch.float64)
                 )
-        return save(entries)
+        data: bytes = save(entries)
+        return data
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:

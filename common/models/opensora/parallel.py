@@ -121,7 +121,7 @@ class ParallelSTDiT3:
             frame_shares=shares(grid.frames, team_size),
             patch_shares=shares(grid.patches, team_size),
         )
-        tokens = tokens.unflatten(1, (grid.frames, grid.patches))
+        tokens = tokens.view(rows_each, grid.frames, grid.patches, -1)
         if parallelism.sequence is SequenceParallelism.DSP:
             tokens = self._run_dsp(tokens[:, forward.own_frames], forward)
         else:
@@ -180,7 +180,7 @@ class ParallelSTDiT3:
 
 def assemble(values: Tensor, grid: TokenGrid, patch_size: tuple[int, int, int]) -> Tensor:
     """Patch values [B, T, S, patch_volume * C_out] to a latent [B, C_out, T, H, W], float32, without the padding."""
-    x = values.unflatten(2, (grid.height, grid.width)).unflatten(-1, (*patch_size, -1))
+    x = values.reshape(values.shape[0], grid.frames, grid.height, grid.width, *patch_size, -1)
     x = x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
     frames, height, width = grid.latent_size
     return x[:, :, :frames, :height, :width].float()

@@ -68,7 +68,7 @@ def reshard(x: Tensor, peers: Peers, split: int, split_shares: list[int], join: 
     """
     if peers.size == 1:
         return x
-    pieces = x.split(split_shares, dim=split)
+    pieces = torch.split(x, split_shares, dim=split)
     shapes = []
     for amount in join_shares:
         shape = list(x.shape)

@@ -42,7 +42,8 @@ class UlyssesAttention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = (each.flatten(0, 1) for each in (q.to(v.dtype), k.to(v.dtype), v))
-        out = F.scaled_dot_product_attention(q, k, v).unflatten(0, (batch, frames)).transpose(2, 3)
+        out = F.scaled_dot_product_attention(q, k, v)
+        out = out.view(batch, frames, *out.shape[1:]).transpose(2, 3)
         out = reshard(out, self._peers, split=2, split_shares=patches, join=3, join_shares=heads)
         projected: Tensor = whole.proj(out.reshape(batch, frames, own, channels))
         return projected
