@@ -18,12 +18,12 @@ others pay for that. Four rules follow.
 """
 
 import math
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import ClassVar
 
 from common.policies.decisions import Decision, GrantLease, ParkJob
 from common.policies.events import JobArrived
-from common.policies.job_queue import JobQueue
+from common.policies.job_queue import JobQueue, Rank
 from common.policies.placement import Placement, bits
 from common.policies.policy import Policy
 from common.policies.rib import NOISE, Rib, VideoKind
@@ -35,6 +35,8 @@ WORK_WEIGHT = 1.0
 MEMORY_S = 300.0
 # Of the arrivals expected during the backlog, the part that a GPU-second spent now delays.
 DELAYED_PART = 0.7
+# How much a video that waits already counts against one that is expected.
+WAITING_WEIGHT = 1.0
 # From this price on, waiting videos come before the growth of running ones (brief, section 8.3).
 WAITING_FIRST_PRICE = 1.0
 # Load is taken to be at most this, so that the price stays finite past saturation.
@@ -70,10 +72,21 @@ class ArrivalRate:
         return self._videos * scale, self._work * scale
 
 
+@dataclass(slots=True)
+class _Candidate:
+    """A running video that could have more GPUs of its server."""
+
+    job: Job
+    degree: int
+    wanted: int
+    left: float
+    saved_s_per_gpu: float
+
+
 class Elastic(Policy):
     """See the module's head. Times are the RIB's; where a video stands is computed from its last known step."""
 
-    name: ClassVar[str] = "elastic"
+    name = "elastic"
     encodes_next: ClassVar[bool] = True
 
     def __init__(self, first_epoch: int = 1, rib: Rib | None = None, placement: Placement | None = None) -> None:
@@ -126,7 +139,7 @@ class Elastic(Policy):
     def _price(self, now_s: float) -> float:
         """Seconds of delay, summed over all videos, that a GPU-second spent now causes."""
         gpus = max(1, len(self.state.slots))
-        delayed = float(len(self.lanes[None].ready) + self._to_encode)
+        delayed = WAITING_WEIGHT * (len(self.lanes[None].ready) + self._to_encode)
         if delayed or not self.state.placement.free:
             videos_per_s, work_per_s = self._rate.per_second(now_s)
             load = min(MOST_LOAD, work_per_s / gpus)
@@ -166,9 +179,7 @@ class Elastic(Policy):
             reason = f"first in the order; {len(slots)} of {wanted} GPUs at a price of {price:.2f}"
             decisions.append(self.grant_lease(job, slots, now_s, reason))
 
-    def _grow_all(
-        self, now_s: float, price: float, decisions: list[Decision], ahead_of: Iterable[float] | None = None
-    ) -> None:
+    def _grow_all(self, now_s: float, price: float, decisions: list[Decision], ahead_of: Rank | None = None) -> None:
         """Free GPUs of the servers where some became free, to running videos (those before a rank, if one is given)."""
         placement = self.state.placement
         for index in bits(placement.freed_servers):
@@ -176,35 +187,36 @@ class Elastic(Policy):
                 self._grow_in(index, now_s, price, decisions, ahead_of)
 
     def _grow_in(
-        self, server: int, now_s: float, price: float, decisions: list[Decision], ahead_of: Iterable[float] | None
+        self, server: int, now_s: float, price: float, decisions: list[Decision], ahead_of: Rank | None
     ) -> None:
         """Double the group that saves most for each GPU, until nothing more is to be had."""
         placement = self.state.placement
+        free = placement.servers[server].free.bit_count()
         candidates = []
         for job in self._on_server[server].values():
             degree = len(job.lease)
-            wanted = self._degree(job.kind, price)
-            if wanted <= degree or job.parking or job.leaving:
+            if degree > free or job.parking or job.leaving:
                 continue
+            wanted = self._degree(job.kind, price)
             left = self._steps_left(job, now_s) - 1.0
-            if ahead_of is not None and (-job.priority, self._rank(job, left)) > tuple(ahead_of):
+            if wanted <= degree:
+                continue
+            if ahead_of is not None and (-job.priority, self._rank(job, left)) > ahead_of:
                 continue
             saved_s = self._saved_by_doubling(job, degree, left)
             if saved_s > 0.0:
-                candidates.append([saved_s / degree, job.job_id, job, degree, wanted, left])
-        free = placement.servers[server].free.bit_count()
+                candidates.append(_Candidate(job, degree, wanted, left, saved_s / degree))
         grown: dict[str, tuple[Job, int]] = {}
         while free and candidates:
-            best = max(candidates, key=lambda candidate: (candidate[0], candidate[1]))
-            _, job_id, job, degree, wanted, left = best
-            if degree > free:
+            best = max(candidates, key=lambda candidate: (candidate.saved_s_per_gpu, candidate.job.job_id))
+            if best.degree > free:
                 candidates.remove(best)
                 continue
-            free -= degree
-            grown[job_id] = (job, 2 * degree)
-            best[3] = 2 * degree
-            best[0] = self._saved_by_doubling(job, 2 * degree, left) / (2 * degree) if 2 * degree < wanted else 0.0
-            if best[0] <= 0.0:
+            free -= best.degree
+            best.degree *= 2
+            grown[best.job.job_id] = (best.job, best.degree)
+            best.saved_s_per_gpu = self._saved_by_doubling(best.job, best.degree, best.left) / best.degree
+            if best.degree >= best.wanted or best.saved_s_per_gpu <= 0.0:
                 candidates.remove(best)
         for job, degree in grown.values():
             more = placement.growth(job.lease, degree)
