@@ -3,9 +3,11 @@
 What DDiT leaves unused is known here: how much work every video has left, what one more GPU would save it, and how many
 others pay for that. Four rules follow.
 
-* **Order.** Videos are ordered by arrival plus remaining work (in seconds on one GPU): a shorter one overtakes a longer
-  one only if it came at most as many seconds later as it is shorter. That is shortest-first where it is cheap, and no
-  video starves: what it has to let pass is bounded by its own length. A deadline counts where it is more urgent.
+* **Order.** Videos are ordered by arrival plus weighted remaining work (in seconds on one GPU): a shorter one overtakes
+  a longer one only if it came not much later. The weight grows with the backlog that a video finds: nearly first come,
+  first served while queues are short, which is best for the longest latencies, and shortest first as they grow, which
+  is what the mean then needs. No video starves: its place is fixed when it comes. A deadline counts where it is more
+  urgent.
 * **Price.** A GPU-second costs as many seconds as there are videos that it delays, over the number of GPUs: those that
   wait, and, while GPUs are short, those expected to come until the work at hand is done (arrival rate x backlog /
   (1 - load)). A group is doubled while that saves the video more than the additional GPU-seconds cost: wide groups
@@ -29,16 +31,20 @@ from common.policies.policy import Policy
 from common.policies.rib import NOISE, Rib, VideoKind
 from common.policies.state import Job, Phase
 
-# Weight of a second of remaining work against a second of waiting.
-WORK_WEIGHT = 1.0
+# What a second of remaining work weighs in the order against a second of waiting: this, times the backlog in mean
+# videos
+# when the video came, within the limits below.
+OVERTAKING = 0.4
+LEAST_WEIGHT = 0.3
+MOST_WEIGHT = 3.0
 # Seconds of memory of the arrival rate.
 MEMORY_S = 300.0
 # Of the arrivals expected during the backlog, the part that a GPU-second spent now delays.
 DELAYED_PART = 0.7
 # How much a video that waits already counts against one that is expected.
-WAITING_WEIGHT = 1.0
+WAITING_WEIGHT = 3.0
 # From this price on, waiting videos come before the growth of running ones (brief, section 8.3).
-WAITING_FIRST_PRICE = 1.0
+WAITING_FIRST_PRICE = 2.0
 # Load is taken to be at most this, so that the price stays finite past saturation.
 MOST_LOAD = 0.98
 # Steps (of the video that would be parked or halved) by which the waiting one must come before it.
@@ -95,6 +101,7 @@ class Elastic(Policy):
         self._waiting_work = 0.0
         self._running_work = 0.0
         self._work_of: dict[str, float] = {}
+        self._weight_of: dict[str, float] = {}
         # Slots that will be free at the next step boundary of their job.
         self._to_come: dict[str, int] = {}
         self._slots_to_come = 0
@@ -110,10 +117,10 @@ class Elastic(Policy):
         ready = self.lanes[None].ready
         decisions: list[Decision] = []
         if ready:
-            price = self._price(now_s)
+            price = self._price(now_s, len(ready) + self._to_encode)
             if price < WAITING_FIRST_PRICE and placement.free:
                 self._grow_all(now_s, price, decisions, ahead_of=ready.first_rank())
-            self._admit(now_s, price, decisions)
+            self._admit(now_s, decisions)
             waiting = ready.first()
             if waiting is not None and self._slots_to_come < len(ready):
                 self._take(waiting, now_s, price, decisions)
@@ -127,7 +134,8 @@ class Elastic(Policy):
 
     def _rank(self, job: Job, steps_left: float) -> float:
         profile = self.rib.profile(job.kind)
-        rank = job.arrival_s + WORK_WEIGHT * (steps_left * profile.step_s[1] + profile.decode_s)
+        weight = self._weight_of[job.job_id]
+        rank = job.arrival_s + weight * (steps_left * profile.step_s[1] + profile.decode_s)
         if job.deadline_s is None:
             return rank
         # The latest moment to start on B GPUs and be in time.
@@ -136,17 +144,19 @@ class Elastic(Policy):
 
     # --- the price, and what it allows ----------------------------------------------------------------------------
 
-    def _price(self, now_s: float) -> float:
-        """Seconds of delay, summed over all videos, that a GPU-second spent now causes."""
+    def _price(self, now_s: float, waiting: int) -> float:
+        """Seconds of delay, summed over all videos, that a GPU-second spent now causes while so many others wait."""
         gpus = max(1, len(self.state.slots))
-        delayed = WAITING_WEIGHT * (len(self.lanes[None].ready) + self._to_encode)
+        delayed = WAITING_WEIGHT * waiting
         if delayed or not self.state.placement.free:
             videos_per_s, work_per_s = self._rate.per_second(now_s)
             load = min(MOST_LOAD, work_per_s / gpus)
-            # Those that run are half done, taken together.
-            backlog_s = (self._waiting_work + 0.5 * self._running_work) / gpus
-            delayed += DELAYED_PART * videos_per_s * backlog_s / (1.0 - load)
+            delayed += DELAYED_PART * videos_per_s * self._backlog_s() / (1.0 - load)
         return delayed / gpus
+
+    def _backlog_s(self) -> float:
+        """Seconds that the work at hand takes on all GPUs; those that run are half done, taken together."""
+        return (self._waiting_work + 0.5 * self._running_work) / max(1, len(self.state.slots))
 
     def _degree(self, kind: VideoKind, price: float) -> int:
         """The degree up to which every doubling saves more than it costs."""
@@ -167,11 +177,12 @@ class Elastic(Policy):
 
     # --- giving ---------------------------------------------------------------------------------------------------
 
-    def _admit(self, now_s: float, price: float, decisions: list[Decision]) -> None:
+    def _admit(self, now_s: float, decisions: list[Decision]) -> None:
         """Waiting videos in their order, each on as many free GPUs as the price allows."""
         placement = self.state.placement
         ready = self.lanes[None].ready
         while placement.free and (job := ready.first()) is not None:
+            price = self._price(now_s, len(ready) + self._to_encode - 1)
             wanted = self._degree(job.kind, price)
             slots = placement.block(placement.largest(wanted))
             if slots is None:
@@ -365,4 +376,11 @@ class Elastic(Policy):
         if event.job_id not in self.state.jobs:
             profile = self.rib.profile(VideoKind(event.width, event.height, event.frames))
             self._rate.arrived((event.steps - event.step) * profile.step_s[1] + profile.decode_s, now_s)
+            videos_per_s, work_per_s = self._rate.per_second(now_s)
+            weight = OVERTAKING * self._backlog_s() * videos_per_s / max(work_per_s, 1e-9)
+            self._weight_of[event.job_id] = min(max(weight, LEAST_WEIGHT), MOST_WEIGHT)
         return super()._arrived(event, now_s)
+
+    def _remove(self, job: Job) -> None:
+        super()._remove(job)
+        del self._weight_of[job.job_id]

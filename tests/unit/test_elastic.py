@@ -7,7 +7,7 @@ import pytest
 from common.messages.cluster import Service
 from common.policies import decisions as decide
 from common.policies import events as event
-from common.policies.elastic import ArrivalRate, Elastic
+from common.policies.elastic import LEAST_WEIGHT, MOST_WEIGHT, ArrivalRate, Elastic
 from common.policies.state import Phase
 
 SMALL, MIDDLE, LARGE = (256, 144), (426, 240), (640, 360)
@@ -95,14 +95,22 @@ def test_a_short_video_has_a_long_one_parked_when_every_gpu_has_one_of_its_own()
     assert (again.job_id, again.from_step) == ("long", 2)
 
 
-def test_no_video_is_overtaken_by_one_that_comes_later_than_it_is_shorter() -> None:
-    """A large one has 19.3 s of work, a small one 3.1 s: after 16 s nothing goes before it any more."""
+def test_a_shorter_video_overtakes_a_longer_one_only_if_it_comes_soon_after() -> None:
     policy = cluster(1)
     arrive(policy, "running", SMALL, 0.0)
     arrive(policy, "large", LARGE, 0.0)
-    arrive(policy, "soon", SMALL, 15.0)
-    arrive(policy, "late", SMALL, 17.0)
+    arrive(policy, "soon", SMALL, 2.0)
+    arrive(policy, "late", SMALL, 6.0)
     assert policy.queue_places() == {"soon": 1, "large": 2, "late": 3}
+
+
+def test_the_more_backlog_there_is_the_more_the_remaining_work_counts() -> None:
+    policy = cluster(2)
+    for number in range(60):
+        arrive(policy, f"video-{number}", LARGE, 0.01 * number)
+    assert policy._weight_of["video-0"] == LEAST_WEIGHT
+    weights = [policy._weight_of[f"video-{number}"] for number in range(60)]
+    assert weights == sorted(weights) and weights[-1] == MOST_WEIGHT
 
 
 def test_a_deadline_counts_where_it_is_more_urgent() -> None:
@@ -186,4 +194,5 @@ def test_the_books_of_work_and_slots_to_come_return_to_nothing() -> None:
     assert policy._waiting_work == pytest.approx(0.0, abs=1e-6)
     assert policy._running_work == pytest.approx(0.0, abs=1e-6)
     assert policy.state.placement.free_count == 4
+    assert not policy._weight_of and not policy._work_of
     assert not policy._last and not any(policy._wide.values()) and not any(policy._on_server.values())
