@@ -242,3 +242,13 @@ def test_a_recorded_run_can_be_simulated_again() -> None:
     assert after.latency_s() == pytest.approx(before.latency_s())
     with pytest.raises(WrongRecord, match="JobArrived"):
         recorded_workload([])
+
+
+def test_fifo_is_sdop_1() -> None:
+    """Why the experiment leaves it out."""
+    workload = _mixed(0.9, 200)
+    fifo, sdop = (
+        Simulation(make_policy(name, rib=RIB), Cluster(1, 8), workload, CostModel(RIB)).run().end_s
+        for name in ("fifo", "sdop:1")
+    )
+    assert fifo == sdop
