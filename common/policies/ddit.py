@@ -28,7 +28,7 @@ def starvation_time(rib: Rib, job: Job, optimal: int) -> float:
 class Ddit(Policy):
     """The policy as the paper describes it: hungry videos before waiting ones."""
 
-    name: ClassVar[str] = "ddit"
+    name = "ddit"
     # Whether running videos get more GPUs (DoP promotion).
     promotes: ClassVar[bool] = True
     # Whether waiting videos come before hungry ones (brief, section 8.3).
@@ -130,27 +130,27 @@ class Ddit(Policy):
 class DditNoPromotion(Ddit):
     """Ablation: the degree of a video is fixed when it starts."""
 
-    name: ClassVar[str] = "ddit-no-promotion"
+    name = "ddit-no-promotion"
     promotes: ClassVar[bool] = False
 
 
 class DditNoDecoupling(Ddit):
     """Ablation: the whole group stays with the video while its master decodes."""
 
-    name: ClassVar[str] = "ddit-no-decoupling"
+    name = "ddit-no-decoupling"
     decoupled: ClassVar[bool] = False
 
 
 class DditWaitingFirst(Ddit):
     """The other order: waiting videos before hungry ones (brief, section 8.3)."""
 
-    name: ClassVar[str] = "ddit-waiting-first"
+    name = "ddit-waiting-first"
     waiting_first: ClassVar[bool] = True
 
 
 class DynamicPartition(Ddit):
     """DP (section 7.3): like DDiT, but the degree is fixed at the start and the group is held through the decoding."""
 
-    name: ClassVar[str] = "dp"
+    name = "dp"
     promotes: ClassVar[bool] = False
     decoupled: ClassVar[bool] = False

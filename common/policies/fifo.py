@@ -1,7 +1,5 @@
 """First come, first served, one GPU a video: the plainest policy, and a baseline for the others."""
 
-from typing import ClassVar
-
 from common.policies.decisions import Decision
 from common.policies.policy import Policy
 
@@ -9,7 +7,7 @@ from common.policies.policy import Policy
 class Fifo(Policy):
     """Each free slot goes to the longest waiting video, the lowest number first."""
 
-    name: ClassVar[str] = "fifo"
+    name = "fifo"
 
     def schedule(self, now_s: float) -> list[Decision]:
         decisions: list[Decision] = []

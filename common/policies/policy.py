@@ -67,7 +67,7 @@ class Policy(ABC):
         placement: keeps the free slots.
     """
 
-    name: ClassVar[str]
+    name: str
     # Whether all GPUs but the master are free while it decodes (DDiT's inter-phase decoupling, section 6).
     decoupled: ClassVar[bool] = True
     # Whether a prompt is also encoded out of turn, if its video would be the next to start.

@@ -83,7 +83,7 @@ class Preemptive(Ddit):
 class ShortestRemainingTimeFirst(Preemptive):
     """Remaining time on B GPUs for those that wait, on the GPUs they have for those that run; in seconds."""
 
-    name: ClassVar[str] = "srtf"
+    name = "srtf"
 
     def rank(self, job: Job) -> float:
         left = job.steps - job.step
@@ -108,7 +108,7 @@ class ShortestRemainingTimeFirst(Preemptive):
 class EarliestDeadlineFirst(Preemptive):
     """By the user's deadline; without one, by one in proportion to the time the video takes alone."""
 
-    name: ClassVar[str] = "edf"
+    name = "edf"
 
     def rank(self, job: Job) -> float:
         if job.deadline_s is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from common.policies.ddit import Ddit, DditNoDecoupling, DditNoPromotion, DditWaitingFirst, DynamicPartition
+from common.policies.elastic import Elastic
 from common.policies.fifo import Fifo
 from common.policies.policy import Policy
 from common.policies.preemptive import EarliestDeadlineFirst, ShortestRemainingTimeFirst
@@ -22,6 +23,7 @@ POLICIES: dict[str, Callable[[int, Rib | None], Policy]] = {
         DditWaitingFirst,
         ShortestRemainingTimeFirst,
         EarliestDeadlineFirst,
+        Elastic,
     )
 }
 

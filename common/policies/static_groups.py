@@ -160,12 +160,12 @@ class StaticGroups(Policy):
 class StaticDegree(StaticGroups):
     """SDoP: one size of group for every video; ``name`` is ``sdop:N``."""
 
-    name = "sdop"  # type: ignore[misc]
+    name = "sdop"
 
     def __init__(self, degree: int, first_epoch: int = 1, rib: Rib | None = None) -> None:
         super().__init__(first_epoch, rib)
         self.degree = degree
-        self.name = f"sdop:{degree}"  # type: ignore[misc]
+        self.name = f"sdop:{degree}"
 
     def shares(self) -> Mapping[object, tuple[float, int]]:
         return {None: (1.0, self.degree)}
@@ -230,7 +230,7 @@ class IsolatedPartition(StaticGroups):
 class StaticPartition(IsolatedPartition):
     """SPCI: isolated classes, one degree for all."""
 
-    name: ClassVar[str] = "spci"
+    name = "spci"
 
     def degree(self, kind: VideoKind) -> int:
         return self._within_server(SPCI_DEGREE)
@@ -239,7 +239,7 @@ class StaticPartition(IsolatedPartition):
 class OptimalPartition(IsolatedPartition):
     """DPCI: isolated classes, each with its optimal degree."""
 
-    name: ClassVar[str] = "dpci"
+    name = "dpci"
 
     def degree(self, kind: VideoKind) -> int:
         return self._within_server(self.rib.optimal_degree(kind))

@@ -2,8 +2,9 @@
 
 Steps are not events. Between two changes of its lease a video's steps form an arithmetic progression, so that the step
 it has reached is computed when somebody asks: before every other event the policy hears the latest step of the videos
-it watches. Only a step boundary at which a lease changes is an event of its own. ``exact`` delivers every step of every
-video instead; the decisions are the same, which a test holds.
+it watches (of all, where noise lets them be slower or faster than the profile that a policy predicts by). Only a step
+boundary at which a lease changes is an event of its own. ``exact`` delivers every step of every video instead; the
+decisions are the same, which a test holds.
 """
 
 import gc
@@ -105,6 +106,8 @@ class Simulation:
         self._sequence = 0
         self._videos: dict[str, Video] = {}
         self._live: dict[str, Video] = {}
+        self._denoising: dict[str, Video] = {}
+        self._predictable = cost.noise.spread == 0.0
         self._told = 0
         self._outcome = Outcome.empty(policy.name, cluster.gpus, workload)
         self._carry_out: dict[type[Any], Callable[[Any, float], None]] = {
@@ -183,10 +186,10 @@ class Simulation:
 
     def _catch_up(self, now_s: float) -> None:
         """The latest step of every watched video, if it is news, as of the moment it ended."""
-        live = self._live
-        for job_id in list(self._policy.watched()):
-            video = live[job_id]
-            if now_s < video.next_news_s or not video.running:
+        denoising = self._denoising
+        for job_id in list(self._policy.watched() if self._predictable else denoising):
+            video = denoising.get(job_id)
+            if video is None or now_s < video.next_news_s:
                 continue
             step = video.step_at(now_s)
             if step > video.told:
@@ -249,8 +252,7 @@ class Simulation:
             self._start_segment(video, change, now_s, wait_s + (self._overheads.broadcast_s if grown else 0.0))
             self._tell(StepFinished(video.job_id, before, step, change.epoch), now_s, video)
             return
-        video.running = False
-        video.version += 1
+        self._leave_dit(video)
         self._push(now_s + self._overheads.park_s, _OTHER, self._parked, video, video.version)
 
     def _parked(self, now_s: float, video: Video) -> None:
@@ -259,9 +261,7 @@ class Simulation:
 
     def _denoised(self, now_s: float, video: Video) -> None:
         self._span(video, now_s)
-        video.running = False
-        video.pending = None
-        video.version += 1
+        self._leave_dit(video)
         video.step = video.steps
         self._tell(DenoisingFinished(video.job_id, video.epoch), now_s, video)
 
@@ -293,6 +293,7 @@ class Simulation:
         """Steps of equal length from here on, until the lease changes."""
         degree = len(lease.members)
         video.running = True
+        self._denoising[video.job_id] = video
         video.epoch = lease.epoch
         video.members = lease.members
         video.worked_on = lease.slots
@@ -305,6 +306,13 @@ class Simulation:
             self._push(video.end_of_step(video.base + 1), _STEP, self._stepped, video, video.version)
         self._push(video.end_of_step(video.steps), _OTHER, self._denoised, video, video.version)
         self._degree(video, now_s, degree)
+
+    def _leave_dit(self, video: Video) -> None:
+        """It takes no more steps, and what the heap holds of it is void."""
+        video.running = False
+        video.pending = None
+        video.version += 1
+        self._denoising.pop(video.job_id, None)
 
     def _change_later(self, decision: GrantLease | ParkJob, now_s: float) -> None:
         """At the end of the step under way; where that is the video's last one, never."""
@@ -322,9 +330,7 @@ class Simulation:
     def _stop_denoising(self, decision: RevokeLease, now_s: float) -> None:
         video = self._videos[decision.job_id]
         video.step = video.step_at(now_s) if video.running else video.step
-        video.running = False
-        video.pending = None
-        video.version += 1
+        self._leave_dit(video)
 
     def _start_decoding(self, decision: StartDecoding, now_s: float) -> None:
         video = self._videos[decision.job_id]

@@ -52,7 +52,7 @@ def check_gpus(gpus: int) -> None:
 
 def default_requests(gpus: int) -> int:
     """Enough for a p99 of several requests, and for the queue to show at high load."""
-    return 300 if gpus <= SERVER_SLOTS else 600 + 10 * gpus
+    return 300 if gpus <= SERVER_SLOTS else 160 + 10 * gpus
 
 
 def points(rib: Rib, gpus: int, requests: int | None, mixes: Iterable[Mix], quick: bool) -> list[Point]:
