@@ -139,7 +139,10 @@ async def serve(settings: DitSettings, stop: asyncio.Event) -> None:
     def make(equipment: Equipment, denoiser: Denoiser) -> DitWorker:
         return DitWorker(equipment, denoiser, groups, settings)
 
-    await serve_worker(settings, stop, Service.DIT, Denoiser, make, groups.address)
+    try:
+        await serve_worker(settings, stop, Service.DIT, Denoiser, make, groups.address)
+    finally:
+        groups.close()
 
 
 def _backend(settings: DitSettings, device: torch.device) -> BackendName:
