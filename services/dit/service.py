@@ -74,7 +74,8 @@ class DitWorker:
                 self._desk.begin(lease)
                 rest = await self._take_part(lease)
             elif rest is not None:
-                rest = await self._give_up(rest)
+                await self._give_up(rest)
+                rest = None
             await self._desk.end()
 
     async def _take_part(self, lease: Lease) -> Rest | None:
