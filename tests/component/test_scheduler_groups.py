@@ -59,7 +59,7 @@ async def two_slots(
     profile, record = folder / "rib.json", folder / "record.jsonl"
     profile.write_text(RIB.to_json())
     settings = {"policy": policy, "rib": profile, "record": record, "member_timeout_s": member_timeout_s}
-    async with played_worker(url, Service.DIT, 1) as other, stage(url, **settings) as play:
+    async with stage(url, **settings) as play, played_worker(url, Service.DIT, 1) as other:
         # The scheduler knows a worker once it has cleared what its predecessor left there.
         await joined(record, 4)
         yield Group(play, other, record)
@@ -206,13 +206,19 @@ async def test_a_job_is_parked_for_a_shorter_one_and_goes_on(nats_server: NatsSe
         assert short.job_id == "short"
         waits = VideoProgress(job_id="long", state=VideoState.DENOISING, queue_place=1, step=7, steps=LONG.steps)
         await eventually(lambda: waits in heard.all)
-        await finish(group, short, "short")
-        again = await group.lease()
-        assert (again.job_id, again.from_step) == ("long", 7)
+        # While the master of the short one decodes, the long one goes on where nobody is.
+        await group.play.dit.finish_denoising(short)
+        decoding = await group.play.vae.next_decoding()
+        again = await group.other.next_lease()
+        assert (again.job_id, again.members, again.from_step) == ("long", ("dit-1",), 7)
         assert again.resume == Checkpoint(step=7, latent=PARKED)
         assert again.text is not None and group.play.encoder.encoded.count("long") == 2
-        await group.play.dit.do_step(again, 8)
-        await finish(group, again, "long")
+        await group.play.vae.finish_decoding(decoding)
+        grown = await group.lease()
+        assert (grown.members, grown.meeting, grown.text) == (("dit-1", "dit-0"), "where dit-1 leads", None)
+        await group.other.do_step(again, 8, next_epoch=grown.epoch)
+        await group.other.finish_denoising(grown)
+        await group.play.vae.finish_decoding(await group.play.vae.next_decoding())
         assert (await group.play.reaches("long", VideoState.COMPLETED)).attempt == 1
         assert any(isinstance(decision, ParkJob) for decision in decided(group.record, "srtf"))
 
