@@ -160,8 +160,8 @@ async def is_killed(
 async def nobody_grants(stage: DenoisingStage, expected: torch.Tensor) -> None:
     """Without a lease for those who are left the leader gives up, and the job goes on from its checkpoint."""
     await stage.ready(*WORKERS)
-    lease = await stage.start_job(("dit-0", "dit-1"), REQUEST, "given up")
-    await stage.until(lambda: bool(stage.stored["given up"]))
+    lease = await stage.start_job(("dit-0", "dit-1"), REQUEST, "given_up")
+    await stage.until(lambda: bool(stage.stored["given_up"]))
     await stage.kill("dit-1")
     await stage.until(lambda: bool(stage.failures))
     (failed,) = stage.failures
@@ -171,8 +171,8 @@ async def nobody_grants(stage: DenoisingStage, expected: torch.Tensor) -> None:
     late = await stage.change(lease, "dit-0")
     await stage.until(lambda: len(stage.failures) == 2)
     assert (stage.failures[1].epoch, stage.failures[1].failure.code) == (late.epoch, "latent_lost")
-    resume = await stage.checkpoints.newest("given up")
+    resume = await stage.checkpoints.newest("given_up")
     assert resume is not None
-    again = await stage.start_job(("dit-2", "dit-3"), REQUEST, "given up", resume)
+    again = await stage.start_job(("dit-2", "dit-3"), REQUEST, "given_up", resume)
     same(await stage.finished(again), expected)
     assert stage.steps[again.epoch] == list(range(resume.step + 1, STEPS + 1))
