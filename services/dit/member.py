@@ -55,16 +55,15 @@ class GroupMember:
         self.held: HeldVideo | None = None
 
     @property
-    def run(self) -> DenoisingRun:
+    def video(self) -> HeldVideo:
         """The video at hand; there is one."""
         if self.held is None:
             raise RuntimeError("there is no video at hand")
-        return self.held.run
+        return self.held
 
     @property
-    def together(self) -> bool:
-        """Whether others have to be told what comes next."""
-        return self._group is not None
+    def run(self) -> DenoisingRun:
+        return self.video.run
 
     def drop(self) -> None:
         """Forget the video; the group is left as all others leave it."""
@@ -89,8 +88,8 @@ class GroupMember:
         group = self._groups.enter(lease.members, lease.meeting, lease.epoch)
         self._group = group
         group.agree(_SHARE if share else self.run.steps_done)
-        if share and self.held is not None:
-            share_state(group, 0, self.held.state())
+        if share:
+            share_state(group, 0, self.video.state())
 
     def follow_into(self, lease: Lease) -> None:
         """Enter the lease's group as one of the others, and take what its leader gives.

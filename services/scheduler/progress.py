@@ -12,11 +12,14 @@ class ProgressReporter:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._remaining = RemainingTime()
+        # The same by degree of parallelism, for steps alone.
+        self._by_degree = RemainingTime()
         self._told: dict[str, VideoProgress] = {}
         self._ended: list[VideoProgress] = []
 
-    def step_took(self, job: Job, seconds: float) -> None:
+    def step_took(self, job: Job, degree: int, seconds: float) -> None:
         self._remaining.step_took(_kind(job), seconds)
+        self._by_degree.step_took((_kind(job), degree), seconds)
 
     def decode_took(self, job: Job, seconds: float) -> None:
         self._remaining.decode_took(_kind(job), seconds)
@@ -53,8 +56,16 @@ class ProgressReporter:
             step=step,
             steps=job.steps,
             degree_of_parallelism=len(job.active) if job.phase is Phase.DENOISING else 0,
-            remaining_s=None if place is not None else self._remaining.remaining_s(_kind(job), steps_left),
+            remaining_s=None if place is not None else self._remaining_s(job, steps_left),
         )
+
+    def _remaining_s(self, job: Job, steps_left: int) -> float | None:
+        """By the steps on as many GPUs as the job has now, where there were any; else by all of its kind."""
+        steps_s = self._by_degree.remaining_s((_kind(job), len(job.active)), steps_left)
+        decode_s = self._remaining.remaining_s(_kind(job), 0)
+        if steps_s is None or decode_s is None:
+            return self._remaining.remaining_s(_kind(job), steps_left)
+        return steps_s + decode_s
 
 
 def _kind(job: Job) -> tuple[int, int, int]:

@@ -76,7 +76,7 @@ class WorkerReports:
         if job is None or known is None or known.phase is not Phase.DENOISING:
             return
         job.step_done(report)
-        self._progress.step_took(known, report.ended_at_s - report.started_at_s)
+        self._progress.step_took(known, report.degree_of_parallelism, report.ended_at_s - report.started_at_s)
         self._tell(event.StepFinished(report.job_id, report.epoch, report.step, report.next_epoch))
 
     def _under_way(self, job_id: str, epoch: int) -> Job | None:
