@@ -103,24 +103,28 @@ class Leader:
             latent = await self._compute.run(self._member.lead_step, interval)
             ended_at_s = time.time()
             verdict = GoOn() if run.finished else self._at_boundary(lease)
-            report = StepFinished(
-                job_id=lease.job_id,
-                epoch=lease.epoch,
-                instance=self._instance,
-                slots=lease.slots or (self._slot,),
-                step=run.steps_done,
-                steps=lease.request.steps,
-                started_at_s=started_at_s,
-                ended_at_s=ended_at_s,
-                next_epoch=verdict.lease.epoch if isinstance(verdict, Switch) else None,
-            )
-            await self._bus.publish(STEP_FINISHED, report, lease.job_id)
+            await self._report_step(lease, run.steps_done, (started_at_s, ended_at_s), verdict)
             # Not for a lease that was revoked meanwhile: a job that has ended would leave a checkpoint behind.
             if latent is not None and not self._desk.book.void(lease):
                 self._checkpoints.offer(Snapshot(lease.job_id, lease.epoch, run.steps_done, latent))
         self._desk.book.conclude()
         self._member.drop()
         await self._hand_over(lease, run.latent)
+
+    async def _report_step(self, lease: Lease, step: int, span_s: tuple[float, float], verdict: Verdict) -> None:
+        """Tell who listens of a step, and under which lease the next one runs. Nobody answers."""
+        report = StepFinished(
+            job_id=lease.job_id,
+            epoch=lease.epoch,
+            instance=self._instance,
+            slots=lease.slots or (self._slot,),
+            step=step,
+            steps=lease.request.steps,
+            started_at_s=span_s[0],
+            ended_at_s=span_s[1],
+            next_epoch=verdict.lease.epoch if isinstance(verdict, Switch) else None,
+        )
+        await self._bus.publish(STEP_FINISHED, report, lease.job_id)
 
     def _at_boundary(self, lease: Lease) -> Verdict:
         verdict = self._desk.book.at_boundary(lease)
