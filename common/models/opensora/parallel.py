@@ -19,7 +19,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from common.models.opensora.blocks import StepConditions
+from common.models.opensora.blocks import STDiT3Block, StepConditions
 from common.models.opensora.sharding import Peers, Team, gather_padded, own_range, reshard, shares
 from common.models.opensora.stdit3 import PreparedText, STDiT3, TokenGrid, float_value
 from common.models.opensora.ulysses import with_ulysses
@@ -142,31 +142,23 @@ class ParallelSTDiT3:
                 tokens = reshard(tokens, team, _FRAMES, frames, _PATCHES, patches)
             # A rank may have no tokens (one frame, two ranks); it takes part in the exchanges all the same.
             if tokens.numel():
-                shape = tokens.shape
-                prompt = text.keys_values[2 * index]
-                flat = tokens.flatten(1, 2)
-                tokens = spatial(flat, prompt, text.mask, framewise, shape[1], shape[2]).view(shape)
+                tokens = _through(spatial, tokens, text.keys_values[2 * index], text.mask, framewise)
             tokens = reshard(tokens, team, _PATCHES, patches, _FRAMES, frames)
             if tokens.numel():
-                shape = tokens.shape
-                prompt = text.keys_values[2 * index + 1]
-                flat = tokens.flatten(1, 2)
-                tokens = temporal(flat, prompt, text.mask, conditions, shape[1], shape[2], rope).view(shape)
+                tokens = _through(temporal, tokens, text.keys_values[2 * index + 1], text.mask, conditions, rope)
         return tokens
 
     def _run_ulysses(self, tokens: Tensor, forward: _Forward) -> Tensor:
         """Tokens [B, T, own S, C] before the first block to the same after the last."""
-        text, conditions = forward.text, forward.conditions
+        text, conditions, team = forward.text, forward.conditions, forward.team
         rope = self.model.rope(forward.grid.frames)
-        shape = tokens.shape
-        tokens = tokens.flatten(1, 2)
         for index, (whole, temporal) in enumerate(self.model.block_pairs()):
-            spatial = whole if forward.team.size == 1 else with_ulysses(whole, forward.team, forward.patch_shares)
-            tokens = spatial(tokens, text.keys_values[2 * index], text.mask, conditions, shape[1], shape[2])
+            spatial = whole if team.size == 1 else with_ulysses(whole, team, forward.patch_shares)
+            # Also without tokens of its own: a rank has its heads of everybody's.
+            tokens = _through(spatial, tokens, text.keys_values[2 * index], text.mask, conditions)
             if tokens.numel():
-                prompt = text.keys_values[2 * index + 1]
-                tokens = temporal(tokens, prompt, text.mask, conditions, shape[1], shape[2], rope)
-        return tokens.view(shape)
+                tokens = _through(temporal, tokens, text.keys_values[2 * index + 1], text.mask, conditions, rope)
+        return tokens
 
     def _last(self, tokens: Tensor, forward: _Forward) -> Tensor:
         """Tokens [B, T, own S, C] to patch values [B, T, own S, patch_volume * C_out]."""
@@ -176,6 +168,19 @@ class ParallelSTDiT3:
             return tokens.new_empty(batch, frames, 0, layer.linear.out_features)
         values: Tensor = layer(tokens.flatten(1, 2), forward.conditions, frames, patches)
         return values.view(batch, frames, patches, -1)
+
+
+def _through(
+    block: STDiT3Block,
+    tokens: Tensor,
+    prompt: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    conditions: StepConditions,
+    rope: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Tokens [B, T, S, C] through one block."""
+    out: Tensor = block(tokens.flatten(1, 2), prompt, mask, conditions, tokens.shape[1], tokens.shape[2], rope)
+    return out.view(tokens.shape)
 
 
 def assemble(values: Tensor, grid: TokenGrid, patch_size: tuple[int, int, int]) -> Tensor:
