@@ -47,7 +47,7 @@ WAITING_FIRST_PRICE = 1.0
 # Load is taken to be at most this, so that the price stays finite past saturation.
 MOST_LOAD = 0.98
 # Steps (of the video that would be parked or halved) by which the waiting one must come before it.
-MARGIN_STEPS = 8.0
+MARGIN_STEPS = 4.0
 
 
 class ArrivalRate:
