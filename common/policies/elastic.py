@@ -11,12 +11,15 @@ others pay for that. Four rules follow.
 * **Price.** A GPU-second costs as many seconds as there are videos that it delays, over the number of GPUs: those that
   wait, and, while GPUs are short, those expected to come until the work at hand is done (arrival rate x backlog /
   (1 - load)). A group is doubled while that saves the video more than the additional GPU-seconds cost: wide groups
-  while GPUs are plenty, one GPU a video at and past saturation, with no threshold in between.
+  while GPUs are plenty, one GPU a video at and past saturation.
 * **Nothing idles.** GPUs that nobody wants at this price go where they save most, even beyond DDiT's optimum B; the
   next newcomer has them back at a step boundary.
 * **Taking.** If a video waits and no GPU is free, one group is halved: one wider than the price allows, else that of
   the video that comes last in the order, if it comes after the one that waits; one GPU alone is parked. A change must
   be worth more than the step it may cost.
+
+What no order can have is both ends past saturation: first come, first served has the lowest 99th percentile there and
+shortest first the lowest mean; this policy lies between them (``OVERTAKING`` and the weights say where).
 """
 
 import math
