@@ -11,12 +11,15 @@ others pay for that. Four rules follow.
 * **Price.** A GPU-second costs as many seconds as there are videos that it delays, over the number of GPUs: those that
   wait, and, while GPUs are short, those expected to come until the work at hand is done (arrival rate x backlog /
   (1 - load)). A group is doubled while that saves the video more than the additional GPU-seconds cost: wide groups
-  while GPUs are plenty, one GPU a video at and past saturation, with no threshold in between.
+  while GPUs are plenty, one GPU a video at and past saturation.
 * **Nothing idles.** GPUs that nobody wants at this price go where they save most, even beyond DDiT's optimum B; the
   next newcomer has them back at a step boundary.
 * **Taking.** If a video waits and no GPU is free, one group is halved: one wider than the price allows, else that of
   the video that comes last in the order, if it comes after the one that waits; one GPU alone is parked. A change must
   be worth more than the step it may cost.
+
+What no order can have is both ends past saturation: first come, first served has the lowest 99th percentile there and
+shortest first the lowest mean; this policy lies between them (``OVERTAKING`` and the weights say where).
 """
 
 import math
@@ -28,23 +31,22 @@ from common.policies.events import JobArrived
 from common.policies.job_queue import JobQueue, Rank
 from common.policies.placement import Placement, bits
 from common.policies.policy import Policy
-from common.policies.rib import NOISE, Rib, VideoKind
+from common.policies.rib import NOISE, Rib, VideoKind, video_kind
 from common.policies.state import Job, Phase
 
-# What a second of remaining work weighs in the order against a second of waiting: this, times the backlog in mean
-# videos
-# when the video came, within the limits below.
+# What a second of remaining work weighs in the order against a second of waiting: this, times the backlog (in mean
+# videos) when the video came, within the limits below.
 OVERTAKING = 0.4
 LEAST_WEIGHT = 0.3
-MOST_WEIGHT = 3.0
+MOST_WEIGHT = 1.0
 # Seconds of memory of the arrival rate.
 MEMORY_S = 300.0
 # Of the arrivals expected during the backlog, the part that a GPU-second spent now delays.
-DELAYED_PART = 0.7
+DELAYED_PART = 0.3
 # How much a video that waits already counts against one that is expected.
 WAITING_WEIGHT = 3.0
 # From this price on, waiting videos come before the growth of running ones (brief, section 8.3).
-WAITING_FIRST_PRICE = 2.0
+WAITING_FIRST_PRICE = 1.0
 # Load is taken to be at most this, so that the price stays finite past saturation.
 MOST_LOAD = 0.98
 # Steps (of the video that would be parked or halved) by which the waiting one must come before it.
@@ -374,7 +376,7 @@ class Elastic(Policy):
 
     def _arrived(self, event: JobArrived, now_s: float) -> list[Decision] | None:
         if event.job_id not in self.state.jobs:
-            profile = self.rib.profile(VideoKind(event.width, event.height, event.frames))
+            profile = self.rib.profile(video_kind(event.width, event.height, event.frames))
             self._rate.arrived((event.steps - event.step) * profile.step_s[1] + profile.decode_s, now_s)
             videos_per_s, work_per_s = self._rate.per_second(now_s)
             weight = OVERTAKING * self._backlog_s() * videos_per_s / max(work_per_s, 1e-9)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 NOISE = 0.03
@@ -42,6 +43,12 @@ class VideoKind:
     def volume(self) -> int:
         """Pixels times frames: proportional to the number of tokens."""
         return self.width * self.height * self.frames
+
+
+@lru_cache(maxsize=4096)
+def video_kind(width: int, height: int, frames: int) -> VideoKind:
+    """The kind; the same object for the same numbers, so that look-ups by kind need not compare fields."""
+    return VideoKind(width, height, frames)
 
 
 @dataclass(frozen=True, slots=True)

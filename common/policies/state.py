@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from common.messages.cluster import Service
 from common.policies.placement import Placement
-from common.policies.rib import VideoKind
+from common.policies.rib import VideoKind, video_kind
 
 
 class Phase(StrEnum):
@@ -62,7 +62,7 @@ class Job:
     kind: VideoKind = field(init=False)
 
     def __post_init__(self) -> None:
-        self.kind = VideoKind(self.width, self.height, self.frames)
+        self.kind = video_kind(self.width, self.height, self.frames)
 
     @property
     def settled(self) -> bool:

@@ -20,7 +20,7 @@ from common.policies.decisions import Decision
 from common.policies.events import JobArrived, WorkerJoined
 from common.policies.placement import Placement, power_of_two_within
 from common.policies.policy import Lane, Policy
-from common.policies.rib import Rib, VideoKind
+from common.policies.rib import Rib, VideoKind, video_kind
 from common.policies.state import Job
 
 SPCI_DEGREE = 2
@@ -205,7 +205,7 @@ class IsolatedPartition(StaticGroups):
         return {kind: (seconds, self.degree(kind)) for kind, seconds in self._seconds.items()}
 
     def _arrived(self, event: JobArrived, now_s: float) -> list[Decision] | None:
-        kind = VideoKind(event.width, event.height, event.frames)
+        kind = video_kind(event.width, event.height, event.frames)
         if self._mix is None or self.rib.nearest(kind) not in self._seconds:
             self._count(kind, event.steps, 1.0)
         self._arrivals += 1
