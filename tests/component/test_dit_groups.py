@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ STEPS = 60
 ATOL = 1e-4
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "4"))
 WORKERS = ("dit-0", "dit-1", "dit-2", "dit-3")
+IMPATIENT = {"TRIPTYCH_REGROUP_S": "3", "TRIPTYCH_EXCHANGE_TIMEOUT_S": "3"}
 REQUEST = VideoRequest(
     model="small", prompt="", width=160, height=160, frames=13, fps=8, steps=STEPS, guidance_scale=2.0, seed=7
 )
@@ -121,13 +123,14 @@ async def is_taken_away(stage: DenoisingStage, expected: torch.Tensor) -> None:
 async def test_whoever_is_killed_costs_one_step_at_most(model: Path, tmp_path: Path) -> None:
     chance = random.Random(time.time_ns())
     async with denoising_stage(model, tmp_path) as stage:
-        await everybody(stage, TRIPTYCH_REGROUP_S="3")
+        await everybody(stage, **IMPATIENT)
         expected = await alone(stage)
         for run in range(KILLS):
             members = WORKERS if run % 2 == 0 else WORKERS[:2]
             # The leader, then a follower, of either size.
             victim = members[0] if run // 2 % 2 == 0 else chance.choice(members[1:])
             await is_killed(stage, expected, members, victim, chance)
+        await hangs(stage, expected)
         assert stage.failures == []
         await nobody_grants(stage, expected)
 
@@ -147,7 +150,7 @@ async def is_killed(
     done = stage.steps[lease.epoch][-1]
     # As the policy does: the largest power of two of those who are left.
     healing = await stage.change(lease, *left[: 2 if len(left) > 1 else 1])
-    await stage.start(victim, TRIPTYCH_REGROUP_S="3")
+    await stage.start(victim, **IMPATIENT)
     latent = await stage.finished(healing)
     said = f"{victim} of {len(members)} killed after step {done}"
     first = stage.steps[healing.epoch][0]
@@ -155,6 +158,21 @@ async def is_killed(
     assert done <= first <= done + 1 + (victim == members[0]), f"{said}, gone on with step {first}"
     assert stage.steps[healing.epoch] == list(range(first, STEPS + 1)), said
     same(latent, expected)
+
+
+async def hangs(stage: DenoisingStage, expected: torch.Tensor) -> None:
+    """A member that stands still breaks the group after a while; when it wakes up it is told so, and of use again."""
+    await stage.ready(*WORKERS)
+    lease = await stage.start_job(("dit-0", "dit-1"), REQUEST, "hanging")
+    await some_steps(stage, lease)
+    stage.signal("dit-1", signal.SIGSTOP)
+    # The scheduler misses its life signs before the group misses its part of the step.
+    healing = await stage.change(lease, "dit-0")
+    same(await stage.finished(healing), expected)
+    stage.signal("dit-1", signal.SIGCONT)
+    await stage.until(lambda: any(report.instance == "dit-1" for report in stage.lost if report.job_id == "hanging"))
+    following = await stage.start_job(("dit-1", "dit-0"), REQUEST, "after-hanging")
+    same(await stage.finished(following), expected)
 
 
 async def nobody_grants(stage: DenoisingStage, expected: torch.Tensor) -> None:
