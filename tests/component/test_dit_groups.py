@@ -170,7 +170,6 @@ async def hangs(stage: DenoisingStage, expected: torch.Tensor) -> None:
     healing = await stage.change(lease, "dit-0")
     same(await stage.finished(healing), expected)
     stage.signal("dit-1", signal.SIGCONT)
-    await stage.until(lambda: any(report.instance == "dit-1" for report in stage.lost if report.job_id == "hanging"))
     following = await stage.start_job(("dit-1", "dit-0"), REQUEST, "after-hanging")
     same(await stage.finished(following), expected)
 
