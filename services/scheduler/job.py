@@ -64,7 +64,8 @@ class VideoJob:
         self._encoder = ""
         self._encoded: dict[int, PromptEncoded] = {}
         self._encoding: asyncio.Task[None] | None = None
-        self._changing: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
+        self._starting = False
         self._running = False
         self._leased = record.attempt > 0
         self._on_slot: dict[int, str] = {}
@@ -94,18 +95,15 @@ class VideoJob:
             log.info("job ended elsewhere", job=self.record.job_id, state=str(gone))
             self._tell(event.JobCancelled(self.record.job_id))
         finally:
-            for task in (self._encoding, self._changing):
+            for task in (self._encoding, self._telling):
                 if task is not None:
                     task.cancel()
                     with contextlib.suppress(asyncio.CancelledError):
                         await task
 
     async def _carry_out(self, decision: decide.Decision) -> None:
-        if self._changing is not None:
-            # Whatever is decided now takes the place of a change that its members have not all heard of.
-            self._changing.cancel()
-            self._changing = None
         try:
+            await self._stop_telling(decision)
             match decision:
                 case decide.StartEncoding():
                     await self._start_encoding(decision)
@@ -127,6 +125,18 @@ class VideoJob:
                     await _insist(lambda: self._fail(reason))
         except BusError as error:
             self._failed(str(error), retryable=True)
+
+    async def _stop_telling(self, decision: decide.Decision) -> None:
+        """Whatever is decided now takes the place of a lease that its members have not all heard of.
+
+        Only a start must have been heard by all before it can be changed.
+        """
+        if self._telling is None:
+            return
+        if self._starting and isinstance(decision, decide.GrantLease | decide.ParkJob):
+            await self._telling
+        self._telling.cancel()
+        self._telling = None
 
     async def _start_encoding(self, decision: decide.StartEncoding) -> None:
         self.attempt = decision.attempt
@@ -167,19 +177,21 @@ class VideoJob:
     async def _grant_lease(self, decision: decide.GrantLease) -> None:
         """Start the job on its members; or, where it runs already, have its lease changed.
 
-        A change is told beside what is decided next, which may overtake it: nobody waits for a member that is busy.
+        The members are told beside what is decided next, which may overtake it: one that is busy holds nobody up.
         """
         self._on_slot |= zip(decision.slots, decision.members, strict=True)
+        self._starting = not self._running
         if self._running:
-            self._changing = asyncio.create_task(self._change_lease(self._lease(decision)), name="change-lease")
+            self._telling = asyncio.create_task(self._change_lease(self._lease(decision)), name="change-lease")
             return
         # Embeddings are fetched once; a job that was parked has its prompt encoded again, which is soon done.
         encoded = self._encoded.pop(self.attempt, None) or await self._workers.encode(self._prompt(), self._encoder)
         resume = await self._resume_point()
         await self._keeper.move(VideoState.DENOISING, time.time())
         start = {"text": encoded.text, "negative": encoded.negative, "resume": resume}
-        await self._workers.grant(self._lease(decision).model_copy(update=start))
+        lease = self._lease(decision).model_copy(update=start)
         self._running = True
+        self._telling = asyncio.create_task(self._start_lease(lease, self.attempt), name="start-lease")
 
     def _lease(self, decision: decide.GrantLease) -> Lease:
         """The lease as one that changes another; one that starts a job has more."""
@@ -193,6 +205,12 @@ class VideoJob:
             meeting=self._workers.meetings.get(decision.leader, ""),
             from_step=decision.from_step,
         )
+
+    async def _start_lease(self, lease: Lease, attempt: int) -> None:
+        try:
+            await self._workers.grant(lease)
+        except BusError as error:
+            self._failed(str(error), True, attempt)
 
     async def _change_lease(self, lease: Lease) -> None:
         """Tell the members until all have heard. The job goes on meanwhile, and if it comes to nothing, as it was."""
