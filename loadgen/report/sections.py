@@ -67,7 +67,7 @@ def legend(policies: Iterable[str]) -> str:
         f"<i></i>{escape(policy)}</button>"
         for policy in policies
     )
-    return f'<div class="legend">{buttons}</div>'
+    return f'<div class="legend sticky">{buttons}</div>'
 
 
 def sweeps(table: Table, gpus: int) -> str:
