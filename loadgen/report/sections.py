@@ -115,7 +115,7 @@ def losses(table: Table) -> str:
 def distributions(data: Mapping[str, Any]) -> str:
     """The latency distribution of every policy at a few points, all seeds together."""
     charts = []
-    wanted = [("sweep", 0.5), ("sweep", 0.8), ("rate 0.5", None), ("burst", None), ("square", None), ("overload", None)]
+    wanted = [("sweep", 0.5), ("sweep", 0.8), ("rate 0.5", None), ("burst", None), ("gentle square", None)]
     for gpus in sorted({curve["gpus"] for curve in data["curves"]}):
         for point, load in wanted:
             curves = [
