@@ -67,7 +67,7 @@ def legend(policies: Iterable[str]) -> str:
         f"<i></i>{escape(policy)}</button>"
         for policy in policies
     )
-    return f'<div class="legend">{buttons}</div>'
+    return f'<div class="legend sticky">{buttons}</div>'
 
 
 def sweeps(table: Table, gpus: int) -> str:
@@ -115,7 +115,7 @@ def losses(table: Table) -> str:
 def distributions(data: Mapping[str, Any]) -> str:
     """The latency distribution of every policy at a few points, all seeds together."""
     charts = []
-    wanted = [("sweep", 0.5), ("sweep", 0.8), ("rate 0.5", None), ("burst", None), ("square", None), ("overload", None)]
+    wanted = [("sweep", 0.5), ("sweep", 0.8), ("rate 0.5", None), ("burst", None), ("gentle square", None)]
     for gpus in sorted({curve["gpus"] for curve in data["curves"]}):
         for point, load in wanted:
             curves = [
