@@ -15,7 +15,8 @@ from compose.errors import ServerError, StackError
 from compose.files import prepare_file
 from compose.local import StackOptions, running_stack
 from compose.sheet import write_sheet
-from compose.timeline.page import Story, write_page
+from compose.timeline.page import write_page
+from compose.timeline.story import Story
 from compose.timeline.trace import write_trace
 from compose.up import Interruption, report
 

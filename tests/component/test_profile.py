@@ -1,6 +1,7 @@
 """``triptych profile`` with real processes and a small model: measured, written, read by the scheduler's own class."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,13 +50,13 @@ def test_the_profile_of_this_machine_is_what_the_scheduler_reads(model: Path, tm
 
 
 def test_a_process_that_cannot_measure_says_why_in_one_line(model: Path, tmp_path: Path) -> None:
-    """Three heads do not divide by two ranks; the file that was there stays."""
-    target = tmp_path / "rib.json"
+    """Here for want of a part of the model. The file that was there stays."""
+    target, broken = tmp_path / "rib.json", tmp_path / "model"
     target.write_text("before")
-    options = ["--video-model", str(model), "--slots", "2", "--size", "32x32", "--frames", "1", "-o", str(target)]
-    done = profile(*options, "--sequence", "ulysses", "--no-guidance-parallel")
+    shutil.copytree(model, broken)
+    (broken / "transformer" / "config.json").unlink()
+    done = profile("--video-model", str(broken), "--slots", "1", "-o", str(target))
     assert done.returncode == 1
-    assert done.stdout == "" and "3 heads do not divide by 2 ranks; use dsp" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("triptych: the measuring process slot-")
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("triptych: the measuring process slot-0: ModelLoadError: ")
     assert target.read_text() == "before"
