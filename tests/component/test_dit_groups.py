@@ -19,13 +19,13 @@ from tests.support.denoising import DenoisingStage, denoising_stage
 from tests.support.small_model import save_small_model
 
 WAIT_S = 60.0
-STEPS = 60
+STEPS = 40
 ATOL = 1e-4
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "4"))
 WORKERS = ("dit-0", "dit-1", "dit-2", "dit-3")
 IMPATIENT = {"TRIPTYCH_REGROUP_S": "3", "TRIPTYCH_EXCHANGE_TIMEOUT_S": "3"}
 REQUEST = VideoRequest(
-    model="small", prompt="", width=160, height=160, frames=13, fps=8, steps=STEPS, guidance_scale=2.0, seed=7
+    model="small", prompt="", width=96, height=96, frames=13, fps=8, steps=STEPS, guidance_scale=2.0, seed=7
 )
 
 

@@ -1,10 +1,11 @@
-"""``loadgen bench ddit-live`` in small: profile, stack, requests and simulator, all of them real."""
+"""``loadgen bench ddit-live`` in small: stack, requests and simulator, all of them real, by a profile that is given."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from common.policies.rib import KindProfile, Rib, VideoKind
 from loadgen.__main__ import main
 from tests.support.small_model import save_small_model
 
@@ -12,9 +13,11 @@ from tests.support.small_model import save_small_model
 def test_policies_run_on_the_live_stack_and_in_the_simulator(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, out = save_small_model(tmp_path / "model"), tmp_path / "out.json"
+    model, rib, out = save_small_model(tmp_path / "model"), tmp_path / "rib.json", tmp_path / "out.json"
+    rib.write_text(Rib({VideoKind(32, 32, 13): KindProfile({1: 0.02, 2: 0.01}, 0.2)}).to_json())
     size = ["--rounds", "1", "--requests", "3", "--steps", "2", "--load", "0.3", "--policy", "sdop:1"]
-    assert main(["bench", "ddit-live", *size, "--video-model", str(model), "--parity", "--json", str(out)]) == 0
+    where = ["--video-model", str(model), "--rib", str(rib), "--json", str(out)]
+    assert main(["bench", "ddit-live", *size, *where, "--parity"]) == 0
     said = capsys.readouterr().out
     assert "1 rounds of 3 videos of 2 steps" in said and "sdop:1 mean: simulated" in said
     result = json.loads(out.read_text())

@@ -12,7 +12,7 @@ import pytest
 from common.policies.rib import KindProfile, Rib, VideoKind
 from tests.support.stack import Stack, running_stack
 
-LONG = 60  # steps: enough for a kill to fall into the middle, and for a worker to come back before the end
+LONG = 40  # steps: enough for a kill to fall into the middle, and for a worker to come back before the end
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_killed_member_costs_a_step_and_no_attempt(
 def test_videos_share_the_slots_and_one_loses_a_worker(
     stack: Stack, fields: dict[str, Any], undisturbed: np.ndarray
 ) -> None:
-    ordered = [stack.order(**fields) for _ in range(3)]
+    ordered = [stack.order(**fields) for _ in range(2)]
     stack.wait(ordered[0], lambda video: video["state"] == "denoising" and video["step"] >= 3)
     stack.process_of("dit-1").kill()
     for video_id in ordered:
