@@ -245,6 +245,8 @@ async def test_a_silent_worker_is_lost_after_the_timeout(nats_server: NatsServer
 
 async def test_a_worker_that_does_not_answer_is_not_asked_again_before_it_lives(nats_server: NatsServer) -> None:
     async with stage(nats_server.url) as play:
+        await asyncio.wait_for(play.dit.welcomed.wait(), WAIT_S)
+        await asyncio.sleep(0.1)
         # Killed this very moment: its record stands and its last life sign is fresh, but it hears nothing.
         await play.dit.bus.close()
         await play.submit("video_a")

@@ -58,6 +58,8 @@ class PlayedWorker:
         self.slot = slot
         self.instance = f"{service}-{slot or 0}"
         self.leases: asyncio.Queue[Lease] = asyncio.Queue(100)
+        # Set once a scheduler has cleared what its predecessor may have left here, after which it counts on this one.
+        self.welcomed = asyncio.Event()
         self.parks: asyncio.Queue[ParkJob] = asyncio.Queue(100)
         self.revoked: asyncio.Queue[RevokeLease] = asyncio.Queue(100)
         self.decodings: asyncio.Queue[DecodeVideo] = asyncio.Queue(100)
@@ -119,7 +121,9 @@ class PlayedWorker:
         return Acknowledged()
 
     async def _revoke(self, request: RevokeLease) -> Acknowledged:
-        if request.job_id is not None:
+        if request.job_id is None:
+            self.welcomed.set()
+        else:
             self.revoked.put_nowait(request)
         return Acknowledged()
 
