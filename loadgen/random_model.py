@@ -13,9 +13,10 @@ from common.models.opensora.loading import read_stdit3_config, save_stdit3, save
 from common.models.opensora.spec import VideoDefaults, VideoModelSpec, load_spec, save_spec
 from common.models.opensora.vae_config import SpatialVAEConfig, TemporalVAEConfig
 
-# Tokens: 8 latent frames of 64, 256 and 384 patches.
-SIZES = ((128, 128), (256, 256), (384, 256))
-FRAMES = 32
+# 8 latent frames of 64, 256 and 384 patches: 512, 2,048 and 3,072 tokens. The autoencoder halves the frames and takes
+# 4x4 pixels to one, less than published ones do: as many tokens of fewer pixels, so that steps are most of the work.
+SIZES = ((64, 64), (128, 128), (192, 128))
+FRAMES = 16
 
 
 def save_random_model(folder: Path, hidden: int = 128, depth: int = 2) -> Path:
@@ -32,9 +33,15 @@ def save_random_model(folder: Path, hidden: int = 128, depth: int = 2) -> Path:
     save_stdit3(STDiT3(transformer).eval(), folder / "transformer")
     vae = OpenSoraVAEConfig(
         spatial=SpatialVAEConfig(
-            block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
+            block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
         ),
-        temporal=TemporalVAEConfig(filters=8, num_res_blocks=1, channel_multipliers=(1, 1, 2, 2), num_groups=4),
+        temporal=TemporalVAEConfig(
+            filters=8,
+            num_res_blocks=1,
+            channel_multipliers=(1, 1, 2),
+            temporal_downsample=(False, True),
+            num_groups=4,
+        ),
         micro_frame_size=16,
         micro_batch_size=None,
     )
