@@ -13,6 +13,7 @@ import torch
 from common.bus.nats_bus import NatsBus
 from common.bus.port import Bus, Subscription
 from common.messages.cluster import Service, VideoModelInfo
+from common.models.memory import keep_freed_memory
 from common.models.opensora.errors import ModelLoadError
 from common.models.opensora.spec import VideoModelSpec, load_spec
 from common.runtime.membership import Registration
@@ -76,6 +77,7 @@ async def serve_worker(
     make: Callable[[Equipment, Model], Worker],
 ) -> None:
     """Load a part of the video model, join the cluster, work until ``stop``, finish what is under way."""
+    keep_freed_memory()
     instance = settings.instance_of(service)
     device = choose_device(settings)
     try:
