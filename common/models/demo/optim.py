@@ -27,7 +27,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.transpose(1, 2)
         x = a * x + torch.baddbmm(b * gram, gram, gram, alpha=c) @ x
-    return (x.transpose(1, 2) if tall else x).to(matrices.dtype)
+    direction: Tensor = (x.transpose(1, 2) if tall else x).to(matrices.dtype)
+    return direction
 
 
 class Muon(torch.optim.Optimizer):
