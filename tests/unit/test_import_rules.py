@@ -18,6 +18,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "common.runtime": ("common",),
     "common.mempool": ("common.messages", "common.bus", "common.tensors"),
     "common.models": (),
+    "common.parallel": ("common.messages",),
     "gateway": ("common",),
     "loadgen": ("common",),
     "compose": ("common", "services", "gateway", "loadgen"),
