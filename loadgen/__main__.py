@@ -1,7 +1,7 @@
-"""The ``loadgen`` command: ``loadgen bench NAME`` runs one of the micro-benchmarks in ``loadgen/bench``.
+"""The ``loadgen`` command: ``bench NAME`` runs a micro-benchmark, ``sim`` a simulation, ``report`` makes its page.
 
-A benchmark is a module there with ``add_arguments(parser)`` and ``run(options)``; ``run`` prints the two things it
-compares and returns what ``--json`` writes.
+A benchmark is a module in ``loadgen/bench`` with ``add_arguments(parser)`` and ``run(options)``; ``run`` prints the two
+things it compares and returns what ``--json`` writes. The other commands are modules of the same form.
 """
 
 import argparse
@@ -14,12 +14,16 @@ from pathlib import Path
 from loadgen.bench.compare import write_json
 
 _BENCHMARKS = Path(__file__).with_name("bench")
+_COMMANDS = {
+    "sim": ("loadgen.sim", "simulate scheduling policies in virtual time"),
+    "report": ("loadgen.report.command", "one page from the JSON of simulations"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser(_chosen(words)).parse_args(words)
+    options = _parser(_chosen(words), words[0] if words else None).parse_args(words)
     result: dict[str, object] = options.run(options)
     if options.json is not None:
         write_json(options.json, result)
@@ -45,7 +49,7 @@ def _chosen(words: Sequence[str]) -> str | None:
     return None
 
 
-def _parser(chosen: str | None) -> argparse.ArgumentParser:
+def _parser(chosen: str | None, first: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="loadgen", description="Load, and measures of what it does.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     bench = commands.add_parser("bench", help="run a micro-benchmark")
@@ -57,6 +61,12 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
             module = importlib.import_module(f"loadgen.bench.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
+    for name, (where, summary) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name == first:
+            module = importlib.import_module(where)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run, json=None)
     return parser
 
 

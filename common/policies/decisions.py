@@ -15,17 +15,38 @@ class StartEncoding:
 
 @dataclass(frozen=True, slots=True)
 class GrantLease:
-    """Give ``members`` (DiT instances in rank order) to the job; the first is the leader and keeps the latent."""
+    """Give ``members`` (DiT instances in rank order) to the job; the first is the leader and keeps the latent.
+
+    A job that runs already gets more or fewer members under a higher epoch this way. That takes effect at its next step
+    boundary: slots that join are held at once and idle until then, slots that leave are held until then. The leader
+    of a running job changes only if it is lost. ``from_step`` is the number of steps done already: the latent of a
+    parked or checkpointed job comes from the cache store.
+    """
 
     job_id: str
     epoch: int
     members: tuple[str, ...]
     slots: tuple[int, ...]
     reason: str
+    from_step: int = 0
 
     @property
     def leader(self) -> str:
         return self.members[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ParkJob:
+    """Put the job's latent into the cache store at the next step boundary and free ``members``.
+
+    ``epoch`` is that of the job's newest lease. The slots stay held until ``JobParked`` or, if it ends before
+    that, until ``DenoisingFinished``.
+    """
+
+    job_id: str
+    epoch: int
+    members: tuple[str, ...]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,5 +105,13 @@ class FailJob:
 
 
 Decision = (
-    StartEncoding | GrantLease | RevokeLease | StartDecoding | CancelDecoding | RequeueJob | CompleteJob | FailJob
+    StartEncoding
+    | GrantLease
+    | ParkJob
+    | RevokeLease
+    | StartDecoding
+    | CancelDecoding
+    | RequeueJob
+    | CompleteJob
+    | FailJob
 )

@@ -1,26 +1,37 @@
-"""What a scheduler policy knows: the jobs in the order they arrived, and the slots."""
+"""What a scheduler policy knows: the jobs by phase, and the slots."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from common.messages.cluster import Service
+from common.policies.placement import Placement
+from common.policies.rib import VideoKind, video_kind
 
 
 class Phase(StrEnum):
-    """Where an admitted job stands. ``ENCODED`` waits for GPUs, ``DENOISED`` for a VAE."""
+    """Where an admitted job stands. ``ENCODED`` and ``PARKED`` wait for GPUs, ``DENOISED`` for a VAE."""
 
     WAITING = "waiting"
     ENCODING = "encoding"
     ENCODED = "encoded"
+    PARKED = "parked"
     DENOISING = "denoising"
     DENOISED = "denoised"
     DECODING = "decoding"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
-    """One admitted job. ``slots`` are held by it now, the master first."""
+    """One admitted job.
+
+    ``slots`` are held by it now, the master first; ``lease`` are those of the newest lease and ``active`` those that
+    the step under way runs on. They differ between a change of the lease and the step boundary at which it takes
+    effect; ``leaving`` are the workers on held slots that the newest lease no longer has. ``checkpoint`` is the newest
+    step whose latent lies in the cache store, ``from_step`` the one at which the denoising under way began.
+    ``last_step`` is DDiT's: the step at which the newest lease took effect.
+    ``step_at_s`` is when ``step`` was done, or when the lease was granted.
+    """
 
     job_id: str
     arrival_s: float
@@ -36,11 +47,32 @@ class Job:
     members: tuple[str, ...] = ()
     decoder: str | None = None
     slots: tuple[int, ...] = ()
+    priority: int = 0
+    deadline_s: float | None = None
+    checkpoint: int = 0
+    first_epoch: int = 0
+    settled_epoch: int = 0
+    lease: tuple[int, ...] = ()
+    active: tuple[int, ...] = ()
+    leaving: tuple[str, ...] = ()
+    from_step: int = 0
+    parking: bool = False
+    last_step: int = 0
+    step_at_s: float = 0.0
+    kind: VideoKind = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kind = video_kind(self.width, self.height, self.frames)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the newest lease is the one that steps run under, and is to stay."""
+        return self.settled_epoch == self.epoch and not self.parking
 
     @property
     def workers(self) -> tuple[str, ...]:
-        """The instances whose loss would cost this job its attempt."""
-        return (*self.members, *(name for name in (self.encoder, self.decoder) if name is not None))
+        """The instances whose loss would cost this job something."""
+        return (*self.members, *self.leaving, *(name for name in (self.encoder, self.decoder) if name is not None))
 
 
 @dataclass(slots=True)
@@ -55,59 +87,98 @@ class Slot:
 
 @dataclass(slots=True)
 class ClusterState:
-    """Jobs, slots and encoders. The methods keep the books: a slot is held by one job or by none."""
+    """Jobs, slots and encoders. The methods keep the books: a slot is held by one job or by none.
 
+    ``encoders`` has the number of prompts that each is busy with.
+    """
+
+    placement: Placement = field(default_factory=Placement)
     jobs: dict[str, Job] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)
-    encoders: list[str] = field(default_factory=list)
+    encoders: dict[str, int] = field(default_factory=dict)
+    by_phase: dict[Phase, dict[str, Job]] = field(default_factory=lambda: {phase: {} for phase in Phase})
+    _slot_of: dict[str, int] = field(default_factory=dict)
 
     def in_phase(self, phase: Phase) -> Iterator[Job]:
-        """Jobs in ``phase``, first come first."""
-        waiting = [job for job in self.jobs.values() if job.phase is phase]
-        return iter(sorted(waiting, key=lambda job: (job.arrival_s, job.job_id)))
+        """Jobs in ``phase``, first come first. Sorts them, so not for phases with many jobs at every event."""
+        return iter(sorted(self.by_phase[phase].values(), key=lambda job: (job.arrival_s, job.job_id)))
+
+    def add(self, job: Job) -> None:
+        self.jobs[job.job_id] = job
+        self.by_phase[job.phase][job.job_id] = job
+
+    def remove(self, job: Job) -> None:
+        del self.jobs[job.job_id]
+        del self.by_phase[job.phase][job.job_id]
+
+    def move(self, job: Job, phase: Phase) -> None:
+        del self.by_phase[job.phase][job.job_id]
+        self.by_phase[phase][job.job_id] = job
+        job.phase = phase
 
     def free_for_denoising(self) -> list[Slot]:
         """Slots with a DiT worker that no job holds, lowest number first."""
-        return [slot for _, slot in sorted(self.slots.items()) if slot.dit and slot.job_id is None]
+        return [self.slots[number] for number in self.placement.free_slots()]
 
     def free_for_decoding(self) -> list[Slot]:
-        """Slots with a VAE worker that no job holds, lowest number first."""
+        """Slots with a VAE worker that no job holds, lowest number first. Looks at every slot."""
         return [slot for _, slot in sorted(self.slots.items()) if slot.vae and slot.job_id is None]
 
     def hold(self, job: Job, slots: tuple[int, ...]) -> None:
         """Give the job exactly these slots; those it held beside are free again."""
-        for number in job.slots:
-            self.slots[number].job_id = None
-        for number in slots:
+        before = job.slots
+        if slots == before:
+            return
+        left = [number for number in before if number not in slots]
+        come = [number for number in slots if number not in before]
+        for number in come:
             holder = self.slots[number].job_id
             if holder is not None:
                 raise ValueError(f"slot {number} is held by {holder}, it cannot go to {job.job_id}")
+        for number in left:
+            self.slots[number].job_id = None
+        for number in come:
             self.slots[number].job_id = job.job_id
         job.slots = slots
+        freed = [number for number in left if self.slots[number].dit is not None]
+        if freed:
+            self.placement.put(freed)
+        taken = [number for number in come if self.slots[number].dit is not None]
+        if taken:
+            self.placement.take(taken)
 
-    def worker_joined(self, instance: str, service: Service, slot: int | None) -> None:
+    def worker_joined(self, instance: str, service: Service, slot: int | None, server: str = "") -> None:
         if service is Service.ENCODER:
-            if instance not in self.encoders:
-                self.encoders.append(instance)
+            self.encoders.setdefault(instance, 0)
             return
         if slot is None or service not in (Service.DIT, Service.VAE):
             return
-        place = self.slots.setdefault(slot, Slot(slot))
-        if service is Service.DIT:
-            place.dit = instance
-        else:
+        place = self.slots.get(slot)
+        if place is None:
+            place = self.slots[slot] = Slot(slot)
+        self.placement.join(slot, server)
+        self._slot_of[instance] = slot
+        if service is Service.VAE:
             place.vae = instance
+            return
+        if place.dit is None and place.job_id is None:
+            self.placement.put([slot])
+        place.dit = instance
 
     def worker_draining(self, instance: str) -> None:
         """Give the worker nothing new."""
-        if instance in self.encoders:
-            self.encoders.remove(instance)
-        for slot in self.slots.values():
-            if slot.dit == instance:
-                slot.dit = None
-            if slot.vae == instance:
-                slot.vae = None
+        self.encoders.pop(instance, None)
+        slot = self.slots.get(self._slot_of.pop(instance, -1))
+        if slot is None:
+            return
+        if slot.dit == instance:
+            slot.dit = None
+            if slot.job_id is None:
+                self.placement.take([slot.number])
+        if slot.vae == instance:
+            slot.vae = None
 
     def jobs_on(self, instance: str) -> list[Job]:
-        """The jobs whose attempt would go with this worker."""
-        return [job for job in self.jobs.values() if instance in job.workers]
+        """The jobs that would lose something with this worker. Looks at all that are not waiting."""
+        busy = [phase for phase in Phase if phase not in (Phase.WAITING, Phase.PARKED)]
+        return [job for phase in busy for job in self.by_phase[phase].values() if instance in job.workers]

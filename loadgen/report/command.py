@@ -1,0 +1,67 @@
+"""``loadgen report``: one self-contained page from the JSON files of ``loadgen sim``."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loadgen.report.page import page
+
+_LISTS = ("runs", "curves", "bounds", "timelines")
+
+
+class WrongFile(ValueError):
+    """A file that is no experiment's; the message names it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", type=Path, metavar="OUT", help="what loadgen sim --json wrote")
+    parser.add_argument("-o", dest="page", type=Path, default=Path("report.html"), help="default: report.html")
+
+
+def run(options: argparse.Namespace) -> dict[str, object]:
+    try:
+        data = join([read(file) for file in options.files])
+        options.page.write_text(page(data), encoding="utf-8")
+    except (WrongFile, OSError) as error:
+        raise SystemExit(f"loadgen report: {error}") from None
+    print(f"wrote {options.page}: {len(data['runs']):,} runs")
+    return {}
+
+
+def read(file: Path) -> dict[str, Any]:
+    """One experiment's file.
+
+    Raises:
+        WrongFile: it is not there, no JSON, or not an experiment of ``loadgen sim``.
+    """
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WrongFile(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise WrongFile(f"{file} is not JSON; give a file that loadgen sim --json wrote") from None
+    missing = [name for name in ("environment", *_LISTS, "levels") if not isinstance(data, dict) or name not in data]
+    if missing:
+        raise WrongFile(f"{file} has no {missing[0]!r}; give a file that loadgen sim --experiment ddit --json wrote")
+    if not data["runs"]:
+        raise WrongFile(f"{file} has no runs")
+    return data
+
+
+def join(files: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several files as one experiment: the same profile, each its own policies or sizes.
+
+    Raises:
+        WrongFile: they were made from different profiles, so that their numbers cannot stand side by side.
+    """
+    first = files[0]
+    if any(other["environment"]["rib"] != first["environment"]["rib"] for other in files):
+        raise WrongFile("the files were made from different profiles: make a page for each")
+    joined = dict(first)
+    for name in _LISTS:
+        joined[name] = [entry for file in files for entry in file[name]]
+    wall_s = sum(file["environment"].get("wall_s", 0.0) for file in files)
+    joined["environment"] = first["environment"] | {"wall_s": wall_s}
+    return joined

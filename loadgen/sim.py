@@ -1,0 +1,151 @@
+"""``loadgen sim``: scheduling policies in virtual time, on as many GPUs as you like.
+
+``--experiment ddit`` measures every policy at the points of the paper's evaluation (``loadgen/simulator/points.py``)
+and writes the JSON that ``loadgen report`` makes a page of. ``--day`` simulates one day and says how long that took.
+``--record`` simulates the requests of a recorded run.
+"""
+
+import argparse
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.policies.registry import UnknownPolicy, make_policy, policy_names
+from common.policies.rib import Rib, WrongRib, paper_rib
+from loadgen.simulator.cost import CostModel, Noise, Overheads
+from loadgen.simulator.experiment import Plan, print_summary, run_experiment
+from loadgen.simulator.loop import Stuck
+from loadgen.simulator.points import WrongSize, check_gpus
+from loadgen.simulator.replay import WrongRecord, from_lines
+from loadgen.simulator.single import simulate_day, simulate_record
+from loadgen.simulator.sweep import Setting
+from loadgen.simulator.write import write_experiment
+from loadgen.workloads import MIXES, UnknownMix, WrongMix, mix_named
+
+EXPERIMENTS = ("ddit",)
+SIZES = (8, 64)
+
+
+class WrongArgument(ValueError):
+    """An argument that makes no sense; the message says what to change."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to simulate (default: --experiment ddit)").add_mutually_exclusive_group()
+    what.add_argument("--experiment", choices=EXPERIMENTS, default="ddit", help="a paper's evaluation")
+    what.add_argument("--day", action="store_true", help="one day; prints the seconds that it took")
+    what.add_argument("--record", type=Path, metavar="FILE", help="the requests of a recorded run, on its slots")
+    parser.add_argument(
+        "--policy", nargs="+", metavar="NAME", help="only these (default: all but fifo, which is sdop:1; --day: ddit)"
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="in servers of 8 (default: 8 and 64; --day: 64)")
+    parser.add_argument("--mix", nargs="+", metavar="NAME", help=f"only these, of {', '.join(MIXES)}")
+    parser.add_argument("--load", type=float, default=0.8, help="with --day: the load, of saturation (default: 0.8)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="runs of every policy at every point (default: 20)")
+    parser.add_argument("--requests", type=int, metavar="N", help="videos in a run (default: by the number of GPUs)")
+    parser.add_argument("--rib", type=Path, metavar="FILE", help="a profile (default: the paper's figures)")
+    parser.add_argument("--step-240p", type=float, metavar="S", help="the paper's 240p step on one GPU (default: 0.25)")
+    parser.add_argument("--no-overheads", action="store_true", help="changes of a lease take no time (default: 1 ms)")
+    parser.add_argument("--noise", type=float, default=0.0, metavar="SPREAD", help="spread of the videos' own speeds")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="8 GPUs, three loads, 3 seeds, 100 videos")
+    parser.add_argument("--json", dest="out", type=Path, metavar="OUT", help="write the runs here")
+
+
+def run(options: argparse.Namespace) -> dict[str, object]:
+    """Carry out the command; the JSON is written here, one run a line.
+
+    Raises:
+        SystemExit: with one line that says what is wrong and what to change.
+    """
+    try:
+        _check(options)
+        result = _result(options)
+    except (UnknownPolicy, UnknownMix, WrongMix, WrongSize, WrongRib, WrongRecord, WrongArgument, Stuck) as error:
+        raise SystemExit(f"loadgen sim: {error}") from None
+    if options.out is not None:
+        write_experiment(options.out, result)
+    if result["experiment"] == "ddit":
+        print_summary(result["runs"])
+    return result
+
+
+def _result(options: argparse.Namespace) -> dict[str, Any]:
+    rib = _rib(options)
+    overheads = Overheads.none() if options.no_overheads else Overheads()
+    environment = _environment(rib, overheads, options)
+    cost = CostModel(rib, overheads, Noise(options.noise))
+    if options.day:
+        mix = mix_named((options.mix or ["even"])[0])
+        runs = simulate_day(options.policy or ["ddit"], cost, options.gpus or 64, mix, options.load, options.requests)
+        return {"experiment": "day", "environment": environment, "runs": runs}
+    if options.record is not None:
+        recorded = from_lines(options.record.read_text(encoding="utf-8"))
+        runs = simulate_record(options.policy or policy_names(), cost, recorded)
+        return {"experiment": "record", "environment": environment, "runs": runs}
+    found = run_experiment(_plan(options), Setting(rib.to_json(), overheads, options.noise))
+    environment["wall_s"] = found.pop("wall_s")
+    return {"experiment": "ddit", "environment": environment, **found}
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    return Plan(
+        # fifo is sdop:1 under another name (a test holds that): its points would cover the other's.
+        policies=tuple(options.policy or (name for name in policy_names() if name != "fifo")),
+        sizes=(options.gpus,) if options.gpus else SIZES[:1] if options.quick else SIZES,
+        mixes=tuple(mix_named(name) for name in options.mix or MIXES),
+        seeds=options.seeds or (3 if options.quick else 20),
+        requests=options.requests,
+        quick=options.quick,
+        workers=options.workers,
+    )
+
+
+def _rib(options: argparse.Namespace) -> Rib:
+    if options.rib is not None:
+        return Rib.from_json(options.rib.read_text(encoding="utf-8"))
+    return paper_rib(options.step_240p or 0.25)
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, least in (("seeds", 1), ("requests", 2), ("workers", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise WrongArgument(f"--{name} {value}: give {least} or more")
+    if options.noise < 0:
+        raise WrongArgument(f"--noise {options.noise}: give 0 or more")
+    if options.load <= 0:
+        raise WrongArgument(f"--load {options.load}: give a share of saturation above 0, for example 0.8")
+    if options.rib is not None and options.step_240p is not None:
+        raise WrongArgument("--step-240p belongs to the paper's table: leave it out when you give --rib")
+    if options.step_240p is not None and options.step_240p <= 0:
+        raise WrongArgument(f"--step-240p {options.step_240p}: give seconds above 0, for example 0.15")
+    if options.rib is not None and not options.rib.is_file():
+        raise WrongArgument(f"--rib {options.rib}: there is no such file; triptych profile writes one")
+    if options.record is not None and not options.record.is_file():
+        raise WrongArgument(f"--record {options.record}: there is no such file")
+    if options.out is not None and not options.out.resolve().parent.is_dir():
+        raise WrongArgument(f"--json {options.out}: the folder does not exist; make it first")
+    if options.gpus is not None:
+        check_gpus(options.gpus)
+    for name in options.policy or ():
+        make_policy(name)
+    for name in options.mix or ():
+        mix_named(name)
+
+
+def _environment(rib: Rib, overheads: Overheads, options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "simulated": True,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "rib": rib.to_json(),
+        "rib_from": str(options.rib) if options.rib else "the paper's figures (brief, section 2.6)",
+        "overheads_s": {name: getattr(overheads, name) for name in overheads.__slots__},
+        "noise": options.noise,
+        "saturation": "GPUs over the mean GPU-seconds of a request at degree 1, VAE included",
+    }
