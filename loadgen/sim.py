@@ -18,7 +18,7 @@ from common.policies.rib import Rib, WrongRib, paper_rib
 from loadgen.simulator.cost import CostModel, Noise, Overheads
 from loadgen.simulator.experiment import Plan, print_summary, run_experiment
 from loadgen.simulator.loop import Stuck
-from loadgen.simulator.points import WrongSize, check_gpus
+from loadgen.simulator.points import NAMES, WrongSize, check_gpus
 from loadgen.simulator.replay import WrongRecord, from_lines
 from loadgen.simulator.single import simulate_day, simulate_record
 from loadgen.simulator.sweep import Setting
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="in servers of 8 (default: 8 and 64; --day: 64)")
     parser.add_argument("--mix", nargs="+", metavar="NAME", help=f"only these, of {', '.join(MIXES)}")
+    parser.add_argument("--point", nargs="+", choices=NAMES, metavar="NAME", help=f"only these, of {', '.join(NAMES)}")
     parser.add_argument("--load", type=float, default=0.8, help="with --day: the load, of saturation (default: 0.8)")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of every policy at every point (default: 20)")
     parser.add_argument("--requests", type=int, metavar="N", help="videos in a run (default: by the number of GPUs)")
@@ -99,6 +100,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         mixes=tuple(mix_named(name) for name in options.mix or MIXES),
         seeds=options.seeds or (3 if options.quick else 20),
         requests=options.requests,
+        points=tuple(options.point or NAMES),
         quick=options.quick,
         workers=options.workers,
     )

@@ -48,8 +48,8 @@ METHOD = (
         "latencies say who is ahead, not what a user would see in the long run."
     ),
     (
-        "Square: Poisson arrivals whose rate jumps, a quarter of every 240 s at 1.5 of saturation, the rest "
-        "at 0.3. Burst: all videos at once."
+        "Square waves: Poisson arrivals whose rate jumps, a quarter of every 240 s at 1.5 of saturation, the rest at "
+        "0.3; gentle: at 1.0 and 0.2. Burst: all videos at once."
     ),
     ("The rates named after the paper are for one server of 8 GPUs; 64 GPUs get eight times as many."),
 )

@@ -27,6 +27,7 @@ class Plan:
     mixes: tuple[Mix, ...]
     seeds: int
     requests: int | None
+    points: tuple[str, ...]
     quick: bool
     workers: int
 
@@ -38,7 +39,8 @@ def run_experiment(plan: Plan, setting: Setting) -> dict[str, Any]:
         ValueError: the mixes do not fit the profile.
     """
     rib = Rib.from_json(setting.rib)
-    places = [point for gpus in plan.sizes for point in points(rib, gpus, plan.requests, plan.mixes, plan.quick)]
+    everywhere = [point for gpus in plan.sizes for point in points(rib, gpus, plan.requests, plan.mixes, plan.quick)]
+    places = [point for point in everywhere if point.name in plan.points]
     tasks = [Task(point, policy, plan.seeds, setting) for point in places for policy in plan.policies]
     started_s = time.perf_counter()
     runs: list[dict[str, Any]] = []

@@ -10,9 +10,11 @@ from loadgen.workloads import MIXES, Mix, Pattern, Workload, make_workload, mix_
 LOADS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 QUICK_LOADS = (0.3, 0.6, 0.9)
 SERVER_SLOTS = 8
-SQUARE_LOAD = 0.6  # the mean; the high quarter of every period then comes at 1.5 of saturation
+# Mean loads; the high quarter of every period comes at 1.0 and at 1.5 of saturation, the rest at 0.2 and 0.3.
+SQUARES = (("gentle square", 0.4), ("square", 0.6))
 # The paper's rates are for one server; more servers get as many times the requests.
 PAPER_RATES = (("rate 0.25", 0.25), ("rate 0.5", 0.5), ("overload", 1.0))
+NAMES = ("sweep", *(name for name, _ in SQUARES), *(name for name, _ in PAPER_RATES), "burst")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ def points(rib: Rib, gpus: int, requests: int | None, mixes: Iterable[Mix], quic
         full = saturation_rate(rib, tuple(rib.profiles), mix, gpus)
         for load in QUICK_LOADS if quick else LOADS:
             found.append(Point("sweep", gpus, mix.name, Pattern.POISSON, load * full, load, count))
-        found.append(Point("square", gpus, mix.name, Pattern.SQUARE, SQUARE_LOAD * full, SQUARE_LOAD, count))
+        for name, load in SQUARES:
+            found.append(Point(name, gpus, mix.name, Pattern.SQUARE, load * full, load, count))
     return found + _paper_points(rib, gpus, count)
 
 

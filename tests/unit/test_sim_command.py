@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from loadgen.__main__ import main
+from loadgen.simulator.points import NAMES
 
 SMALL = ("--gpus", "4", "--policy", "sdop:1", "ddit", "--mix", "even", "--seeds", "2", "--requests", "12", "--quick")
 
@@ -24,7 +25,7 @@ def test_the_json_has_what_is_promised(tmp_path: Path) -> None:
         assert {"policy", "rate", "seed", "requests", "completed", "gpu_seconds", "load", "mix", "gpus"} <= set(run)
         assert list(run["latency_s"]) == ["mean", "p50", "p90", "p99", "max"]
         assert run["completed"] == run["requests"] and run["gpus"] == 4
-    assert {run["point"] for run in data["runs"]} == {"sweep", "square", "rate 0.25", "rate 0.5", "overload", "burst"}
+    assert {run["point"] for run in data["runs"]} == set(NAMES)
     assert {(run["policy"], run["seed"]) for run in data["runs"]} == {
         (p, s) for p in ("sdop:1", "ddit") for s in (0, 1)
     }
