@@ -14,7 +14,9 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# One seed, so that the demo is the same video everywhere.
 DEMO_PROMPT ?= a red circle moving right
+DEMO_SEED ?= 1
 
 .PHONY: setup demo test lint gpu-check clean
 
@@ -28,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	@mkdir -p out
-	$(BIN)/triptych video "$(DEMO_PROMPT)" --start \
+	$(BIN)/triptych video "$(DEMO_PROMPT)" --seed $(DEMO_SEED) --start \
 		-o out/demo.mp4 --sheet out/demo.png --timeline out/demo-timeline.html
 
 lint: $(INSTALLED)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from common.models.memory import keep_freed_memory
 from common.models.mp4 import Mp4Encoder
 from common.models.opensora.pipeline import OpenSoraPipeline
 from common.models.opensora.spec import load_spec
@@ -27,6 +28,7 @@ def make_video(pipeline: OpenSoraPipeline, arguments: dict[str, Any]) -> bytes:
 
 def main(model: str, threads: int) -> None:
     """Answer until standard input closes."""
+    keep_freed_memory()
     torch.set_num_threads(threads)
     pipeline = OpenSoraPipeline(load_spec(model))
     print("ready", flush=True)

@@ -32,9 +32,7 @@ class Group:
         self._connector = connector
         self._timeout = timedelta(seconds=timeout_s)
 
-    def all_to_all(
-        self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], timeout_s: float | None = None
-    ) -> list[Tensor]:
+    def all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Send piece i to rank i; returns what each rank sent here, by rank, in `shapes`.
 
         Pieces have one dtype and device, and any shapes and strides, empty ones included. With NCCL this only
@@ -48,7 +46,7 @@ class Group:
         sent = _bytes(_joined(pieces), self._connector.device)
         received = torch.empty(sum(counts) * dtype.itemsize, dtype=torch.uint8, device=sent.device)
         options = AllToAllOptions()
-        options.timeout = self._timeout if timeout_s is None else timedelta(seconds=timeout_s)
+        options.timeout = self._timeout
         sent_sizes = [piece.numel() * dtype.itemsize for piece in pieces]
         received_sizes = [count * dtype.itemsize for count in counts]
         self._run(
@@ -89,8 +87,15 @@ class Group:
 
     def compare(self, value: int, timeout_s: float | None = None) -> list[int]:
         """Every rank's value, by rank. Each speaks with each, so one closed connection anywhere is noticed."""
-        mine = torch.tensor([value], dtype=torch.int64)
-        return [int(theirs) for theirs in self.all_to_all([mine] * self.size, [(1,)] * self.size, timeout_s)]
+        if self.size == 1:
+            self._check_open()
+            return [value]
+        sent = torch.full((self.size,), value, dtype=torch.int64, device=self._connector.device)
+        received = torch.empty_like(sent)
+        options = AllToAllOptions()
+        options.timeout = self._timeout if timeout_s is None else timedelta(seconds=timeout_s)
+        self._run(lambda transport: transport.alltoall_base(received, sent, [], [], options), settle=True)
+        return [int(theirs) for theirs in received.tolist()]
 
     def close(self) -> None:
         """Close this member's connections: whoever exchanges with it then gets GroupBroken at once."""

@@ -15,6 +15,7 @@ from common.bus.port import Bus, Subscription
 from common.messages.cluster import Ping, Service, VideoModelInfo
 from common.messages.failures import Acknowledged
 from common.messages.subjects import PING
+from common.models.memory import keep_freed_memory
 from common.models.opensora.errors import ModelLoadError
 from common.models.opensora.spec import VideoModelSpec, load_spec
 from common.runtime.membership import Registration
@@ -82,6 +83,7 @@ async def serve_worker(
 
     ``meeting`` is the address at which groups meet that this worker leads, where it can be in one.
     """
+    keep_freed_memory()
     instance = settings.instance_of(service)
     device = choose_device(settings)
     try:

@@ -62,6 +62,8 @@ def join(files: Sequence[dict[str, Any]]) -> dict[str, Any]:
     joined = dict(first)
     for name in _LISTS:
         joined[name] = [entry for file in files for entry in file[name]]
+    # Files of different points hold the same timelines.
+    joined["timelines"] = list({(line["policy"], line["gpus"]): line for line in joined["timelines"]}.values())
     wall_s = sum(file["environment"].get("wall_s", 0.0) for file in files)
     joined["environment"] = first["environment"] | {"wall_s": wall_s}
     return joined

@@ -24,9 +24,10 @@ def page(data: Mapping[str, Any]) -> str:
     for gpus in sections.sizes(table):
         parts += [f"<h3>{gpus} GPUs</h3>", sections.sweeps(table, gpus)]
     if "elastic" in names:
-        parts += _section("elastic against the best of all others", words.ELASTIC, sections.losses(table))
+        parts += _section("elastic against the best of all others", words.ELASTIC, "")
         for gpus in sections.sizes(table):
             parts += [f"<h3>{gpus} GPUs</h3>", sections.heatmap(table, "elastic", None, gpus)]
+        parts.append(sections.losses(table))
     if "ddit" in names:
         parts += _section("ddit against the best static policy", words.STATIC, "")
         for gpus in sections.sizes(table):

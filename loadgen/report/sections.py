@@ -8,7 +8,7 @@ from common.policies.rib import Rib
 from loadgen.report.charts import Line, bar_chart, cdf_chart, line_chart, policy_class, slot_chart
 from loadgen.report.paper import PAPER_COST, readings
 from loadgen.simulator.bounds import cost_over
-from loadgen.simulator.verdicts import STATIC, Place, Result, Table, Verdict, against_best
+from loadgen.simulator.verdicts import STATIC, Place, Result, Table, Verdict, against_best, compare
 
 MEASURE_TEXT = {"mean": "mean latency", "p99": "p99 latency"}
 
@@ -35,7 +35,7 @@ def glance(table: Table) -> str:
     if verdicts:
         fine = sum(verdict.result is not Result.WORSE for verdict in verdicts)
         cards.append(
-            _card(f"{fine} of {len(verdicts)}", "points where elastic is no worse than the best of all others")
+            _card(f"{fine} of {len(verdicts)}", "means and p99s where elastic is no worse than the best other policy")
         )
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -43,6 +43,7 @@ def glance(table: Table) -> str:
 def paper_table(table: Table) -> str:
     """Ours beside the paper's."""
     rows = []
+    before = ""
     for reading in readings(table):
         case, verdict = reading.case, reading.verdict
         value, low, high = reading.reduction
@@ -51,9 +52,11 @@ def paper_table(table: Table) -> str:
         rows.append(
             f"<tr><td>{escape(case.name)}{where}</td><td>{case.measure}</td><td>{escape(other)}</td>"
             f'<td class="number">−{case.reduction:g} %</td>'
-            f'<td class="number"><b>{-value:+.1f} %</b><br><span class="quiet">{-high:+.1f} to {-low:+.1f}</span></td>'
-            f"<td>{escape(case.why)}</td></tr>"
+            f'<td class="number"><b>{_signed(-value)} %</b><br>'
+            f'<span class="quiet">{_signed(-high)} to {_signed(-low)}</span></td>'
+            f"<td>{'As above.' if case.why == before else escape(case.why)}</td></tr>"
         )
+        before = case.why
     head = (
         "<tr><th>case</th><th>measure</th><th>ddit against</th><th>paper</th><th>ours, simulated</th><th>why</th></tr>"
     )
@@ -107,9 +110,33 @@ def losses(table: Table) -> str:
         f"{escape(verdict.other)}, ratio {verdict.ratio.text}</li>"
         for verdict in sorted(worse, key=lambda verdict: -verdict.ratio.value)
     )
+    places = list(dict.fromkeys(verdict.place for verdict in worse))
+    split = sum(len({_best(table, place, measure) for measure in MEASURE_TEXT}) > 1 for place in places)
     return (
-        f"<p>elastic is worse than the best other policy at {len(worse)} points, the largest first:</p><ul>{items}</ul>"
+        f"<p>elastic does not reach its aim: it is worse than the best other policy in {len(worse)} means and p99s, "
+        f"at {len(places)} points. At {split} of these no other policy has both the best mean and the best p99: the "
+        "rivals are two, one that lets short videos overtake and one that keeps to the order of arrival. Some single "
+        f"policy is better than elastic in both at {_dominated(table)} points.</p>"
+        f"<details><summary>All {len(worse)}, the largest first</summary><ul>{items}</ul></details>"
     )
+
+
+def _best(table: Table, place: Place, measure: str) -> str:
+    """The best policy but elastic."""
+    others = [name for name in table[place] if name != "elastic"]
+    return min(others, key=lambda name: table[place][name].estimate(measure).value)
+
+
+def _dominated(table: Table) -> int:
+    """At how many points some one policy has a better mean and a better p99 than elastic, beyond the intervals."""
+    found = 0
+    for place, by_policy in table.items():
+        for other in by_policy:
+            verdicts = [compare(table, place, "elastic", other, measure) for measure in MEASURE_TEXT]
+            if all(verdict is not None and verdict.result is Result.WORSE for verdict in verdicts):
+                found += 1
+                break
+    return found
 
 
 def distributions(data: Mapping[str, Any]) -> str:
@@ -226,6 +253,10 @@ def _cell(verdict: Verdict | None) -> str:
         return "<td></td>"
     hint = f"{verdict.own_s:.2f} s against {verdict.other_s:.2f} s of {verdict.other}; ratio {verdict.ratio.text}"
     return f'<td class="{verdict.result}" title="{escape(hint)}">{verdict.ratio.value:.2f}</td>'
+
+
+def _signed(percent: float) -> str:
+    return f"{percent:+.1f}".replace("-", "−")
 
 
 def _card(figure: str, text: str) -> str:

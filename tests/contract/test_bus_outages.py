@@ -98,6 +98,8 @@ async def test_handlers_and_listeners_work_on_after_a_restart(nats_server: NatsS
         await eventually(lambda: not asker.connected and not answerer.connected)
         await nats_server.start()
         await eventually(lambda: asker.connected and answerer.connected)
+        # On the answerer's own connection, behind its subscriptions: with the answer the new server knows them.
+        assert await answerer.request(ECHO, prompt(), "a") == prompt()
         assert await asker.request(ECHO, prompt(), "a") == prompt()
         await asker.publish(STEPS, step(1), "dit-0")
         await eventually(lambda: heard == [1])

@@ -85,6 +85,7 @@ def test_a_group_of_one_needs_nobody(party: Party) -> None:
     assert torch.equal(group.all_to_all([piece], [(2, 3)])[0], piece.view(2, 3))
     assert group.all_gather(piece)[0] is piece
     assert group.agree(5) == 5
+    assert group.compare(6) == [6]
     group.close()
     with pytest.raises(GroupBroken):
         group.agree(5)

@@ -11,6 +11,7 @@ from common.models.demo.clips import FRAME_COUNTS, SIZES, Subject, draw, sample_
 from common.models.demo.loop import generator_of
 from common.models.demo.parallel import Workers
 from common.models.demo.pool import to_video
+from common.models.demo.precision import mixed_precision
 from common.models.opensora.vae import OpenSoraVAE
 
 _ENCODED_PIXELS = 512 * 1024
@@ -37,11 +38,11 @@ class Bucket:
 
 
 # Many clips of the cheapest format: with 1,500 of them the model learned them by heart, and colour and shape held for
-# new captions, but left and right did not. The larger formats have as many as keeps a clip's visits about ten.
+# new captions, but left and right did not. The larger formats have what there is time to encode.
 _CLIPS: dict[int, tuple[int, int]] = {
-    64 * 64: (8000, 2400),
-    96 * 64: (1600, 600),
-    128 * 128: (400, 300),
+    64 * 64: (12000, 4000),
+    96 * 64: (2400, 900),
+    128 * 128: (600, 400),
 }
 _SHARES: dict[int, tuple[float, float]] = {
     64 * 64: (0.15, 0.15),
@@ -108,7 +109,9 @@ def _gather(folder: Path, index: int, bucket: Bucket, share: float, seed: int) -
 
 def _encode(vae: OpenSoraVAE, bucket: Bucket, subjects: list[Subject], rng: np.random.Generator) -> Tensor:
     clips = [draw(sample_clip(rng, subject, bucket.width, bucket.height, bucket.frames)) for subject in subjects]
-    return vae.encode(to_video(np.stack(clips)).to(vae.shift.device)).to("cpu", torch.float16)
+    device = vae.shift.device
+    with mixed_precision(device):
+        return vae.encode(to_video(np.stack(clips)).to(device)).to("cpu", torch.float16)
 
 
 def latent_statistics(encoded: list[EncodedBucket]) -> tuple[Tensor, Tensor]:
@@ -141,7 +144,7 @@ class LatentBatches:
         blend = 0.9 * max(0.0, (progress - 0.4) / 0.6)
         index = int(rng.choice(len(self._encoded), p=(1 - blend) * self._early + blend * self._late))
         chosen = self._encoded[index]
-        count = min(max(4, self._tokens // chosen.bucket.tokens), len(chosen.subjects))
+        count = min(max(3, self._tokens // chosen.bucket.tokens), len(chosen.subjects))
         rows = rng.choice(len(chosen.subjects), size=count, replace=False)
         latents = (chosen.latents[torch.from_numpy(rows)].float() - self._mean) / self._deviation
         return chosen.bucket, latents, [chosen.subjects[row] for row in rows]

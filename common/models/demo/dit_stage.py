@@ -15,6 +15,7 @@ from common.models.demo.dataset import EncodedBucket, LatentBatches
 from common.models.demo.loop import Budget, Stage, run, split_parameters, torch_generator_of
 from common.models.demo.optim import Average, Optimiser
 from common.models.demo.parallel import Workers
+from common.models.demo.precision import mixed_precision
 from common.models.demo.settings import CAPTION_CHANNELS, DIT, MAX_PROMPT_TOKENS
 from common.models.demo.tokenizer import END, PAD
 from common.models.opensora.rectified_flow import RectifiedFlow
@@ -102,9 +103,10 @@ def train_dit(
         def velocity(noisy: Tensor, timesteps: Tensor) -> Tensor:
             size = {"height": bucket.height, "width": bucket.width}
             predicted: Tensor = models.dit(noisy, timesteps, states, mask, fps=FPS, **size)
-            return predicted
+            return predicted.float()
 
-        return flow.training_losses(velocity, latents.to(device), times, noise).mean()
+        with mixed_precision(device):
+            return flow.training_losses(velocity, latents.to(device), times, noise).mean()
 
     matrices, others = split_parameters(module, _KEPT_FROM_MUON)
     optimiser = Optimiser(matrices, others, matrix_lr=0.012, other_lr=1.2e-3, workers=workers)

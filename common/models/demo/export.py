@@ -27,7 +27,7 @@ def demo_spec() -> VideoModelSpec:
         vae="vae",
         sizes=SIZES,
         frames=FRAME_COUNTS,
-        defaults=VideoDefaults(size=(128, 128), frames=32, fps=FPS, steps=30, guidance_scale=2.0),
+        defaults=VideoDefaults(size=(128, 128), frames=32, fps=FPS, steps=30, guidance_scale=3.0),
         fps_range=(1, 30),
         steps_range=(4, 100),
         guidance_range=(1.0, 8.0),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common.models.demo.parallel import Workers
+from common.models.demo.precision import product_type
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
@@ -22,10 +23,11 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x.to(product_type(x.device))
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.transpose(1, 2)
         x = a * x + torch.baddbmm(b * gram, gram, gram, alpha=c) @ x
-    direction: Tensor = x.transpose(1, 2) if tall else x
+    direction: Tensor = (x.transpose(1, 2) if tall else x).to(matrices.dtype)
     return direction
 
 

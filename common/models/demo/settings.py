@@ -60,10 +60,10 @@ class Budgets:
 
 
 FULL = Budgets(
-    spatial=Budget(steps=1500, seconds=7 * 60),
-    temporal=Budget(steps=4000, seconds=6 * 60),
-    joint=Budget(steps=1000, seconds=4 * 60),
-    dit=Budget(steps=8000, seconds=60 * 60),
+    spatial=Budget(steps=2700, seconds=5.5 * 60),
+    temporal=Budget(steps=3500, seconds=7 * 60),
+    joint=Budget(steps=1300, seconds=7 * 60),
+    dit=Budget(steps=11000, seconds=55 * 60),
     clips_in_pool=1200,
     latent_share=1.0,
 )

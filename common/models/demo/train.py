@@ -29,6 +29,7 @@ from common.models.demo.pool import ClipPool
 from common.models.demo.settings import FULL, MAX_PROMPT_TOKENS, Budgets
 from common.models.demo.tokenizer import load_tokenizer, train_tokenizer
 from common.models.demo.vae_stage import load_vae, reconstruction_psnr, train_vae
+from common.models.memory import keep_freed_memory
 from common.models.opensora.pipeline import OpenSoraPipeline
 from common.models.opensora.spec import load_spec
 
@@ -55,6 +56,7 @@ def main() -> None:
 
 
 def _work(rank: int, count: int, meeting: Path, options: argparse.Namespace) -> None:
+    keep_freed_memory()
     workers = join(rank, count, meeting)
     trainer = Trainer(
         options.work,

@@ -20,6 +20,7 @@ from common.models.demo.loop import Budget, Stage, generator_of, run, split_para
 from common.models.demo.optim import Average, Optimiser
 from common.models.demo.parallel import Workers
 from common.models.demo.pool import ClipPool, pixel_weights
+from common.models.demo.precision import mixed_precision
 from common.models.demo.settings import VAE, Budgets
 from common.models.opensora.latents import LatentDistribution
 from common.models.opensora.spatial_vae import SpatialVAE
@@ -49,25 +50,29 @@ def train_vae(
 
     def spatial_loss(rng: np.random.Generator, _: float) -> Tensor:
         video = _crops(pool, rng, 1, _IMAGE_PIXELS // workers.count).to(device)
-        latent = spatial.encode(video)
-        return pixel_loss(spatial.decode(latent), video) + 1e-4 * latent.pow(2).mean()
+        with mixed_precision(device):
+            latent = spatial.encode(video)
+            decoded = spatial.decode(latent)
+        return pixel_loss(decoded.float(), video) + 1e-4 * latent.float().pow(2).mean()
 
     def temporal_loss(rng: np.random.Generator, _: float) -> Tensor:
         latent, weights = (part.to(device) for part in latents.draw(rng, _TEMPORAL_LATENTS // workers.count))
-        posterior = vae.temporal_vae.encode(latent)
-        decoded = vae.temporal_vae.decode(posterior.sample(torch_generator_of(rng)), latent.shape[2])
-        error = decoded - latent
+        with mixed_precision(device):
+            posterior = vae.temporal_vae.encode(latent)
+            decoded = vae.temporal_vae.decode(posterior.sample(torch_generator_of(rng)), latent.shape[2])
+        error = decoded.float() - latent
         return (weights * (error.abs() + error.pow(2))).mean() + _KL_WEIGHT * kl_loss(posterior)
 
     def joint_loss(rng: np.random.Generator, _: float) -> Tensor:
         frames = 16 if rng.random() < 0.75 else 8
         video = _crops(pool, rng, frames, _CLIP_PIXELS // workers.count).to(device)
-        with torch.no_grad():
-            latent = spatial.encode(video)
-        posterior = vae.temporal_vae.encode(latent)
-        sample = posterior.sample(torch_generator_of(rng))
-        decoded = spatial.decode(vae.temporal_vae.decode(sample, frames))
-        return pixel_loss(decoded, video) + _KL_WEIGHT * kl_loss(posterior)
+        with mixed_precision(device):
+            with torch.no_grad():
+                latent = spatial.encode(video)
+            posterior = vae.temporal_vae.encode(latent)
+            sample = posterior.sample(torch_generator_of(rng))
+            decoded = spatial.decode(vae.temporal_vae.decode(sample, frames))
+        return pixel_loss(decoded.float(), video) + _KL_WEIGHT * kl_loss(posterior)
 
     _run_stage(workers, folder, seed + 1, resume, "spatial", spatial, budgets.spatial, spatial_loss, 0.02, 2e-3)
     with torch.no_grad():
@@ -155,7 +160,7 @@ def pixel_loss(decoded: Tensor, video: Tensor) -> Tensor:
 
 def kl_loss(posterior: LatentDistribution) -> Tensor:
     """Mean divergence of the posterior from a unit normal, per latent number."""
-    mean, logvar = posterior.mean, posterior.logvar
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
     return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
 
 

@@ -48,6 +48,15 @@ class RotaryEmbedding(nn.Module):
         return tables
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention in the values' precision; q, k, v: [..., N, head_dim]."""
+    if v.dtype is torch.bfloat16 and v.device.type == "cpu" and torch.is_grad_enabled():
+        # Its backward pass on a CPU takes six times as long in bfloat16 as in float32.
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(v.dtype)
+    return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
+
+
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Turn x [..., positions, head_dim] by the tables of `RotaryEmbedding`."""
     pairs = x.reshape(*x.shape[:-1], -1, 2)
@@ -80,7 +89,7 @@ class SelfAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        out = attend(q, k, v)
         out = out.view(batch, -1, *out.shape[1:])
         out = out.permute(0, 3, 1, 2, 4) if temporal else out.permute(0, 1, 3, 2, 4)
         projected: Tensor = self.proj(out.reshape(batch, frames, patches, channels))
@@ -109,6 +118,6 @@ class CrossAttention(nn.Module):
         """`mask` is bool [B, 1, 1, L], true where a text token counts; None where all count."""
         batch, length, channels = x.shape
         q = self.q_linear(x).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=mask)
+        out = attend(q, keys.to(q.dtype), values.to(q.dtype), mask)
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, length, channels))
         return projected
