@@ -15,13 +15,13 @@ from common.messages.cache import StoreTensor, TensorStored
 from common.messages.subjects import CHECKPOINT_STORED, STORE_TENSOR
 from common.messages.video import Checkpoint, CheckpointStored, VideoRequest
 from common.tensors.ucx import UcxTensors
-from services.dit.checkpoints import CheckpointWriter, Snapshot
+from services.dit.checkpoints import STORE_DEADLINE_S, CheckpointWriter, Snapshot
 from tests.support.denoising import DenoisingStage, denoising_stage
 from tests.support.nats_server import NatsServer
 from tests.support.small_model import save_small_model
 
 WAIT_S = 60.0
-STEPS = 40
+STEPS = 20
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "4"))
 
 
@@ -34,8 +34,8 @@ def request(**changes: object) -> VideoRequest:
     values = {
         "model": "small",
         "prompt": "",
-        "width": 160,
-        "height": 160,
+        "width": 128,
+        "height": 128,
         "frames": 13,
         "fps": 8,
         "steps": STEPS,
@@ -114,9 +114,8 @@ async def test_no_cache_store_nor_its_end_nor_its_silence_costs_a_job(model: Pat
         lease = await stage.grant("dit-0", request(), "silent")
         await stage.until(lambda: len(stage.stored["silent"]) > 2)
         stage.signal("cache_store-0", signal.SIGSTOP)
-        started_s = time.monotonic()
         assert torch.equal(await stage.finished(lease), expected)
-        assert time.monotonic() - started_s < 4.0, "a step has waited for the cache store"
+        assert stage.longest_pause_s(lease) < STORE_DEADLINE_S / 2, "a step has waited for the cache store"
         stage.signal("cache_store-0", signal.SIGCONT)
         assert stage.failures == []
         stage.signal("dit-0", signal.SIGTERM)
@@ -128,7 +127,7 @@ async def test_a_checkpoint_that_does_not_come_or_fit_means_the_beginning(model:
         await stage.start("dit-0")
         await stage.ready("dit-0")
         expected = await undisturbed(stage, "dit-0")
-        released = stage.tensors.export(torch.zeros(1, 4, 4, 20, 20))
+        released = stage.tensors.export(torch.zeros(1, 4, 4, 16, 16))
         await stage.tensors.release(released)
         for latent in (released, stage.tensors.export(torch.zeros(1, 4, 1, 2, 2))):
             lease = await stage.grant("dit-0", request(), "video", Checkpoint(step=3, latent=latent))

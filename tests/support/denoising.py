@@ -7,6 +7,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -62,6 +63,7 @@ class DenoisingStage:
         self.lost: list[GroupLost] = []
         self.parked: list[JobParked] = []
         self.steps: dict[int, list[int]] = defaultdict(list)
+        self._reports: dict[int, list[StepFinished]] = defaultdict(list)
         self.stored: dict[str, list[int]] = defaultdict(list)
         self.latents: asyncio.Queue[DenoisingFinished] = asyncio.Queue(100)
         self.failures: list[PhaseFailed] = []
@@ -176,6 +178,11 @@ class DenoisingStage:
             if report.epoch == lease.epoch:
                 return await self.tensors.fetch(report.latent, deadline_s=WAIT_S)
 
+    def longest_pause_s(self, lease: Lease) -> float:
+        """The longest time between the end of a step and the start of the next."""
+        reports = self._reports[lease.epoch]
+        return max(later.started_at_s - sooner.ended_at_s for sooner, later in pairwise(reports))
+
     async def until(self, holds: Callable[[], bool]) -> None:
         """Return once ``holds`` does, looking whenever something was reported."""
         async with asyncio.timeout(WAIT_S):
@@ -226,6 +233,7 @@ class DenoisingStage:
     def _stepped(self, report: StepFinished) -> None:
         self.reports.append(report)
         self.steps[report.epoch].append(report.step)
+        self._reports[report.epoch].append(report)
         self._news.set()
 
     def _checkpointed(self, report: CheckpointStored) -> None:

@@ -293,7 +293,8 @@ def test_decoding_survives_a_kill(stack: Stack, request_fields: dict[str, Any]) 
     for victim in ("vae-0", "vae-1"):
         stack.process_of(victim).kill()
     assert stack.completed(video_id) == expected
-    assert stack.json("GET", f"/v1/videos/{video_id}")["attempt"] == 2
+    # The second attempt may be granted to the other decoder before its death is known.
+    assert stack.json("GET", f"/v1/videos/{video_id}")["attempt"] in (2, 3)
     spans = stack.json("GET", f"/v1/videos/{video_id}/timeline")["spans"]
     again = [span["step"] for span in spans if span["phase"] == "step" and span["started_at_s"] > killed_at_s]
     assert again == [], "the final latent was kept"
