@@ -92,7 +92,7 @@ def heatmap(table: Table, policy: str, others: Sequence[str] | None, gpus: int) 
     columns = sorted({(_column(verdict.place)) for verdict in verdicts})
     by_cell = {(verdict.place.mix, verdict.measure, _column(verdict.place)): verdict for verdict in verdicts}
     rows = []
-    for mix in mixes(table):
+    for mix in dict.fromkeys(verdict.place.mix for verdict in verdicts):
         for measure in ("mean", "p99"):
             cells = "".join(_cell(by_cell.get((mix, measure, column))) for column in columns)
             rows.append(f"<tr><th>{escape(mix)}, {measure}</th>{cells}</tr>")
@@ -210,8 +210,8 @@ def _cost_table(table: Table, bounds: Iterable[Mapping[str, Any]]) -> str:
         cells = "".join(f'<td class="number">{value:.2f}</td>' for value in values)
         rows += f"<tr><td>{escape(policy)}</td>{cells}</tr>"
     return (
-        "<p>At the paper's rate of 0.5 a server, even mix, with the bound's waiting alone halved (usual) and with all of "
-        f'it halved (as reported):</p><div class="scroll"><table><tr><th>policy</th>{head}</tr>{rows}</table></div>'
+        "<p>At the paper's rate of 0.5 a server, even mix, with the bound's waiting alone halved (usual) and with all "
+        f'of it halved (as reported):</p><div class="scroll"><table><tr><th>policy</th>{head}</tr>{rows}</table></div>'
     )
 
 
