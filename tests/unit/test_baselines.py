@@ -12,20 +12,7 @@ from common.policies.registry import UnknownPolicy, make_policy, policy_names
 from common.policies.rib import VideoKind
 from common.policies.state import Phase
 from common.policies.static_groups import OptimalPartition, StaticDegree, StaticPartition
-
-SMALL, MIDDLE, LARGE = (256, 144), (426, 240), (640, 360)
-STEPS = 30
-
-
-def cluster(policy: Policy, *servers: int) -> Policy:
-    policy.handle(event.WorkerJoined("encoder-0", Service.ENCODER), 0.0)
-    slot = 0
-    for server, slots in enumerate(servers):
-        for _ in range(slots):
-            policy.handle(event.WorkerJoined(f"dit-{slot}", Service.DIT, slot, f"server-{server}"), 0.0)
-            policy.handle(event.WorkerJoined(f"vae-{slot}", Service.VAE, slot, f"server-{server}"), 0.0)
-            slot += 1
-    return policy
+from tests.support.policies import LARGE, MIDDLE, SMALL, STEPS, cluster
 
 
 def arrive(
