@@ -8,20 +8,7 @@ from common.policies import decisions as decide
 from common.policies import events as event
 from common.policies.elastic import LEAST_WEIGHT, MOST_WEIGHT, ArrivalRate, Elastic
 from common.policies.state import Phase
-from tests.support.policies import LARGE, MIDDLE, SMALL, STEPS, cluster
-
-
-def arrive(policy: Elastic, job_id: str, size: tuple[int, int], at_s: float, **more: object) -> list[decide.Decision]:
-    arrived = event.JobArrived(job_id, at_s, *size, 51, STEPS, **more)  # type: ignore[arg-type]
-    decisions = policy.handle(arrived, at_s)
-    job = policy.state.jobs[job_id]
-    if job.phase is Phase.ENCODING:
-        decisions += policy.handle(event.PromptEncoded(job_id, job.attempt), at_s)
-    return decisions
-
-
-def leases(decisions: list[decide.Decision]) -> dict[str, tuple[int, ...]]:
-    return {one.job_id: one.slots for one in decisions if isinstance(one, decide.GrantLease)}
+from tests.support.policies import LARGE, MIDDLE, SMALL, arrive, cluster, leases
 
 
 def boundary(policy: Elastic, job_id: str, step: int, at_s: float) -> list[decide.Decision]:
