@@ -8,7 +8,7 @@ from common.policies.rib import Rib
 from loadgen.report import sections, words
 from loadgen.report.charts import policy_class
 from loadgen.report.style import SCRIPT, STYLE, policy_colours
-from loadgen.simulator.verdicts import STATIC, table_of
+from loadgen.simulator.verdicts import STATIC, Table, table_of
 from loadgen.workloads import MIXES, STEPS
 
 
@@ -18,7 +18,7 @@ def page(data: Mapping[str, Any]) -> str:
     environment = data["environment"]
     rib = Rib.from_json(environment["rib"])
     names = sections.policies(table)
-    parts = [_head(data), sections.glance(table)]
+    parts = [_head(data, table), sections.glance(table)]
     parts += _section("Ours beside the paper", words.PAPER, sections.paper_table(table))
     parts += _section("Latency over load", words.SWEEPS, sections.legend(names))
     for gpus in sections.sizes(table):
@@ -44,13 +44,14 @@ def page(data: Mapping[str, Any]) -> str:
     )
 
 
-def _head(data: Mapping[str, Any]) -> str:
+def _head(data: Mapping[str, Any], table: Table) -> str:
     runs = data["runs"]
-    seeds = len({run["seed"] for run in runs})
+    counts = {len(series.runs) for by_policy in table.values() for series in by_policy.values()}
+    seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{min(counts)}"
     videos = sum(run["requests"] for run in runs)
     return (
         '<header><h1>DDiT in virtual time <span class="badge">simulated</span></h1>'
-        f"<p>{words.HEAD} {len(runs):,} runs, {seeds} seeds, {videos:,} videos.</p></header>"
+        f"<p>{words.HEAD} {len(runs):,} runs, {seeds} seeds a point, {videos:,} videos.</p></header>"
     )
 
 

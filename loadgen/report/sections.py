@@ -92,7 +92,7 @@ def heatmap(table: Table, policy: str, others: Sequence[str] | None, gpus: int) 
     columns = sorted({(_column(verdict.place)) for verdict in verdicts})
     by_cell = {(verdict.place.mix, verdict.measure, _column(verdict.place)): verdict for verdict in verdicts}
     rows = []
-    for mix in mixes(table):
+    for mix in dict.fromkeys(verdict.place.mix for verdict in verdicts):
         for measure in ("mean", "p99"):
             cells = "".join(_cell(by_cell.get((mix, measure, column))) for column in columns)
             rows.append(f"<tr><th>{escape(mix)}, {measure}</th>{cells}</tr>")
@@ -189,7 +189,30 @@ def costs(table: Table, data: Mapping[str, Any]) -> str:
                 )
             )
     papers = ", ".join(f"{name} {value:g}" for name, value in PAPER_COST)
-    return f"<p>The paper reports, for its 64 GPUs: {papers} times the bound.</p>" + _grid(charts)
+    words = f"<p>The paper reports, for its 64 GPUs: {papers} times the bound.</p>"
+    return words + _grid(charts) + _cost_table(table, data["bounds"])
+
+
+def _cost_table(table: Table, bounds: Iterable[Mapping[str, Any]]) -> str:
+    """The paper's rate of 0.5 a server under both forms of the bound's formula."""
+    at = [bound for bound in bounds if bound["point"] == "rate 0.5" and "online_usual" in bound]
+    columns: dict[str, list[float]] = {}
+    for bound in at:
+        place = Place(bound["point"], bound["gpus"], bound["mix"], bound["load"], bound["rate"])
+        for policy, series in table.get(place, {}).items():
+            cost = cost_over(series, bound)
+            columns.setdefault(policy, []).extend([cost["online_usual"], cost["online_reported"]])
+    if not columns:
+        return ""
+    head = "".join(f"<th>{bound['gpus']} GPUs, {form}</th>" for bound in at for form in ("usual", "as reported"))
+    rows = ""
+    for policy, values in sorted(columns.items(), key=lambda column: column[1][-1]):
+        cells = "".join(f'<td class="number">{value:.2f}</td>' for value in values)
+        rows += f"<tr><td>{escape(policy)}</td>{cells}</tr>"
+    return (
+        "<p>At the paper's rate of 0.5 a server, even mix, with the bound's waiting alone halved (usual) and with all "
+        f'of it halved (as reported):</p><div class="scroll"><table><tr><th>policy</th>{head}</tr>{rows}</table></div>'
+    )
 
 
 def sizes(table: Table) -> list[int]:

@@ -209,6 +209,8 @@ async def test_one_bad_event_does_not_cost_the_next(nats_server: NatsServer) -> 
         await stranger.publish("test.step.dit-0", b"garbage")
         await stranger.flush()
         await stranger.close()
+        # Nothing orders the events of two connections: the bad one is to be the first.
+        await eventually(lambda: bool(log.events))
         await bus.publish(STEPS, step(1), "dit-0")
         await bus.publish(STEPS, step(2), "dit-0")
         await asyncio.wait_for(done.wait(), 10)

@@ -31,6 +31,11 @@ def free_port() -> int:
         return port
 
 
+def _state(thread: Path) -> str:
+    """The letter that /proc gives a thread's state, "T" for one that was stopped."""
+    return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+
+
 class NatsServer:
     """One broker process. It keeps its port and its store over ``kill`` and ``start``."""
 
@@ -56,6 +61,12 @@ class NatsServer:
         """Keep the process from running: its connections stand, but nothing is answered."""
         if self._process is not None:
             self._process.send_signal(signal.SIGSTOP)
+            # A thread that is on a core goes on until the signal reaches it, and may answer a request meanwhile.
+            threads = Path(f"/proc/{self._process.pid}/task")
+            deadline_s = time.monotonic() + 10
+            while any(_state(thread) != "T" for thread in threads.iterdir()):
+                assert time.monotonic() < deadline_s, "the server does not stop"
+                time.sleep(0.001)
 
     def resume(self) -> None:
         if self._process is not None:

@@ -12,35 +12,7 @@ from common.policies.registry import UnknownPolicy, make_policy, policy_names
 from common.policies.rib import VideoKind
 from common.policies.state import Phase
 from common.policies.static_groups import OptimalPartition, StaticDegree, StaticPartition
-
-SMALL, MIDDLE, LARGE = (256, 144), (426, 240), (640, 360)
-STEPS = 30
-
-
-def cluster(policy: Policy, *servers: int) -> Policy:
-    policy.handle(event.WorkerJoined("encoder-0", Service.ENCODER), 0.0)
-    slot = 0
-    for server, slots in enumerate(servers):
-        for _ in range(slots):
-            policy.handle(event.WorkerJoined(f"dit-{slot}", Service.DIT, slot, f"server-{server}"), 0.0)
-            policy.handle(event.WorkerJoined(f"vae-{slot}", Service.VAE, slot, f"server-{server}"), 0.0)
-            slot += 1
-    return policy
-
-
-def arrive(
-    policy: Policy, job_id: str, size: tuple[int, int], at_s: float = 1.0, deadline_s: float | None = None
-) -> list[decide.Decision]:
-    arrived = event.JobArrived(job_id, at_s, *size, 51, STEPS, deadline_s=deadline_s)
-    decisions = policy.handle(arrived, at_s)
-    job = policy.state.jobs[job_id]
-    if job.phase is Phase.ENCODING:
-        decisions += policy.handle(event.PromptEncoded(job_id, job.attempt), at_s)
-    return decisions
-
-
-def leases(decisions: list[decide.Decision]) -> dict[str, tuple[int, ...]]:
-    return {one.job_id: one.slots for one in decisions if isinstance(one, decide.GrantLease)}
+from tests.support.policies import LARGE, MIDDLE, SMALL, STEPS, arrive, cluster, leases
 
 
 def finish(policy: Policy, job_id: str, at_s: float = 9.0) -> list[decide.Decision]:

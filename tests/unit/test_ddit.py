@@ -9,21 +9,7 @@ from common.policies.ddit import Ddit, DditNoDecoupling, DditNoPromotion, DditWa
 from common.policies.policy import Policy
 from common.policies.rib import paper_rib
 from common.policies.state import Phase
-
-SMALL, MIDDLE, LARGE = (256, 144), (426, 240), (640, 360)
-STEPS = 30
-
-
-def cluster(policy: Policy, *servers: int) -> Policy:
-    """Servers with so many slots each, numbered through."""
-    policy.handle(event.WorkerJoined("encoder-0", Service.ENCODER), 0.0)
-    slot = 0
-    for server, slots in enumerate(servers):
-        for _ in range(slots):
-            policy.handle(event.WorkerJoined(f"dit-{slot}", Service.DIT, slot, f"server-{server}"), 0.0)
-            policy.handle(event.WorkerJoined(f"vae-{slot}", Service.VAE, slot, f"server-{server}"), 0.0)
-            slot += 1
-    return policy
+from tests.support.policies import LARGE, MIDDLE, SMALL, STEPS, cluster
 
 
 def arrive(policy: Policy, job_id: str, size: tuple[int, int], at_s: float = 1.0) -> list[decide.Decision]:

@@ -4,39 +4,11 @@ import math
 
 import pytest
 
-from common.messages.cluster import Service
 from common.policies import decisions as decide
 from common.policies import events as event
 from common.policies.elastic import LEAST_WEIGHT, MOST_WEIGHT, ArrivalRate, Elastic
 from common.policies.state import Phase
-
-SMALL, MIDDLE, LARGE = (256, 144), (426, 240), (640, 360)
-STEPS = 30
-
-
-def cluster(*servers: int) -> Elastic:
-    policy = Elastic()
-    policy.handle(event.WorkerJoined("encoder-0", Service.ENCODER), 0.0)
-    slot = 0
-    for server, slots in enumerate(servers):
-        for _ in range(slots):
-            policy.handle(event.WorkerJoined(f"dit-{slot}", Service.DIT, slot, f"server-{server}"), 0.0)
-            policy.handle(event.WorkerJoined(f"vae-{slot}", Service.VAE, slot, f"server-{server}"), 0.0)
-            slot += 1
-    return policy
-
-
-def arrive(policy: Elastic, job_id: str, size: tuple[int, int], at_s: float, **more: object) -> list[decide.Decision]:
-    arrived = event.JobArrived(job_id, at_s, *size, 51, STEPS, **more)  # type: ignore[arg-type]
-    decisions = policy.handle(arrived, at_s)
-    job = policy.state.jobs[job_id]
-    if job.phase is Phase.ENCODING:
-        decisions += policy.handle(event.PromptEncoded(job_id, job.attempt), at_s)
-    return decisions
-
-
-def leases(decisions: list[decide.Decision]) -> dict[str, tuple[int, ...]]:
-    return {one.job_id: one.slots for one in decisions if isinstance(one, decide.GrantLease)}
+from tests.support.policies import LARGE, MIDDLE, SMALL, arrive, cluster, leases
 
 
 def boundary(policy: Elastic, job_id: str, step: int, at_s: float) -> list[decide.Decision]:
@@ -51,13 +23,15 @@ def finish(policy: Elastic, job_id: str, at_s: float) -> list[decide.Decision]:
 
 
 def test_alone_a_video_has_all_gpus_that_make_it_faster() -> None:
-    assert leases(arrive(cluster(8), "large", LARGE, 0.0)) == {"large": tuple(range(8))}, "beyond B, which is 4"
-    assert leases(arrive(cluster(8), "middle", MIDDLE, 0.0)) == {"middle": (0, 1, 2, 3)}, "8 would be slower"
-    assert leases(arrive(cluster(8), "small", SMALL, 0.0)) == {"small": (0,)}, "2 are no faster"
+    assert leases(arrive(cluster(Elastic(), 8), "large", LARGE, 0.0)) == {"large": tuple(range(8))}, (
+        "beyond B, which is 4"
+    )
+    assert leases(arrive(cluster(Elastic(), 8), "middle", MIDDLE, 0.0)) == {"middle": (0, 1, 2, 3)}, "8 would be slower"
+    assert leases(arrive(cluster(Elastic(), 8), "small", SMALL, 0.0)) == {"small": (0,)}, "2 are no faster"
 
 
 def test_a_newcomer_takes_half_at_the_next_step_boundary() -> None:
-    policy = cluster(8)
+    policy = cluster(Elastic(), 8)
     arrive(policy, "first", LARGE, 0.0)
     (shrink,) = arrive(policy, "second", LARGE, 0.5)[-1:]
     assert isinstance(shrink, decide.GrantLease)
@@ -68,7 +42,7 @@ def test_a_newcomer_takes_half_at_the_next_step_boundary() -> None:
 
 
 def test_what_a_video_leaves_goes_to_those_that_run() -> None:
-    policy = cluster(8)
+    policy = cluster(Elastic(), 8)
     arrive(policy, "first", LARGE, 0.0)
     arrive(policy, "second", LARGE, 0.5)
     boundary(policy, "first", 5, 0.6)
@@ -78,14 +52,14 @@ def test_what_a_video_leaves_goes_to_those_that_run() -> None:
 
 
 def test_a_video_that_is_nearly_done_is_left_alone() -> None:
-    policy = cluster(8)
+    policy = cluster(Elastic(), 8)
     arrive(policy, "first", LARGE, 0.0)
     # 30 steps of 0.116 s: one is left.
     assert not leases(arrive(policy, "second", SMALL, 3.4))
 
 
 def test_a_short_video_has_a_long_one_parked_when_every_gpu_has_one_of_its_own() -> None:
-    policy = cluster(1)
+    policy = cluster(Elastic(), 1)
     arrive(policy, "long", LARGE, 0.0)
     (park,) = arrive(policy, "short", SMALL, 1.0)[-1:]
     assert isinstance(park, decide.ParkJob) and park.job_id == "long" and "short" in park.reason
@@ -96,7 +70,7 @@ def test_a_short_video_has_a_long_one_parked_when_every_gpu_has_one_of_its_own()
 
 
 def test_a_shorter_video_overtakes_a_longer_one_only_if_it_comes_soon_after() -> None:
-    policy = cluster(1)
+    policy = cluster(Elastic(), 1)
     arrive(policy, "running", SMALL, 0.0)
     arrive(policy, "large", LARGE, 0.0)
     arrive(policy, "soon", SMALL, 2.0)
@@ -105,7 +79,7 @@ def test_a_shorter_video_overtakes_a_longer_one_only_if_it_comes_soon_after() ->
 
 
 def test_the_more_backlog_there_is_the_more_the_remaining_work_counts() -> None:
-    policy = cluster(2)
+    policy = cluster(Elastic(), 2)
     for number in range(60):
         arrive(policy, f"video-{number}", LARGE, 0.01 * number)
     assert policy._weight_of["video-0"] == LEAST_WEIGHT
@@ -114,7 +88,7 @@ def test_the_more_backlog_there_is_the_more_the_remaining_work_counts() -> None:
 
 
 def test_a_deadline_counts_where_it_is_more_urgent() -> None:
-    policy = cluster(1)
+    policy = cluster(Elastic(), 1)
     arrive(policy, "running", SMALL, 0.0)
     arrive(policy, "usual", SMALL, 0.1)
     arrive(policy, "urgent", LARGE, 0.2, deadline_s=19.4)
@@ -123,7 +97,7 @@ def test_a_deadline_counts_where_it_is_more_urgent() -> None:
 
 
 def test_a_higher_priority_takes_gpus_and_a_lower_one_never_does() -> None:
-    policy = cluster(1)
+    policy = cluster(Elastic(), 1)
     arrive(policy, "important", LARGE, 0.0, priority=1)
     assert not [one for one in arrive(policy, "short", SMALL, 0.5) if isinstance(one, decide.ParkJob)]
     decisions = arrive(policy, "urgent", LARGE, 0.6, priority=2)
@@ -131,7 +105,7 @@ def test_a_higher_priority_takes_gpus_and_a_lower_one_never_does() -> None:
 
 
 def test_past_saturation_every_video_has_one_gpu() -> None:
-    policy = cluster(8)
+    policy = cluster(Elastic(), 8)
     for number in range(200):
         arrive(policy, f"video-{number}", LARGE, 0.0)
     at_s = 0.1
@@ -145,7 +119,7 @@ def test_past_saturation_every_video_has_one_gpu() -> None:
 
 
 def test_two_gpus_are_worth_it_while_few_wait() -> None:
-    policy = cluster(8)
+    policy = cluster(Elastic(), 8)
     assert policy._degree(policy.state.jobs[_only(policy)].kind, 0.0) == 8
     kind = policy.state.jobs[_only(policy)].kind
     prices = [0.2, 0.5, 4.5, 6.0]
@@ -173,7 +147,7 @@ def test_the_arrival_rate_fades_and_is_not_fooled_by_a_short_past() -> None:
 
 
 def test_the_books_of_work_and_slots_to_come_return_to_nothing() -> None:
-    policy = cluster(4)
+    policy = cluster(Elastic(), 4)
     for number, size in enumerate((LARGE, SMALL, MIDDLE, LARGE, SMALL, SMALL, LARGE)):
         arrive(policy, f"video-{number}", size, 0.2 * number)
     policy.handle(event.JobCancelled("video-3"), 2.0)
