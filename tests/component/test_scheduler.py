@@ -35,7 +35,8 @@ class SchedulerProcess:
     """The scheduler's own ``serve``, started and stopped as its process would be."""
 
     def __init__(self, url: str, **settings: object) -> None:
-        quick = {"heartbeat_s": 0.1, "member_timeout_s": 1.0, "drain_s": 2.0}
+        # Longer than this machine ever stalls: only the tests about silence make it short.
+        quick = {"heartbeat_s": 0.1, "member_timeout_s": 20.0, "drain_s": 2.0}
         self._settings = SchedulerSettings.model_validate(
             {"nats_url": url, "instance": "scheduler-0"} | quick | settings
         )
@@ -232,7 +233,7 @@ async def test_a_lost_dit_worker_costs_the_job_an_attempt_not_its_life(nats_serv
 
 
 async def test_a_silent_worker_is_lost_after_the_timeout(nats_server: NatsServer) -> None:
-    async with stage(nats_server.url) as play:
+    async with stage(nats_server.url, member_timeout_s=1.0) as play:
         await play.submit("video_a")
         await play.dit.next_lease()
         # Its connection is gone, its record stands: as after a kill -9 that nobody cleaned up behind.

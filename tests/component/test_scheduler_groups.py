@@ -54,7 +54,7 @@ class Group:
 
 @contextlib.asynccontextmanager
 async def two_slots(
-    url: str, folder: Path, policy: str = "ddit", member_timeout_s: float = 1.0
+    url: str, folder: Path, policy: str = "ddit", member_timeout_s: float = 20.0
 ) -> AsyncIterator[Group]:
     profile, record = folder / "rib.json", folder / "record.jsonl"
     profile.write_text(RIB.to_json())
@@ -129,7 +129,7 @@ async def test_a_hungry_job_grows_and_its_leader_hears_of_it_last(nats_server: N
 
 
 async def test_those_left_of_a_group_get_a_lease_at_once(nats_server: NatsServer, tmp_path: Path) -> None:
-    async with two_slots(nats_server.url, tmp_path, member_timeout_s=60.0) as group:
+    async with two_slots(nats_server.url, tmp_path) as group:
         await group.play.submit("video_a", LONG)
         lease = await group.lease()
         await group.play.dit.do_step(lease, 7)
@@ -162,7 +162,7 @@ async def test_a_lost_leader_is_followed_by_one_of_the_others(nats_server: NatsS
 async def test_a_joining_worker_that_dies_does_not_cost_the_running_job_anything(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
-    async with two_slots(nats_server.url, tmp_path) as group:
+    async with two_slots(nats_server.url, tmp_path, member_timeout_s=2.0) as group:
         await group.other.leave()
         await eventually(lambda: '"WorkerLost"' in group.record.read_text())
         await group.play.submit("video_a", LONG)
