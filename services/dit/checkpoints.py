@@ -25,7 +25,11 @@ from services.dit.interval import CheckpointInterval
 
 log = structlog.get_logger()
 
-STORE_DEADLINE_S = 5.0
+# A store that was killed while asked never answers, and until it is given up no newer latent is kept: so not for long.
+STORE_DEADLINE_S = 1.0
+STORE_BYTES_PER_S = 50e6
+# A leader whose next checkpoint is due waits so long at most for the one before it to lie in the cache store.
+CATCH_UP_S = 0.5
 # A job that waits for a worker longer than this may have to begin again.
 PIN_S = 3600.0
 # The job at work, and the one before it, whose final latent may not have gone yet.
@@ -81,8 +85,8 @@ def _wait_for(latent: torch.Tensor) -> None:
 class CheckpointWriter:
     """Brings snapshots to the cache store: one at a time, of each job the newest.
 
-    Nothing ever waits for it. While the cache store is away or slow, snapshots replace each other here; a store that
-    fails costs a log line.
+    A store takes less than the K steps to the next one, so that nothing waits. While the cache store is away or slow,
+    snapshots replace each other here; a store that fails costs a log line. ``store_s``: what the last one took.
     """
 
     def __init__(self, bus: Bus, tensors: Tensors) -> None:
@@ -91,6 +95,7 @@ class CheckpointWriter:
         self._waiting: OrderedDict[str, Snapshot] = OrderedDict()
         self._offered = asyncio.Event()
         self._failing = False
+        self.store_s = 0.0
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -102,6 +107,19 @@ class CheckpointWriter:
             self._waiting.popitem(last=False)
         self.idle.clear()
         self._offered.set()
+
+    async def caught_up(self) -> None:
+        """Wait until what was offered lies in the cache store: so a death costs K steps, and not those under way too.
+
+        Not for long, and not at all where stores fail.
+        """
+        if self._failing:
+            return
+        try:
+            await asyncio.wait_for(self.idle.wait(), CATCH_UP_S)
+        except TimeoutError:
+            self._failing = True
+            log.warning("the cache store is slow, checkpoints may come late", seconds=CATCH_UP_S)
 
     async def run(self) -> None:
         """Store one after the other; runs until cancelled."""
@@ -123,8 +141,10 @@ class CheckpointWriter:
         await self._ask(snapshot)
 
     async def _store(self, snapshot: Snapshot) -> None:
+        started_s = time.monotonic()
         try:
             answer = await self._ask(snapshot)
+            self.store_s = time.monotonic() - started_s
             if answer.stored:
                 stored = CheckpointStored(job_id=snapshot.job_id, epoch=snapshot.epoch, step=snapshot.step)
                 await self._bus.publish(CHECKPOINT_STORED, stored, snapshot.job_id)
@@ -138,11 +158,12 @@ class CheckpointWriter:
             self._failing = False
 
     async def _ask(self, snapshot: Snapshot) -> TensorStored:
-        ref = self._tensors.export(snapshot.latent, uses=1, lease_s=2 * STORE_DEADLINE_S)
+        deadline_s = STORE_DEADLINE_S + snapshot.latent.nbytes / STORE_BYTES_PER_S
+        ref = self._tensors.export(snapshot.latent, uses=1, lease_s=2 * deadline_s)
         key = checkpoint_key(snapshot.job_id)
         request = StoreTensor(key=key, tensor_version=snapshot.step, tensor=ref, pin_s=PIN_S)
         try:
-            return await self._bus.request(STORE_TENSOR, request, deadline_s=STORE_DEADLINE_S)
+            return await self._bus.request(STORE_TENSOR, request, deadline_s=deadline_s)
         finally:
             # Where it was not fetched; else it is gone already.
             await self._tensors.release(ref)

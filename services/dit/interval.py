@@ -9,17 +9,19 @@ COST_SHARE = 0.01
 class CheckpointInterval:
     """Decides after each step of one lease whether its latent is kept: every K steps.
 
-    K is the smallest number of steps whose time ``copy_s`` is at most a hundredth of, by the mean of the steps so far.
+    K is the smallest number of steps whose time ``copy_s`` is at most a hundredth of, by the mean of the steps so far,
+    and in whose time a checkpoint comes to lie in the cache store.
     The design asks for no fixed K (DDiT has no checkpoints), only that a lost worker costs little and the undisturbed
     video nothing that could be measured.
 
     Args:
         copy_s: what one copy takes on the compute path, in seconds.
+        store_s: what it takes to bring one to the cache store, in seconds, beside the steps.
         fixed: K, where it is set rather than found.
     """
 
-    def __init__(self, copy_s: float, fixed: int | None = None) -> None:
-        self._copy_s = copy_s
+    def __init__(self, copy_s: float, store_s: float = 0.0, fixed: int | None = None) -> None:
+        self._least_s = max(copy_s / COST_SHARE, store_s)
         self._fixed = fixed
         self._steps = 0
         self._steps_s = 0.0
@@ -32,7 +34,7 @@ class CheckpointInterval:
             return self._fixed
         if self._steps_s <= 0:
             return 1
-        exact = self._copy_s * self._steps / (COST_SHARE * self._steps_s)
+        exact = self._least_s * self._steps / self._steps_s
         # A sum of times is off in its last bits, which must not cost a step.
         return max(1, math.ceil(exact - 1e-9))
 

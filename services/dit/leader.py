@@ -86,7 +86,8 @@ class Leader:
 
     async def _denoise(self, lease: Lease) -> None:
         run = self._member.run
-        interval = CheckpointInterval(await self._compute.run(copy_cost_s, run.latent), self._checkpoint_steps)
+        copy_s = await self._compute.run(copy_cost_s, run.latent)
+        interval = CheckpointInterval(copy_s, self._checkpoints.store_s, self._checkpoint_steps)
         verdict = self._at_boundary(lease)
         while not run.finished:
             match verdict:
@@ -102,6 +103,8 @@ class Leader:
             started_at_s = time.time()
             latent = await self._compute.run(self._member.lead_step, interval)
             ended_at_s = time.time()
+            if latent is not None:
+                await self._checkpoints.caught_up()
             verdict = GoOn() if run.finished else self._at_boundary(lease)
             await self._report_step(lease, run.steps_done, (started_at_s, ended_at_s), verdict)
             # Not for a lease that was revoked meanwhile: a job that has ended would leave a checkpoint behind.

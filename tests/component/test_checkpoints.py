@@ -115,7 +115,7 @@ async def test_no_cache_store_nor_its_end_nor_its_silence_costs_a_job(model: Pat
         await stage.until(lambda: len(stage.stored["silent"]) > 2)
         stage.signal("cache_store-0", signal.SIGSTOP)
         assert torch.equal(await stage.finished(lease), expected)
-        assert stage.longest_pause_s(lease) < STORE_DEADLINE_S / 2, "a step has waited for the cache store"
+        assert stage.longest_pause_s(lease) < 0.9 * STORE_DEADLINE_S, "a step has waited for the cache store"
         stage.signal("cache_store-0", signal.SIGCONT)
         assert stage.failures == []
         stage.signal("dit-0", signal.SIGTERM)

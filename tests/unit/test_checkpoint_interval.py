@@ -54,3 +54,9 @@ def test_the_interval_is_found_or_set(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRIPTYCH_CHECKPOINT_STEPS", wrong)
         with pytest.raises(SettingsError, match="TRIPTYCH_CHECKPOINT_STEPS"):
             load_settings(DitSettings)
+
+
+def test_a_slow_store_comes_to_its_end_between_two_checkpoints() -> None:
+    interval = CheckpointInterval(copy_s=0.0, store_s=0.025)
+    assert [interval.step_took(0.01) for _ in range(6)] == [False, False, True, False, False, True]
+    assert interval.every == 3
