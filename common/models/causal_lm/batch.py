@@ -1,0 +1,118 @@
+"""What one forward pass computes: chunks of several sequences, packed one behind the other without padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from common.models.causal_lm.errors import WrongChunkError
+from common.models.causal_lm.paging import BlockTable, KVPool, slots_of
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next tokens of one sequence.
+
+    Attributes:
+        sequence: its name, for messages.
+        tokens: the new token ids, at least one.
+        start: the position of the first of them; keys and values of all positions before lie in the blocks.
+        table: the sequence's blocks, with room for the new tokens.
+        logits: whether the logits after the last of them are wanted.
+    """
+
+    sequence: str
+    tokens: Sequence[int]
+    start: int
+    table: BlockTable
+    logits: bool = True
+
+
+@dataclass(slots=True)
+class Segment:
+    """One chunk's place in the batch, and what its tokens attend to.
+
+    Attributes:
+        first, end: the rows of the batch that are its tokens.
+        start: the position of its first token.
+    """
+
+    first: int
+    end: int
+    start: int
+    table: BlockTable
+    # What follows from the sliding window, once for all layers that have the same one.
+    spans: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    slots: dict[int, Tensor] = field(default_factory=dict)
+    masks: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def stop(self) -> int:
+        """The position after its last token."""
+        return self.start + self.end - self.first
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Chunks as tensors.
+
+    Attributes:
+        input_ids, positions: [tokens], int64.
+        slots: [tokens], where each token's keys and values go.
+        segments: one for each chunk, in order.
+        wanted: [chunks whose logits are wanted], the rows of their last tokens; None: every row, in order.
+        pool: the blocks that all of this is about.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    segments: list[Segment]
+    wanted: Tensor | None
+    pool: KVPool
+
+
+def pack(chunks: Sequence[Chunk], pool: KVPool, context: int, device: torch.device) -> Batch:
+    """Make a batch of chunks.
+
+    Args:
+        context: how many positions the model knows.
+
+    Raises:
+        WrongChunkError: no chunk, an empty one, one beyond its block table or beyond the model's context.
+    """
+    if not chunks:
+        raise WrongChunkError("a batch needs at least one chunk")
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    wanted: list[int] = []
+    segments: list[Segment] = []
+    for chunk in chunks:
+        first, stop = len(ids), chunk.start + len(chunk.tokens)
+        _check(chunk, stop, context)
+        ids += chunk.tokens
+        if len(chunk.tokens) == 1:
+            positions.append(chunk.start)
+            slots.append(chunk.table.slot(chunk.start))
+        else:
+            positions += range(chunk.start, stop)
+            slots += slots_of(chunk.table.spans(chunk.start, stop))
+        segments.append(Segment(first, len(ids), chunk.start, chunk.table))
+        if chunk.logits:
+            wanted.append(len(ids) - 1)
+    rows = None if len(wanted) == len(ids) else torch.tensor(wanted, dtype=torch.int64, device=device)
+    packed = torch.tensor([ids, positions, slots], dtype=torch.int64, device=device)
+    return Batch(packed[0], packed[1], packed[2], segments, rows, pool)
+
+
+def _check(chunk: Chunk, stop: int, context: int) -> None:
+    if not chunk.tokens or chunk.start < 0:
+        raise WrongChunkError(f"{chunk.sequence}: {len(chunk.tokens)} tokens at {chunk.start} are no chunk")
+    if stop > chunk.table.tokens:
+        raise WrongChunkError(f"{chunk.sequence}: {stop} tokens do not fit into {chunk.table.tokens} of its blocks")
+    if stop > context:
+        raise WrongChunkError(
+            f"{chunk.sequence}: {stop} tokens, the model knows {context} positions: shorten the prompt"
+        )

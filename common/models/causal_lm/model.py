@@ -1,0 +1,85 @@
+"""A causal language model over paged keys and values: packed chunks of many sequences in, their next logits out."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from common.models.causal_lm import interface, probe
+from common.models.causal_lm.batch import Batch, Chunk, pack
+from common.models.causal_lm.fused import FusedDecoder, can_fuse
+from common.models.causal_lm.paging import KVLayout, KVPool
+
+
+class CausalLM:
+    """Any transformers causal LM whose attention goes through the library's attention interface.
+
+    On a CPU the close relatives of Llama run through ``FusedDecoder``; all others through transformers' own modules.
+
+    Args:
+        model: is taken over: its attention, and where it is fused its weights, belong to this object from now on.
+        fuse: False: transformers' modules in any case.
+
+    Attributes:
+        layout: of its keys and values.
+        context: how many positions it knows.
+        vocabulary: how many tokens it knows.
+        end_tokens: those that end an answer.
+
+    Raises:
+        UnsupportedModelError: the architecture does not fit; the message names the remedy.
+    """
+
+    def __init__(self, model: PreTrainedModel, fuse: bool = True) -> None:
+        model.eval().requires_grad_(False)
+        config = model.config.get_text_config()
+        self.layout: KVLayout = probe.layout_of(model)
+        self.context: int = probe.context_of(model)
+        self.vocabulary: int = config.vocab_size
+        self.end_tokens: frozenset[int] = _end_tokens(model)
+        self.device: torch.device = model.device
+        self._run: Callable[[Batch], Tensor]
+        with torch.inference_mode():
+            self._run = FusedDecoder(model) if fuse and can_fuse(model) else _Interfaced(model)
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk], pool: KVPool) -> Tensor:
+        """One pass over all chunks; their keys and values are in the pool afterwards.
+
+        Returns:
+            [wanted, vocabulary] float32: the logits after the last token of each chunk that wants them, in order.
+
+        Raises:
+            WrongChunkError: a chunk that does not fit.
+        """
+        return self._run(pack(chunks, pool, self.context, self.device)).float()
+
+
+class _Interfaced:
+    """transformers' own forward pass, its attention replaced."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        interface.use(model)
+        self._model = model
+
+    def __call__(self, batch: Batch) -> Tensor:
+        out = self._model(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=0 if batch.wanted is None else batch.wanted,
+            paged=batch,
+        )
+        logits: Tensor = out.logits[0]
+        return logits
+
+
+def _end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """From the generation configuration (where chat models name all of theirs), else from the model's own."""
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    if named is None:
+        named = model.config.get_text_config().eos_token_id
+    if named is None:
+        return frozenset()
+    return frozenset(named) if isinstance(named, list | tuple) else frozenset({int(named)})
