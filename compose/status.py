@@ -39,6 +39,10 @@ def run_models(base_url: str) -> int:
     """Print what each served model can be asked for."""
     console = Console()
     for model in asyncio.run(_get(base_url, "/v1/models"))["data"]:
+        if model["kind"] == "language":
+            console.print(f"[bold]{model['id']}[/] (language)")
+            console.print(f"  context    {model['language']['context_tokens']} tokens, prompt and answer together")
+            continue
         limits = model["video"]
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_row("  sizes", ", ".join(limits["sizes"]) + f" (default {limits['default_size']})")

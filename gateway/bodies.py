@@ -114,7 +114,7 @@ def _number(value: object) -> object:
 
 def _json(data: bytes) -> dict[str, Any]:
     if not data.strip():
-        raise invalid(None, "The request body is empty; send a JSON object with at least a 'prompt'.", "empty_body")
+        raise invalid(None, "The request body is empty; send a JSON object.", "empty_body")
     try:
         body = json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
     except json.JSONDecodeError as error:

@@ -9,6 +9,7 @@ from aiohttp import web
 from common.bus.port import Bus
 from common.messages.cluster import Member
 from gateway.catalogue import Catalogue
+from gateway.chat.desk import LanguageDesk
 from gateway.config import GatewaySettings
 from gateway.desk import VideoDesk
 from gateway.ledger import VideoLedger
@@ -19,7 +20,8 @@ from gateway.work import OwnedWork
 
 @dataclass(frozen=True)
 class Edge:
-    """``members`` gives the living members; ``draining`` is set when the gateway takes no new videos."""
+    """``members`` gives the living members; ``draining`` is set when the gateway takes no new work. ``language`` is
+    None where no language is served."""
 
     settings: GatewaySettings
     bus: Bus
@@ -29,6 +31,7 @@ class Edge:
     desk: VideoDesk
     previews: Previews
     metrics: Metrics
+    language: LanguageDesk | None = None
     work: OwnedWork = field(default_factory=OwnedWork)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -8,6 +8,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from common.messages.cluster import Member
 from common.messages.video import VideoState
+from gateway.chat.metrics import LanguageMetrics
 
 _DURATION_BUCKETS_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -37,6 +38,7 @@ class Metrics:
         self._members = self._gauge("triptych_members", "Living members of the stack.", "service", "state")
         self._streams = self._gauge("triptych_event_streams", "Open event streams.")
         self._broker = self._gauge("triptych_broker_connected", "1 while the broker is connected.")
+        self.language = LanguageMetrics(self._registry)
 
     def request_ended(self, method: str, route: str, status: int, duration_s: float, streamed: bool) -> None:
         self._requests.labels(method, route, str(status)).inc()

@@ -67,16 +67,18 @@ def _operation(route: Route) -> dict[str, Any]:
         operation["parameters"] = [_parameter(parameter) for parameter in route.parameters]
     if route.body is not None:
         reference = {"schema": {"$ref": _REFERENCE.format(model=route.body.__name__)}}
-        operation["requestBody"] = {"required": True, "content": {kind: reference for kind in _BODY_TYPES}}
+        kinds = _BODY_TYPES if route.forms else (JSON,)
+        operation["requestBody"] = {"required": True, "content": {kind: reference for kind in kinds}}
     return operation
 
 
 def _answer(answer: Answer) -> dict[str, Any]:
     described: dict[str, Any] = {"description": answer.description}
+    content: dict[str, Any] = {kind: {} for kind in answer.media_types}
     if answer.model is not None:
-        described["content"] = {JSON: {"schema": {"$ref": _REFERENCE.format(model=answer.model.__name__)}}}
-    elif answer.media_types:
-        described["content"] = {kind: {} for kind in answer.media_types}
+        content[JSON] = {"schema": {"$ref": _REFERENCE.format(model=answer.model.__name__)}}
+    if content:
+        described["content"] = content
     return described
 
 

@@ -23,7 +23,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Answer:
-    """One possible answer: a model as JSON, bytes of other media types, or no body at all."""
+    """One possible answer: a model as JSON, bytes of other media types, either of the two, or no body at all."""
 
     status: int
     description: str
@@ -33,7 +33,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Route:
-    """``errors`` are the statuses that come with an error object; ``body`` is what a request carries, in any form.
+    """``errors`` are the statuses that come with an error object; ``body`` is what a request carries, as JSON and, with
+    ``forms``, as a form.
 
     ``pattern`` is aiohttp's where it is not ``path`` itself. A route that is not ``described`` is not in the document.
     """
@@ -45,6 +46,7 @@ class Route:
     answers: tuple[Answer, ...]
     parameters: tuple[Parameter, ...] = ()
     body: type[BaseModel] | None = None
+    forms: bool = True
     errors: tuple[int, ...] = ()
     tag: str = "stack"
     pattern: str | None = None

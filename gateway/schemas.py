@@ -187,13 +187,22 @@ class VideoLimits(Schema):
     default_guidance_scale: float
 
 
+class LanguageLimits(Schema):
+    """What a language model can do: ``context_tokens`` bounds prompt and answer together."""
+
+    context_tokens: int
+
+
 class Model(Schema):
+    """A model, with the limits of its ``kind``."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "triptych"
-    kind: Literal["video"] = "video"
-    video: VideoLimits
+    kind: Literal["video", "language"]
+    video: VideoLimits | None = None
+    language: LanguageLimits | None = None
 
 
 class ModelList(Schema):

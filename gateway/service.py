@@ -13,16 +13,21 @@ from common.bus.nats_bus import NatsBus
 from common.bus.port import Bus
 from common.messages.cluster import Service
 from common.messages.subjects import VIDEO_BUCKETS, VIDEO_OBJECTS, VIDEO_QUEUES
-from common.runtime.membership import MemberChange, MembershipView, Registration
+from common.runtime.membership import MemberChange, MemberLost, MembershipView, Registration
 from common.runtime.process import CannotServe
 from gateway.app import make_app
 from gateway.catalogue import Catalogue
+from gateway.chat.desk import LanguageDesk
+from gateway.chat.generation import Patience
+from gateway.chat.switchboard import Switchboard
+from gateway.chat.tokenizer import LanguageTokenizer, TokenizerError, load_tokenizer
 from gateway.config import GatewaySettings
 from gateway.desk import VideoDesk
 from gateway.edge import Edge
 from gateway.ledger import VideoLedger
 from gateway.metrics import Metrics
 from gateway.previews import Previews
+from gateway.work import OwnedWork
 
 log = structlog.get_logger()
 
@@ -55,14 +60,22 @@ async def running_gateway(bus: Bus, settings: GatewaySettings, listener: socket.
     await bus.prepare(queues=VIDEO_QUEUES, buckets=VIDEO_BUCKETS, object_buckets=VIDEO_OBJECTS)
     catalogue = Catalogue()
 
-    def members_changed(_: MemberChange) -> None:
-        catalogue.update(view.members)
+    board = Switchboard(bus, settings.instance_of(Service.GATEWAY))
 
+    def members_changed(change: MemberChange) -> None:
+        catalogue.update(view.members)
+        if isinstance(change, MemberLost):
+            board.lose(change.member.instance)
+
+    tokenizer = await _tokenizer(settings)
     view = MembershipView(bus, settings.member_timeout_s, members_changed)
     ledger = VideoLedger(bus, settings.listed_videos)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(view.running())
         await stack.enter_async_context(ledger.running(_VIEWS_DEADLINE_S))
+        await stack.enter_async_context(board.running())
+        metrics, work = Metrics(), OwnedWork()
+        patience = Patience(settings.route_s, settings.silence_s)
         edge = Edge(
             settings=settings,
             bus=bus,
@@ -71,7 +84,9 @@ async def running_gateway(bus: Bus, settings: GatewaySettings, listener: socket.
             ledger=ledger,
             desk=VideoDesk(bus, ledger, settings.bus_deadline_s, settings.retry_after_s),
             previews=Previews(),
-            metrics=Metrics(),
+            metrics=metrics,
+            language=LanguageDesk(bus, board, work, tokenizer, patience, metrics.language) if tokenizer else None,
+            work=work,
         )
         stack.callback(edge.previews.close)
         # Without handler_cancellation, a client's leaving would be noticed only by the next write to it.
@@ -82,6 +97,20 @@ async def running_gateway(bus: Bus, settings: GatewaySettings, listener: socket.
         gateway = Gateway(await _listen(runner, listener), edge, runner)
         stack.push_async_callback(gateway.drain)
         yield gateway
+
+
+async def _tokenizer(settings: GatewaySettings) -> LanguageTokenizer | None:
+    """The language model's tokenizer, if a model is set.
+
+    Raises:
+        CannotServe: it cannot be read.
+    """
+    if not settings.language_model:
+        return None
+    try:
+        return await asyncio.to_thread(load_tokenizer, settings.language_model)
+    except TokenizerError as error:
+        raise CannotServe(f"TRIPTYCH_LANGUAGE_MODEL: {error}") from error
 
 
 class CannotListen(CannotServe):

@@ -1,6 +1,7 @@
 """Every route of the gateway."""
 
-from gateway.routes import content, events, stack, videos
+from gateway.chat.schemas import ChatCompletion, Completion, CreateChatCompletion, CreateCompletion
+from gateway.routes import chat, content, events, stack, videos
 from gateway.routing import JSON, Answer, Parameter, Route
 from gateway.schemas import (
     Cluster,
@@ -19,6 +20,7 @@ _VIDEO_ID = Parameter("video_id", "path", description="The id that create answer
 _MODEL_ID = Parameter("model", "path")
 _VIDEO = "videos"
 _MODELS = "models"
+_LANGUAGE = "language"
 
 _VIDEO_ROUTES = (
     Route(
@@ -124,6 +126,45 @@ _VIDEO_ROUTES = (
     ),
 )
 
+_LANGUAGE_ROUTES = (
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        chat.create_chat_completion,
+        "Answer a conversation",
+        (
+            Answer(
+                200,
+                "The answer; with 'stream', events whose data is a chat.completion.chunk, then [DONE].",
+                ChatCompletion,
+                media_types=("text/event-stream",),
+            ),
+        ),
+        body=CreateChatCompletion,
+        forms=False,
+        errors=(400, 404, 408, 413, 415, 503),
+        tag=_LANGUAGE,
+    ),
+    Route(
+        "POST",
+        "/v1/completions",
+        chat.create_completion,
+        "Continue a text",
+        (
+            Answer(
+                200,
+                "The continuation; with 'stream', events whose data is a part of it, then [DONE].",
+                Completion,
+                media_types=("text/event-stream",),
+            ),
+        ),
+        body=CreateCompletion,
+        forms=False,
+        errors=(400, 404, 408, 413, 415, 503),
+        tag=_LANGUAGE,
+    ),
+)
+
 _MODEL_ROUTES = (
     Route(
         "GET", "/v1/models", stack.list_models, "List models", (Answer(200, "What is served.", ModelList),), tag=_MODELS
@@ -151,7 +192,7 @@ _STACK_ROUTES = (
         "GET",
         "/readyz",
         stack.readyz,
-        "Whether the stack can make a video",
+        "Whether the stack can do its work",
         (Answer(200, "It can.", Readiness), Answer(503, "Not yet; see 'missing'.", Readiness)),
     ),
     Route("GET", "/metrics", stack.metrics, "Prometheus metrics", (Answer(200, "Text.", media_types=("text/plain",)),)),
@@ -174,4 +215,4 @@ _UNDESCRIBED = (
     ),
 )
 
-ROUTES = (*_UNDESCRIBED, *_VIDEO_ROUTES, *_MODEL_ROUTES, *_STACK_ROUTES)
+ROUTES = (*_UNDESCRIBED, *_VIDEO_ROUTES, *_LANGUAGE_ROUTES, *_MODEL_ROUTES, *_STACK_ROUTES)

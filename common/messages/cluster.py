@@ -3,6 +3,8 @@
 from enum import StrEnum
 from typing import ClassVar
 
+from pydantic import Field
+
 from common.messages.base import Message
 
 
@@ -15,6 +17,8 @@ class Service(StrEnum):
     DIT = "dit"
     VAE = "vae"
     CACHE_STORE = "cache_store"
+    PREFILL = "prefill"
+    DECODE = "decode"
 
 
 class MemberState(StrEnum):
@@ -44,15 +48,31 @@ class VideoModelInfo(Message):
     created_at_s: int = 0
 
 
+class LanguageModelInfo(Message):
+    """What a language model can do, as its workers say. ``context_tokens`` bounds prompt and answer together."""
+
+    name: str
+    context_tokens: int = Field(ge=1)
+    created_at_s: int = 0
+
+
+class LanguageRole(StrEnum):
+    """What an instance does for chats. The role is state, not code: an instance can have either, or both (fused)."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
 class Member(Message):
     """One process of the stack, as it stands in the membership bucket under its ``instance``.
 
     ``instance`` is its lasting name (``dit-0``); ``incarnation`` differs in every life of it, so a restart is seen
     at once. ``slot`` is the GPU it works on, where it works on one; slots of one ``host`` can share a video.
-    ``meeting`` is the address at which groups meet that it leads, where it can be in one.
+    ``meeting`` is the address at which groups meet that it leads, where it can be in one. ``roles`` are a language
+    worker's.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     instance: str
     incarnation: str
@@ -65,6 +85,8 @@ class Member(Message):
     device: str = "cpu"
     meeting: str = ""
     video_model: VideoModelInfo | None = None
+    language_model: LanguageModelInfo | None = None
+    roles: tuple[LanguageRole, ...] = ()
 
 
 class Ping(Message):

@@ -15,6 +15,8 @@ class Stage(StrEnum):
     VAE = "vae"
     CACHE_STORE = "cache_store"
     TENSORS = "tensors"
+    PREFILL = "prefill"
+    DECODE = "decode"
 
 
 class Failure(Message):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from common.messages import cache, cluster, failures, video
+from common.messages import cache, chat, cluster, failures, video
 from common.messages.base import Message
 
 Request = TypeVar("Request", bound=Message)
@@ -109,6 +109,18 @@ DECODING_FINISHED = RequestSubject(
 PHASE_FAILED = RequestSubject("triptych.scheduler.phase_failed", video.PhaseFailed, failures.Acknowledged)
 
 VIDEO_PROGRESS = EventSubject("triptych.progress.video.{}", video.VideoProgress)
+
+# A chat's way. Language workers listen at their instance's name, whatever their role.
+ROUTE_CHAT = RequestSubject("triptych.scheduler.route_chat", chat.RouteChat, chat.ChatRoute)
+CHAT_PREFILLED = EventSubject("triptych.scheduler.chat_prefilled", chat.ChatPrefilled)
+CHAT_ENDED = EventSubject("triptych.scheduler.chat_ended", chat.ChatEnded)
+
+GENERATE_TOKENS = RequestSubject("triptych.language.{}.generate", chat.GenerateTokens, failures.Acknowledged)
+FIND_GENERATION = RequestSubject("triptych.language.{}.find", chat.FindGeneration, chat.GenerationFound)
+TAKE_OVER = RequestSubject("triptych.language.{}.take_over", chat.TakeOver, failures.Acknowledged)
+# Heard at most once: what is missed is found out by FIND_GENERATION, or by the next tokens' offset.
+CANCEL_GENERATION = EventSubject("triptych.language.{}.cancel", chat.CancelGeneration)
+TOKENS_GENERATED = EventSubject("triptych.gateway.{}.tokens", chat.TokensGenerated)
 
 # The cache store
 STORE_TENSOR = RequestSubject("triptych.cache_store.store", cache.StoreTensor, cache.TensorStored)

@@ -19,7 +19,15 @@ import structlog
 
 from common.bus.errors import BusError
 from common.bus.port import Bus, Change
-from common.messages.cluster import Heartbeat, Member, MemberState, Service, VideoModelInfo
+from common.messages.cluster import (
+    Heartbeat,
+    LanguageModelInfo,
+    LanguageRole,
+    Member,
+    MemberState,
+    Service,
+    VideoModelInfo,
+)
 from common.messages.subjects import HEARTBEATS, MEMBERS
 from common.runtime.settings import ServiceSettings
 
@@ -60,9 +68,16 @@ class Registration:
         with contextlib.suppress(BusError):
             await self._bus.delete(MEMBERS, self.member.instance)
 
-    async def ready(self, video_model: VideoModelInfo | None = None, meeting: str = "") -> None:
+    async def ready(
+        self,
+        video_model: VideoModelInfo | None = None,
+        meeting: str = "",
+        language_model: LanguageModelInfo | None = None,
+        roles: tuple[LanguageRole, ...] = (),
+    ) -> None:
         """Announce that this process takes work now; ``meeting``: where groups meet that it leads."""
-        self.member = self.member.model_copy(update={"meeting": meeting})
+        offers = {"meeting": meeting, "language_model": language_model, "roles": roles}
+        self.member = self.member.model_copy(update=offers)
         await self._move(MemberState.READY, video_model)
 
     async def draining(self) -> None:

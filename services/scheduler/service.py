@@ -38,6 +38,7 @@ from common.runtime.membership import (
     Registration,
 )
 from common.runtime.process import CannotServe
+from services.scheduler.chat import ChatRouter
 from services.scheduler.checkpoints import Checkpoints
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.job import VideoJob
@@ -74,6 +75,7 @@ class Scheduler:
         self._unfinished: dict[str, VideoRecord] = {}
         self._view = MembershipView(bus, settings.member_timeout_s, self._member_changed)
         self._workers = Workers(bus, self._view.doubt)
+        self._chats = ChatRouter(bus, first_epoch, self._view.doubt)
         self._checkpoints = Checkpoints(bus, self._cache_store_expected)
         self._present: dict[str, str] = {}
         self._records_read = asyncio.Event()
@@ -90,7 +92,7 @@ class Scheduler:
                 tasks.create_task(self._watch_records(), name="watch-records"),
                 tasks.create_task(self._publish_progress(), name="publish-progress"),
             ]
-            async with self._view.running():
+            async with self._view.running(), self._chats.running():
                 await asyncio.wait_for(self._records_read.wait(), timeout=30.0)
                 await self._recover()
                 intake = [
@@ -261,6 +263,7 @@ class Scheduler:
             self._present.pop(member.instance, None)
         else:
             self._present[member.instance] = member.incarnation
+        self._chats.member_changed(change)
         match change:
             case MemberJoined():
                 if member.service in (Service.ENCODER, Service.DIT, Service.VAE):

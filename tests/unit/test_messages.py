@@ -17,6 +17,7 @@ from pydantic import ValidationError
 import common.messages
 from common.messages import subjects
 from common.messages.base import Message, MessageError, kind_of
+from common.messages.chat import pack_tokens, tokens_in, unpack_tokens
 from common.messages.cluster import Heartbeat
 from common.messages.failures import Acknowledged, Failure, Stage
 from common.messages.subjects import Bucket, EventSubject, ObjectBucket, RequestSubject, WorkQueue
@@ -192,3 +193,15 @@ def test_stored_names_are_unique_and_bounded() -> None:
     for store in stores:
         bound = store.max_messages if isinstance(store, WorkQueue) else store.max_bytes
         assert bound > 0
+
+
+def test_token_ids_are_little_endian_and_come_back_the_same() -> None:
+    tokens = [0, 1, 258, 2**32 - 1]
+    packed = pack_tokens(tokens)
+    assert packed[:8] == b"\0\0\0\0\1\0\0\0"
+    assert unpack_tokens(packed) == tokens
+    assert tokens_in(packed) == len(tokens)
+    with pytest.raises(OverflowError):
+        pack_tokens([2**32])
+    with pytest.raises(ValueError):
+        unpack_tokens(b"\0\0\0\0\0")

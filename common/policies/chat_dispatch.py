@@ -1,0 +1,226 @@
+"""Which prefill and which decode instance gets a chat's sequence: the least loaded. Ours, in the place of TetriInfer's
+global scheduler (section 3.2) until its predictor and dispatcher are there.
+
+Load is counted in tokens that are still to come: prompt tokens at the prefill instance until the first token is there,
+and the most that may yet be generated at the decode instance until the sequence ends. Both are known here without
+asking anybody, and are forgotten with the gateway that holds the sequence. An instance that does both (fused) bears
+both, and keeps what it has prefilled: handing over would only cost.
+
+Departure from TetriInfer: there the global scheduler never picks the decode instance. Here it does, as long as there is
+no prediction of the answer's length by which the prefill instance would do better.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from common.messages.cluster import LanguageRole
+
+# --- events ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceJoined:
+    """A language worker takes sequences."""
+
+    instance: str
+    roles: tuple[LanguageRole, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceDraining:
+    """It takes no new ones; what it has goes on."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLost:
+    """It is gone with all it had."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatArrived:
+    """A sequence waits for a route: a new one, or one that lost its former route, which this one takes the place of.
+
+    ``avoid``: instances to be taken only where there is no other.
+    """
+
+    request_id: str
+    gateway: str
+    prompt_tokens: int
+    max_tokens: int
+    avoid: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrefilled:
+    """The sequence's first token has come."""
+
+    request_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChatEnded:
+    """The sequence, or its waiting, is over. ``epoch`` None: whatever route it has, or waits for."""
+
+    request_id: str
+    epoch: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayLost:
+    """Nobody waits any more for what this gateway held."""
+
+    gateway: str
+
+
+Event = InstanceJoined | InstanceDraining | InstanceLost | ChatArrived | ChatPrefilled | ChatEnded | GatewayLost
+
+# --- decisions ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RouteSequence:
+    """Have the sequence prefilled at ``prefill`` and decoded at ``decode``."""
+
+    request_id: str
+    epoch: int
+    prefill: str
+    decode: str
+    reason: str
+
+
+# --- the policy --------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Instance:
+    name: str
+    prefills: bool
+    decodes: bool
+    draining: bool = False
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Routed:
+    gateway: str
+    epoch: int
+    prefill: str
+    decode: str
+    prefill_tokens: int
+    decode_tokens: int
+
+
+@dataclass(slots=True)
+class ChatDispatch:
+    """Events in, decisions with reasons out. ``next_epoch``: of the first route; each later one is higher."""
+
+    next_epoch: int = 1
+    _instances: dict[str, _Instance] = field(default_factory=dict)
+    _routed: dict[str, _Routed] = field(default_factory=dict)
+    _waiting: dict[str, ChatArrived] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> int:
+        """How many sequences wait for an instance."""
+        return len(self._waiting)
+
+    def load(self, instance: str) -> tuple[int, int]:
+        """The tokens yet to be prefilled and yet to be generated there."""
+        there = self._instances[instance]
+        return there.prefill_tokens, there.decode_tokens
+
+    def handle(self, happened: Event) -> list[RouteSequence]:
+        """Take in what happened; what follows from it, in the order in which the sequences came."""
+        match happened:
+            case InstanceJoined(name, roles):
+                self._forget_instance(name)
+                self._instances[name] = _Instance(name, LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles)
+            case InstanceDraining(name):
+                if name in self._instances:
+                    self._instances[name].draining = True
+            case InstanceLost(name):
+                self._forget_instance(name)
+            case ChatArrived(request_id):
+                self._end(request_id)
+                self._waiting[request_id] = happened
+            case ChatPrefilled(request_id, epoch):
+                routed = self._routed.get(request_id)
+                if routed is not None and routed.epoch == epoch:
+                    self._prefilled(routed)
+            case ChatEnded(request_id, epoch):
+                routed = self._routed.get(request_id)
+                if epoch is None or (routed is not None and routed.epoch == epoch):
+                    self._end(request_id)
+            case GatewayLost(gateway):
+                held = [name for name, routed in self._routed.items() if routed.gateway == gateway]
+                held += [name for name, arrived in self._waiting.items() if arrived.gateway == gateway]
+                for request_id in held:
+                    self._end(request_id)
+        return self._route_waiting()
+
+    def _route_waiting(self) -> list[RouteSequence]:
+        decisions = []
+        for arrived in list(self._waiting.values()):
+            decision = self._route(arrived)
+            if decision is None:
+                # Avoiding is a wish, so what one sequence cannot have, the next cannot either.
+                break
+            del self._waiting[arrived.request_id]
+            decisions.append(decision)
+        return decisions
+
+    def _route(self, arrived: ChatArrived) -> RouteSequence | None:
+        prefills = self._candidates(lambda instance: instance.prefills, arrived.avoid)
+        decodes = self._candidates(lambda instance: instance.decodes, arrived.avoid)
+        if not prefills or not decodes:
+            return None
+        prefill = min(prefills, key=lambda there: (there.prefill_tokens, there.decode_tokens, there.name))
+        if prefill in decodes:
+            decode = prefill
+            what = f"least to prefill of {len(prefills)}, and decodes too"
+        else:
+            decode = min(decodes, key=lambda there: (there.decode_tokens, there.prefill_tokens, there.name))
+            what = f"least to prefill of {len(prefills)}, least to generate of {len(decodes)}"
+        load = f"{prefill.prefill_tokens} tokens to prefill, {decode.decode_tokens} to generate before it"
+        routed = _Routed(
+            arrived.gateway, self.next_epoch, prefill.name, decode.name, arrived.prompt_tokens, arrived.max_tokens
+        )
+        self.next_epoch += 1
+        prefill.prefill_tokens += routed.prefill_tokens
+        decode.decode_tokens += routed.decode_tokens
+        self._routed[arrived.request_id] = routed
+        return RouteSequence(arrived.request_id, routed.epoch, prefill.name, decode.name, f"{what}: {load}")
+
+    def _candidates(self, able: Callable[[_Instance], bool], avoid: Iterable[str]) -> list[_Instance]:
+        there = [instance for instance in self._instances.values() if able(instance) and not instance.draining]
+        return [instance for instance in there if instance.name not in avoid] or there
+
+    def _prefilled(self, routed: _Routed) -> None:
+        if (instance := self._instances.get(routed.prefill)) is not None:
+            instance.prefill_tokens -= routed.prefill_tokens
+        routed.prefill_tokens = 0
+
+    def _end(self, request_id: str) -> None:
+        self._waiting.pop(request_id, None)
+        routed = self._routed.pop(request_id, None)
+        if routed is not None:
+            self._prefilled(routed)
+            if (instance := self._instances.get(routed.decode)) is not None:
+                instance.decode_tokens -= routed.decode_tokens
+
+    def _forget_instance(self, name: str) -> None:
+        """What ran there bears on nobody any more; its gateways ask for new routes."""
+        if self._instances.pop(name, None) is None:
+            return
+        for routed in self._routed.values():
+            # The name may come back with other sequences, which these must not be counted against.
+            if routed.prefill == name:
+                routed.prefill_tokens = 0
+            if routed.decode == name:
+                routed.decode_tokens = 0

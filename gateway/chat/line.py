@@ -1,0 +1,111 @@
+"""One attempt at a sequence as its gateway hears it: every token once and in order, or the news that it is broken."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from common.messages.chat import ChatRoute, FinishReason, SequenceTokens, TokenLogprobs
+
+
+@dataclass
+class Step:
+    """Tokens that have come since the last look: ``logprobs`` for each of them, or none."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish: FinishReason | None = None
+    cached_tokens: int = 0
+
+
+class Broken(Exception):
+    """The attempt brings nothing more; another may. ``avoid``: where not to go again, ``gone``: where nobody is."""
+
+    def __init__(
+        self,
+        why: str,
+        message: str,
+        *,
+        retryable: bool = True,
+        avoid: tuple[str, ...] = (),
+        gone: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.why = why
+        self.retryable = retryable
+        self.avoid = avoid
+        self.gone = gone
+
+
+class Line:
+    """Hears one epoch of one sequence. What waits here is bounded by the sequence's ``max_tokens``."""
+
+    def __init__(self, route: ChatRoute, expected: int, max_tokens: int) -> None:
+        """expected: the position of the next token."""
+        self.route = route
+        self.expected = expected
+        self._max_tokens = max_tokens
+        self._waiting = Step()
+        self._broken: Broken | None = None
+        self._news = asyncio.Event()
+        self._decoding = False
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        """Who may have the sequence now, the prefill instance first: it hands over to the other."""
+        if self._decoding:
+            return (self.route.decode,)
+        return tuple(dict.fromkeys((self.route.prefill, self.route.decode)))
+
+    def hear(self, instance: str, news: SequenceTokens) -> None:
+        """Take in what a step brought. What is known already is left out, what was missed breaks the line."""
+        if self._waiting.finish is not None or self._broken is not None:
+            return
+        known = self.expected - news.offset
+        if known < 0:
+            message = f"tokens {self.expected} to {news.offset - 1} from {instance} never came"
+            self.break_off(Broken("gap", message))
+            return
+        self._decoding = self._decoding or instance == self.route.decode
+        self._waiting.tokens += news.tokens[known:]
+        self._waiting.logprobs += news.logprobs[known:]
+        self._waiting.cached_tokens += news.cached_tokens
+        self.expected = max(self.expected, news.offset + len(news.tokens))
+        if news.finish is not None:
+            self._waiting.finish = news.finish
+        elif self.expected >= self._max_tokens:
+            self._waiting.finish = FinishReason.LENGTH
+        elif news.failure is not None:
+            failure = news.failure
+            self.break_off(Broken(failure.code, failure.message, retryable=failure.retryable, avoid=(instance,)))
+        self._news.set()
+
+    def lose(self, instance: str) -> None:
+        """An instance is gone; that breaks the line if it may have had the sequence."""
+        if instance in self.instances:
+            self.break_off(Broken("lost", f"{instance} is lost", avoid=(instance,)))
+
+    def break_off(self, broken: Broken) -> None:
+        """End the line, once what has come is taken."""
+        if self._waiting.finish is None and self._broken is None:
+            self._broken = broken
+            self._news.set()
+
+    async def next(self, silence_s: float) -> Step | None:
+        """What has come, all at once; None after ``silence_s`` seconds of nothing.
+
+        Raises:
+            Broken: nothing more comes.
+        """
+        if not self._news.is_set():
+            try:
+                async with asyncio.timeout(silence_s):
+                    await self._news.wait()
+            except TimeoutError:
+                return None
+        self._news.clear()
+        if self._broken is not None:
+            # Heard again after what has come before it.
+            self._news.set()
+            if not self._waiting.tokens:
+                raise self._broken
+        step, self._waiting = self._waiting, Step()
+        return step

@@ -1,0 +1,42 @@
+"""What is counted of language: requests are counted by the gateway's own metrics, sequences and tokens here."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class LanguageMetrics:
+    """Sequences are counted as they end, tokens as they come."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._sequences = Counter("triptych_sequences", "Answers by how they ended.", ("outcome",), registry=registry)
+        self._prompt_tokens = Counter("triptych_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self._tokens = Counter("triptych_generated_tokens", "Tokens of answers.", registry=registry)
+        self._reroutes = Counter(
+            "triptych_sequence_reroutes", "Sequences that went on elsewhere, by why.", ("why",), registry=registry
+        )
+        self._first_token = Histogram(
+            "triptych_time_to_first_token_seconds",
+            "From a request's arrival to the first token of each answer.",
+            buckets=_FIRST_TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self._active = Gauge("triptych_sequences_active", "Answers being generated.", registry=registry)
+
+    def begun(self, prompt_tokens: int) -> None:
+        self._prompt_tokens.inc(prompt_tokens)
+        self._active.inc()
+
+    def first_token(self, after_s: float) -> None:
+        self._first_token.observe(after_s)
+
+    def generated(self, tokens: int) -> None:
+        self._tokens.inc(tokens)
+
+    def rerouted(self, why: str) -> None:
+        self._reroutes.labels(why).inc()
+
+    def ended(self, outcome: str) -> None:
+        """``outcome``: ``stop``, ``length``, ``cancelled`` or ``failed``."""
+        self._active.dec()
+        self._sequences.labels(outcome).inc()

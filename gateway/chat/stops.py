@@ -1,0 +1,39 @@
+"""Finds stop strings in text that comes in pieces, holding back whatever may yet become one. Pure."""
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Looks for the first of ``stops``; with none, everything passes."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        """What may be shown now. Once ``found``, that is the end: neither the stop string nor what follows is shown."""
+        if not self._stops:
+            return text
+        text = self._held + text
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.found = True
+            self._held = ""
+            return text[: min(places)]
+        held = max(_beginning(text, stop) for stop in self._stops)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """What was held back, now that nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _beginning(text: str, stop: str) -> int:
+    """How long the longest end of ``text`` is with which ``stop`` begins, less than all of it."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

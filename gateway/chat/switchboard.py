@@ -1,0 +1,58 @@
+"""Brings the workers' messages to the sequences they are about, and tells workers of sequences that nobody wants."""
+
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Iterator
+
+from common.bus.port import Bus
+from common.messages.chat import CancelGeneration, ChatRoute, TokensGenerated
+from common.messages.subjects import CANCEL_GENERATION, TOKENS_GENERATED
+from gateway.chat.line import Line
+
+# Steps of all instances that may wait for this process; what is beyond is dropped, and missed by its offset.
+_MAX_PENDING = 65536
+
+
+class Switchboard:
+    """``instance`` is the gateway's own, at which workers' tokens arrive."""
+
+    def __init__(self, bus: Bus, instance: str) -> None:
+        self._bus = bus
+        self.instance = instance
+        self._lines: dict[str, Line] = {}
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Hear workers while the block runs."""
+        hearing = await self._bus.subscribe(TOKENS_GENERATED, self._heard, self.instance, max_pending=_MAX_PENDING)
+        try:
+            yield
+        finally:
+            await hearing.stop(deadline_s=0.0)
+
+    @contextlib.contextmanager
+    def line(self, request_id: str, route: ChatRoute, expected: int, max_tokens: int) -> Iterator[Line]:
+        """The line of one attempt, heard while the block runs; it takes the place of any before."""
+        line = self._lines[request_id] = Line(route, expected, max_tokens)
+        try:
+            yield line
+        finally:
+            if self._lines.get(request_id) is line:
+                del self._lines[request_id]
+
+    def lose(self, instance: str) -> None:
+        """A member is gone, with every sequence it had."""
+        for line in self._lines.values():
+            line.lose(instance)
+
+    async def cancel(self, request_id: str, epoch: int, instances: Iterable[str]) -> None:
+        """Have workers drop a sequence. Should one not hear it, its next tokens are answered in the same way."""
+        for instance in instances:
+            await self._bus.publish(CANCEL_GENERATION, CancelGeneration(request_id=request_id, epoch=epoch), instance)
+
+    async def _heard(self, news: TokensGenerated) -> None:
+        for sequence in news.sequences:
+            line = self._lines.get(sequence.request_id)
+            if line is not None and line.route.epoch == sequence.epoch:
+                line.hear(news.instance, sequence)
+            elif sequence.finish is None and sequence.failure is None:
+                await self.cancel(sequence.request_id, sequence.epoch, (news.instance,))

@@ -1,0 +1,123 @@
+"""Routes chats: turns what gateways ask into events for the dispatch policy, and its decisions into answers.
+
+Nothing here is kept: a scheduler that starts anew counts no load of what runs already, and is told of its end in vain.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import structlog
+
+from common.bus.errors import Refusal
+from common.bus.port import Bus
+from common.messages.chat import ChatEnded, ChatPrefilled, ChatRoute, RouteChat
+from common.messages.cluster import Service
+from common.messages.failures import Failure, Stage
+from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, ROUTE_CHAT
+from common.policies import chat_dispatch as dispatch
+from common.runtime.membership import MemberChange, MemberDraining, MemberJoined, MemberLost
+
+log = structlog.get_logger()
+
+_MAX_WAITING = 4096
+
+
+class ChatRouter:
+    """Answers gateways. ``doubt`` is told of instances at which a gateway found nobody."""
+
+    def __init__(self, bus: Bus, first_epoch: int, doubt: Callable[[str], None]) -> None:
+        self._bus = bus
+        self._policy = dispatch.ChatDispatch(first_epoch)
+        self._doubt = doubt
+        self._asked: dict[str, asyncio.Future[ChatRoute]] = {}
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Answer while the block runs."""
+        subscriptions = [
+            await self._bus.serve(ROUTE_CHAT, self._route, max_in_flight=_MAX_WAITING),
+            await self._bus.subscribe(CHAT_PREFILLED, self._prefilled),
+            await self._bus.subscribe(CHAT_ENDED, self._ended),
+        ]
+        try:
+            yield
+        finally:
+            for subscription in subscriptions:
+                await subscription.stop(deadline_s=0.0)
+
+    def member_changed(self, change: MemberChange) -> None:
+        """Take in who comes and goes."""
+        member = change.member
+        match change:
+            case MemberJoined() if member.roles:
+                self._tell(dispatch.InstanceJoined(member.instance, member.roles))
+            case MemberDraining() if member.roles:
+                self._tell(dispatch.InstanceDraining(member.instance))
+            case MemberLost() if member.roles:
+                self._tell(dispatch.InstanceLost(member.instance))
+            case MemberLost() if member.service is Service.GATEWAY:
+                self._tell(dispatch.GatewayLost(member.instance))
+            case _:
+                pass
+
+    async def _route(self, asked: RouteChat) -> ChatRoute:
+        for instance in asked.gone:
+            self._doubt(instance)
+        answer: asyncio.Future[ChatRoute] = asyncio.get_running_loop().create_future()
+        former = self._asked.get(asked.request_id)
+        if former is not None:
+            _overtake(former)
+        self._asked[asked.request_id] = answer
+        self._tell(
+            dispatch.ChatArrived(
+                asked.request_id,
+                asked.gateway,
+                asked.prompt_tokens,
+                asked.max_tokens,
+                (*asked.avoid, *asked.gone),
+            )
+        )
+        try:
+            async with asyncio.timeout(asked.wait_s):
+                return await answer
+        except TimeoutError:
+            raise _refusal("no_instance", f"no prefill and decode instance within {asked.wait_s:g} s") from None
+        finally:
+            if self._asked.get(asked.request_id) is answer:
+                del self._asked[asked.request_id]
+                if not answer.done() or answer.cancelled():
+                    self._tell(dispatch.ChatEnded(asked.request_id, None))
+
+    def _prefilled(self, report: ChatPrefilled) -> None:
+        self._tell(dispatch.ChatPrefilled(report.request_id, report.epoch))
+
+    def _ended(self, report: ChatEnded) -> None:
+        asked = self._asked.get(report.request_id)
+        if report.epoch is None and asked is not None:
+            _overtake(asked)
+        self._tell(dispatch.ChatEnded(report.request_id, report.epoch))
+
+    def _tell(self, happened: dispatch.Event) -> None:
+        for decision in self._policy.handle(happened):
+            log.debug("routed", request=decision.request_id, prefill=decision.prefill, reason=decision.reason)
+            answer = self._asked.get(decision.request_id)
+            if answer is not None and not answer.done():
+                answer.set_result(
+                    ChatRoute(
+                        request_id=decision.request_id,
+                        epoch=decision.epoch,
+                        prefill=decision.prefill,
+                        decode=decision.decode,
+                        reason=decision.reason,
+                    )
+                )
+
+
+def _overtake(asked: asyncio.Future[ChatRoute]) -> None:
+    if not asked.done():
+        asked.set_exception(_refusal("overtaken", "the sequence has ended, or was asked for again"))
+
+
+def _refusal(code: str, message: str) -> Refusal:
+    return Refusal(Failure(stage=Stage.SCHEDULER, code=code, message=message, retryable=True))

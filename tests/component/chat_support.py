@@ -1,0 +1,113 @@
+"""A gateway, a scheduler and played language instances over one broker."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from common.bus.nats_bus import NatsBus
+from common.messages.cluster import LanguageRole
+from gateway.config import GatewaySettings
+from gateway.service import Gateway, bind, running_gateway
+from services.scheduler.config import SchedulerSettings
+from services.scheduler.service import serve as serve_scheduler
+from tests.component.gateway_support import until
+from tests.support.language import FUSED, PlayedLanguageWorker, played_language_worker
+from tests.support.nats_server import NatsServer
+from tests.support.tiny_tokenizer import write_tokenizer
+
+PREFILL = (LanguageRole.PREFILL,)
+DECODE = (LanguageRole.DECODE,)
+# Text that answers every prompt, unless a test has its own. Its emoji are four bytes, so four tokens, each.
+ANSWER = "hello world, 😀 héllo 👩‍🚀 hello!"
+
+
+def always(prompt: str) -> str:
+    """The same answer to every prompt."""
+    return ANSWER
+
+
+@dataclass(frozen=True)
+class ChatStack:
+    """``workers`` by instance name."""
+
+    gateway: Gateway
+    http: aiohttp.ClientSession
+    workers: dict[str, PlayedLanguageWorker]
+    broker: NatsServer
+
+    @property
+    def url(self) -> str:
+        return self.gateway.url
+
+    async def call(self, path: str, **fields: Any) -> tuple[int, dict[str, Any]]:
+        """One request that is answered at once; status and body."""
+        async with self.http.post(path, json=fields) as response:
+            body: dict[str, Any] = await response.json()
+            return response.status, body
+
+    async def chat(self, **fields: Any) -> dict[str, Any]:
+        status, body = await self.call("/v1/chat/completions", **MESSAGES | fields)
+        assert status == 200, body
+        return body
+
+
+MESSAGES: dict[str, Any] = {"messages": [{"role": "user", "content": "say hello"}]}
+
+
+async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """A stream's events up to [DONE], which must be the last thing in it."""
+    done = False
+    async for raw in response.content:
+        line = raw.decode().strip()
+        if line:
+            assert not done, line
+            assert line.startswith("data: "), line
+            done = line == "data: [DONE]"
+            if not done:
+                yield json.loads(line[6:])
+    assert done
+
+
+@contextlib.asynccontextmanager
+async def scheduler(url: str) -> AsyncIterator[None]:
+    """A real scheduler, in this process."""
+    stop = asyncio.Event()
+    settings = SchedulerSettings(nats_url=url, instance="scheduler-0", drain_s=0.0)
+    running = asyncio.create_task(serve_scheduler(settings, stop))
+    try:
+        yield
+    finally:
+        stop.set()
+        await running
+
+
+@contextlib.asynccontextmanager
+async def chat_stack(
+    broker: NatsServer, folder: Path, *, script: Any = always, roles: Any = None, **settings: Any
+) -> AsyncIterator[ChatStack]:
+    """``roles``: of each instance by name; without it, there is one fused instance."""
+    async with contextlib.AsyncExitStack() as opened:
+        await opened.enter_async_context(scheduler(broker.url))
+        bus = await opened.enter_async_context(await NatsBus.connect(broker.url, name="gateway-0"))
+        own = GatewaySettings(port=0, instance="gateway-0", language_model=str(write_tokenizer(folder)), **settings)
+        listener = opened.enter_context(bind(own))
+        gateway = await opened.enter_async_context(running_gateway(bus, own, listener))
+        http = await opened.enter_async_context(aiohttp.ClientSession(gateway.url))
+        workers = {}
+        for name, own_roles in (roles or {"fused-0": FUSED}).items():
+            workers[name] = await opened.enter_async_context(
+                played_language_worker(broker.url, name, script, own_roles)
+            )
+        running = ChatStack(gateway, http, workers, broker)
+
+        async def served() -> bool:
+            return bool(gateway.edge.catalogue.language_models) and set(workers) <= set(gateway.edge.members())
+
+        await until(served)
+        yield running

@@ -1,0 +1,232 @@
+"""Plays prefill and decode instances towards a real gateway and a real scheduler over a real broker.
+
+What a played instance answers is fixed by ``script``, position by position: whoever goes on with a sequence goes on as
+the other would have. What goes wrong is up to the test.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from common.bus.errors import Refusal
+from common.bus.nats_bus import NatsBus
+from common.bus.port import Bus
+from common.messages.chat import (
+    CancelGeneration,
+    FindGeneration,
+    FinishReason,
+    GenerateTokens,
+    GenerationFound,
+    SequenceTokens,
+    TakeOver,
+    TokenLogprobs,
+    TokensGenerated,
+    unpack_tokens,
+)
+from common.messages.cluster import LanguageModelInfo, LanguageRole, Service
+from common.messages.failures import Acknowledged, Failure
+from common.messages.subjects import (
+    CANCEL_GENERATION,
+    FIND_GENERATION,
+    GENERATE_TOKENS,
+    TAKE_OVER,
+    TOKENS_GENERATED,
+)
+from common.runtime.membership import Registration
+from common.runtime.settings import ServiceSettings
+from tests.support.tiny_tokenizer import END, tiny_tokenizer
+
+WAIT_S = 30.0
+INFO = LanguageModelInfo(name="tiny", context_tokens=512, created_at_s=1)
+FUSED = (LanguageRole.PREFILL, LanguageRole.DECODE)
+
+_TOKENIZER = tiny_tokenizer()
+END_ID: int = _TOKENIZER.token_to_id(END)
+
+
+def ids_of(text: str) -> list[int]:
+    """The text's tokens."""
+    ids: list[int] = _TOKENIZER.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def text_of(tokens: list[int]) -> str:
+    """The tokens' text, special ones by name."""
+    text: str = _TOKENIZER.decode(tokens, skip_special_tokens=False)
+    return text
+
+
+@dataclass
+class Faults:
+    """What an instance does wrong: stop saying anything after so many tokens of a sequence, leave out the message with
+    the token at a position, or refuse. A sequence that ``forget``s is not found any more either."""
+
+    silent_after: int | None = None
+    drop: set[int] = field(default_factory=set)
+    refuse: Failure | None = None
+    forget: bool = False
+
+
+class PlayedLanguageWorker:
+    """One instance. It sends a token each time ``allowed`` permits, which by default is always."""
+
+    def __init__(
+        self, bus: Bus, instance: str, script: Callable[[str], str], roles: tuple[LanguageRole, ...] = FUSED
+    ) -> None:
+        self.bus = bus
+        self.instance = instance
+        self.roles = roles
+        self.faults = Faults()
+        self.requests: asyncio.Queue[GenerateTokens] = asyncio.Queue(1000)
+        self.cancelled: asyncio.Queue[CancelGeneration] = asyncio.Queue(1000)
+        self.allowed = asyncio.Semaphore(1_000_000)
+        self.messages = 0
+        self._script = script
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._life: contextlib.AsyncExitStack | None = None
+
+    async def join(self, url: str) -> None:
+        """Register and take work."""
+        service = Service.PREFILL if LanguageRole.PREFILL in self.roles else Service.DECODE
+        settings = ServiceSettings(nats_url=url, instance=self.instance, heartbeat_s=0.1)
+        self._life = contextlib.AsyncExitStack()
+        registration = await self._life.enter_async_context(Registration(self.bus, settings, service))
+        for subscription in (
+            await self.bus.serve(GENERATE_TOKENS, self._generate, self.instance),
+            await self.bus.serve(FIND_GENERATION, self._find, self.instance),
+            await self.bus.serve(TAKE_OVER, self._take_over, self.instance),
+            await self.bus.subscribe(CANCEL_GENERATION, self._cancel, self.instance),
+        ):
+            self._life.push_async_callback(subscription.stop)
+        await registration.ready(language_model=INFO, roles=self.roles)
+
+    async def leave(self) -> None:
+        """Withdraw, with whatever was under way."""
+        life, self._life = self._life, None
+        for task in self._running.values():
+            task.cancel()
+        if life is not None:
+            await life.aclose()
+
+    async def next_request(self) -> GenerateTokens:
+        return await asyncio.wait_for(self.requests.get(), WAIT_S)
+
+    async def next_cancelled(self) -> CancelGeneration:
+        return await asyncio.wait_for(self.cancelled.get(), WAIT_S)
+
+    @property
+    def busy(self) -> int:
+        """How many sequences it holds."""
+        return len(self._running)
+
+    async def _generate(self, request: GenerateTokens) -> Acknowledged:
+        self.requests.put_nowait(request)
+        if self.faults.refuse is not None:
+            raise Refusal(self.faults.refuse)
+        handing_over = request.decode != self.instance
+        self._begin(request, None, handing_over)
+        return Acknowledged()
+
+    async def _take_over(self, handed: TakeOver) -> Acknowledged:
+        self._begin(handed.request, handed, False)
+        return Acknowledged()
+
+    def _begin(self, request: GenerateTokens, handed: TakeOver | None, handing_over: bool) -> None:
+        key = request.request_id
+        if (former := self._running.pop(key, None)) is not None:
+            former.cancel()
+        work = self._hand_over(request) if handing_over else self._go_on(request)
+        task = self._running[key] = asyncio.create_task(work, name=key)
+        self._sent[key] = (request.epoch, request.generated)
+        task.add_done_callback(lambda done: self._running.pop(key) if self._running.get(key) is done else None)
+
+    async def _find(self, asked: FindGeneration) -> GenerationFound:
+        epoch, tokens = self._sent.get(asked.request_id, (0, 0))
+        held = asked.request_id in self._running and epoch == asked.epoch and not self.faults.forget
+        return GenerationFound(request_id=asked.request_id, epoch=asked.epoch, held=held, tokens=tokens)
+
+    def _cancel(self, cancel: CancelGeneration) -> None:
+        self.cancelled.put_nowait(cancel)
+        if self._sent.get(cancel.request_id, (0, 0))[0] <= cancel.epoch:
+            task = self._running.pop(cancel.request_id, None)
+            if task is not None:
+                task.cancel()
+
+    async def _hand_over(self, request: GenerateTokens) -> None:
+        """Send the first token, then have the decode instance go on."""
+        answer = self._answer(request)
+        place = request.generated
+        await self._send(request, place, answer)
+        if place + 1 >= min(len(answer), request.sampling.max_tokens):
+            return
+        tokens = [*unpack_tokens(request.tokens), answer[place]]
+        handed = request.model_copy(
+            update={"tokens": b"".join(token.to_bytes(4, "little") for token in tokens), "generated": place + 1}
+        )
+        take_over = TakeOver(
+            request=handed, prefill=self.instance, kv=(), kv_tokens=len(tokens) - 1, block_tokens=16, checksum=0
+        )
+        await self.bus.request(TAKE_OVER, take_over, request.decode, deadline_s=WAIT_S)
+
+    async def _go_on(self, request: GenerateTokens) -> None:
+        answer = self._answer(request)
+        for place in range(request.generated, min(len(answer), request.sampling.max_tokens)):
+            await self.allowed.acquire()
+            if self.faults.silent_after is not None and place >= self.faults.silent_after:
+                await asyncio.sleep(WAIT_S)
+            await self._send(request, place, answer)
+
+    async def _send(self, request: GenerateTokens, place: int, answer: list[int]) -> None:
+        finish = None
+        if answer[place] == END_ID and not request.sampling.ignore_end:
+            finish = FinishReason.STOP
+        elif place + 1 == request.sampling.max_tokens:
+            finish = FinishReason.LENGTH
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if request.sampling.logprobs is not None:
+            likeliest = ((answer[place], -0.25), (END_ID, float("-inf")))[: request.sampling.logprobs]
+            logprobs = (TokenLogprobs(logprob=-0.25, alternatives=likeliest),)
+        news = SequenceTokens(
+            request_id=request.request_id,
+            epoch=request.epoch,
+            offset=place,
+            tokens=(answer[place],),
+            logprobs=logprobs,
+            finish=finish,
+        )
+        self._sent[request.request_id] = (request.epoch, place + 1)
+        if place in self.faults.drop:
+            self.faults.drop.discard(place)
+            return
+        self.messages += 1
+        await self.bus.publish(
+            TOKENS_GENERATED, TokensGenerated(instance=self.instance, sequences=(news,)), request.gateway
+        )
+
+    def _answer(self, request: GenerateTokens) -> list[int]:
+        """The tokens that the script has for the prompt; the prompt is what was not generated."""
+        tokens = unpack_tokens(request.tokens)
+        prompt = tokens[: len(tokens) - request.generated]
+        answer = [*ids_of(self._script(text_of(prompt))), END_ID]
+        assert tokens[len(prompt) :] == answer[: request.generated], "what was generated before is not the same"
+        return answer
+
+
+@contextlib.asynccontextmanager
+async def played_language_worker(
+    url: str,
+    instance: str,
+    script: Callable[[str], str],
+    roles: tuple[LanguageRole, ...] = FUSED,
+) -> AsyncIterator[PlayedLanguageWorker]:
+    """An instance that has joined; it leaves at the end of the block if it has not before."""
+    bus = await NatsBus.connect(url, name=f"played-{instance}")
+    worker = PlayedLanguageWorker(bus, instance, script, roles)
+    try:
+        await worker.join(url)
+        yield worker
+    finally:
+        await worker.leave()
+        await bus.close()
