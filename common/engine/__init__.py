@@ -4,7 +4,7 @@
 that makes its batches (``common.policies.continuous_batching``). Prefill and decode services put messages around it.
 """
 
-from common.engine.engine import Engine
+from common.engine.engine import Engine, RequestRefused
 from common.engine.request import Finish, Output, Request
 
-__all__ = ["Engine", "Finish", "Output", "Request"]
+__all__ = ["Engine", "Finish", "Output", "Request", "RequestRefused"]

@@ -1,5 +1,7 @@
 """The loop of one instance: ask the policy, run the model, choose tokens, tell the policy what came of it."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
@@ -34,6 +36,7 @@ class _Sequence:
     detokenizer: Detokenizer | None
     stops: StopStrings
     table: BlockTable = field(default_factory=BlockTable)
+    parked: bool = False
 
 
 class Engine:
@@ -59,63 +62,138 @@ class Engine:
         self._pool = pool
         self._tokenizer = tokenizer
         self.allocator = allocator or BlockAllocator(pool.blocks.shape[0])
-        self._batching = ContinuousBatching(self.allocator.blocks, BLOCK_TOKENS, chunk_tokens, most_sequences)
+        self._chunk_tokens = chunk_tokens
+        self._most_sequences = most_sequences
+        self._batching = self._new_batching()
         self._sequences: dict[str, _Sequence] = {}
+        self._parked = 0
+        self.stalled = False
+        """Whether the last step could do nothing: blocks that others hold are waited for."""
+
+    def _new_batching(self) -> ContinuousBatching:
+        return ContinuousBatching(self.allocator.blocks, BLOCK_TOKENS, self._chunk_tokens, self._most_sequences)
+
+    @property
+    def pool(self) -> KVPool:
+        return self._pool
+
+    @property
+    def context(self) -> int:
+        """How many tokens a sequence may have, for the model and for the pool."""
+        return min(self._model.context, self.allocator.blocks * BLOCK_TOKENS)
 
     @property
     def busy(self) -> bool:
-        """Whether any answer is not at its end."""
-        return bool(self._sequences)
+        """Whether any answer is to be computed here and not at its end."""
+        return len(self._sequences) > self._parked
+
+    def check(self, name: str, request: Request) -> None:
+        """Whether the request could be answered here at all; at any time, during a step too.
+
+        Raises:
+            RequestRefused: it does not fit, or needs a tokenizer where there is none.
+        """
+        needed = request.computed_tokens
+        if needed > self._model.context:
+            raise RequestRefused(
+                f"{name}: prompt and answer have {needed + 1} tokens, the context {self._model.context}"
+            )
+        if request.stops and self._tokenizer is None:
+            raise RequestRefused(f"{name}: stop strings need a tokenizer")
+        if not all(0 <= token < self._model.vocabulary for token in (*request.prompt, *request.answered)):
+            raise RequestRefused(f"{name}: a token is none of the model's {self._model.vocabulary}")
+        blocks = self._pool.layout.blocks_for(needed)
+        if blocks > self.allocator.blocks:
+            raise RequestRefused(f"{name}: {needed} tokens take {blocks} blocks, the pool has {self.allocator.blocks}")
 
     def add(self, name: str, request: Request, now_s: float) -> None:
         """Take in a request.
 
         Raises:
-            RequestRefused: it does not fit, or needs a tokenizer where there is none.
+            RequestRefused: see ``check``.
             ValueError: the name is in use.
         """
+        self._take_in(name, request, BlockTable(), 0, now_s)
+
+    def adopt(self, name: str, request: Request, blocks: Sequence[int], now_s: float) -> None:
+        """Take in a request whose keys and values are here already, but for the last token's.
+
+        Args:
+            blocks: held for this sequence; they are the engine's from now on.
+
+        Raises:
+            RequestRefused, ValueError: see ``add``; the blocks stay the caller's.
+        """
+        computed = len(request.prompt) + len(request.answered) - 1
+        self._take_in(name, request, BlockTable(blocks), computed, now_s)
+
+    def _take_in(self, name: str, request: Request, table: BlockTable, computed: int, now_s: float) -> None:
         if name in self._sequences:
             raise ValueError(f"{name} is being answered already")
-        most = len(request.prompt) + request.most_tokens
-        # The last token is never computed, so its position need not be known.
-        if most - 1 > self._model.context:
-            raise RequestRefused(f"{name}: prompt and answer have {most} tokens, the context {self._model.context}")
-        if request.stops and self._tokenizer is None:
-            raise RequestRefused(f"{name}: stop strings need a tokenizer")
-        arrival = SequenceArrived(name, len(request.prompt), most - 1)
+        self.check(name, request)
+        tokens = [*request.prompt, *request.answered]
+        arrival = SequenceArrived(name, len(tokens), request.computed_tokens, computed, len(table.blocks))
         for decision in self._batching.handle(arrival, now_s):
             if isinstance(decision, RefuseSequence):
                 raise RequestRefused(f"{name}: {decision.reason}")
-        self._sequences[name] = _Sequence(
-            request,
-            list(request.prompt),
-            History(frozenset(request.prompt)),
-            Detokenizer(self._tokenizer) if self._tokenizer is not None else None,
-            StopStrings(request.stops),
-        )
+        history = History(frozenset(request.prompt), Counter(request.answered), len(request.answered))
+        detokenizer = Detokenizer(self._tokenizer) if self._tokenizer is not None else None
+        self._sequences[name] = _Sequence(request, tokens, history, detokenizer, StopStrings(request.stops), table)
+
+    def parked(self, name: str) -> BlockTable | None:
+        """The blocks of a parked sequence, the last token's keys and values not in them; None: it is not parked."""
+        sequence = self._sequences.get(name)
+        return sequence.table if sequence is not None and sequence.parked else None
 
     def cancel(self, name: str, now_s: float) -> None:
-        """Give an answer up; nothing if it is at its end."""
+        """Give an answer up, or what is parked of it; nothing if it is at its end."""
         sequence = self._sequences.pop(name, None)
         if sequence is not None:
+            self._parked -= sequence.parked
             self.allocator.release(sequence.table.blocks)
             self._batching.handle(SequenceLeft(name), now_s)
+
+    def abandon(self) -> list[str]:
+        """After a step that failed half-way: give up all that was being computed, and be fit for more.
+
+        Returns:
+            The names of the sequences. What is parked stays.
+        """
+        lost = [name for name, sequence in self._sequences.items() if not sequence.parked]
+        for name in lost:
+            self.allocator.release(self._sequences.pop(name).table.blocks)
+        self._batching = self._new_batching()
+        return lost
 
     def step(self, now_s: float) -> list[Output]:
         """One forward pass; the tokens that came of it. None while prompts are only partly computed."""
         outputs: list[Output] = []
-        for decision in self._batching.handle(StepDue(self.allocator.free_blocks), now_s):
+        decisions = self._batching.handle(StepDue(self.allocator.free_blocks), now_s)
+        self.stalled = not decisions
+        for decision in decisions:
             if isinstance(decision, PreemptSequence):
                 sequence = self._sequences[decision.sequence]
                 self.allocator.release(sequence.table.blocks)
                 sequence.table = BlockTable()
             elif isinstance(decision, RunStep):
                 outputs = self._run(decision.pieces)
-                ended = frozenset(output.sequence for output in outputs if output.finish is not None)
-                for name in ended:
-                    self.allocator.release(self._sequences.pop(name).table.blocks)
-                self._batching.handle(StepFinished(ended), now_s)
+                self._batching.handle(StepFinished(self._leaving(outputs)), now_s)
         return outputs
+
+    def _leaving(self, outputs: list[Output]) -> frozenset[str]:
+        """Who takes no part in further steps: the blocks of those at their end are free, others are parked in them."""
+        leaving = []
+        for output in outputs:
+            name = output.sequence
+            if output.finish is not None:
+                self.allocator.release(self._sequences.pop(name).table.blocks)
+            elif self._sequences[name].request.park:
+                self._sequences[name].parked = True
+                self._parked += 1
+            else:
+                continue
+            leaving.append(name)
+        return frozenset(leaving)
 
     def _run(self, pieces: tuple[Piece, ...]) -> list[Output]:
         logits = self._model.forward([self._chunk(piece) for piece in pieces], self._pool)
@@ -143,7 +221,9 @@ class Engine:
         sequence.history.add(token)
         finish: Finish | None = None
         text = ""
-        if token in self._model.end_tokens and not sequence.request.ignore_end:
+        if token in sequence.request.stop_tokens or (
+            token in self._model.end_tokens and not sequence.request.ignore_end
+        ):
             finish = Finish.STOP
         elif sequence.detokenizer is not None:
             text = sequence.stops.add(sequence.detokenizer.add(token))

@@ -23,6 +23,9 @@ class Request:
         most_tokens: the answer's length at most, at least 1.
         stops: strings that end the answer and are not part of it.
         ignore_end: go on after a token that ends answers.
+        stop_tokens: ids that end the answer beside the model's own.
+        answered: what of the answer there is already; it counts in ``most_tokens`` and in penalties.
+        park: compute one token only, and keep the blocks for somebody who goes on from there (``Engine.parked``).
     """
 
     prompt: tuple[int, ...]
@@ -30,10 +33,18 @@ class Request:
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
     stops: tuple[str, ...] = ()
     ignore_end: bool = False
+    stop_tokens: frozenset[int] = frozenset()
+    answered: tuple[int, ...] = ()
+    park: bool = False
 
     def __post_init__(self) -> None:
-        if not self.prompt or self.most_tokens < 1:
+        if not self.prompt or self.most_tokens <= len(self.answered):
             raise ValueError("a request needs a prompt and room for one token")
+
+    @property
+    def computed_tokens(self) -> int:
+        """Of how many tokens keys and values are computed in the end. The last token's never are."""
+        return len(self.prompt) + (len(self.answered) if self.park else self.most_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,8 +213,8 @@ class TakeOver(Message):
     ``request`` has the first new token at its end, counted in ``generated``: it has been sent to the gateway, and its
     own keys and values are not computed yet. ``kv`` are the keys and values of the first ``kv_tokens`` tokens as the
     model's layout has them, in blocks of ``block_tokens`` tokens, the last one filled in part. ``checksum`` is the
-    CRC-32 over their bytes in order. A receiver that has the first blocks already is offered only the rest: ``kv``
-    begins at block ``first_block``.
+    CRC-32 over their bytes in order, None: not to be compared. A receiver that has the first blocks already is offered
+    only the rest: ``kv`` begins at block ``first_block``.
     """
 
     request: GenerateTokens
@@ -223,4 +223,4 @@ class TakeOver(Message):
     kv_tokens: int = Field(ge=0)
     block_tokens: int = Field(ge=1)
     first_block: int = Field(default=0, ge=0)
-    checksum: int = Field(ge=0)
+    checksum: int | None = Field(default=None, ge=0)

@@ -19,11 +19,14 @@ class SequenceArrived:
     Attributes:
         tokens: how many it has.
         most_tokens: how many it may come to have, those included.
+        computed: of how many of them it brings the keys and values, and in how many blocks: then it need not wait.
     """
 
     sequence: str
     tokens: int
     most_tokens: int
+    computed: int = 0
+    blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +165,10 @@ class ContinuousBatching:
         if need > self._pool_blocks:
             reason = f"{event.most_tokens} tokens take {need} blocks, the pool has {self._pool_blocks}"
             return [RefuseSequence(event.sequence, reason)]
-        sequence = _Sequence(event.sequence, self._arrivals, event.tokens)
+        sequence = _Sequence(event.sequence, self._arrivals, event.tokens, event.computed, event.blocks)
         self._arrivals += 1
         self._sequences[event.sequence] = sequence
-        self._waiting.append(sequence)
+        (self._running if event.blocks else self._waiting).append(sequence)
         return []
 
     def _left(self, event: SequenceLeft) -> list[Decision]:

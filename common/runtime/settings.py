@@ -35,16 +35,21 @@ class ServiceSettings(BaseSettings):
         return self.instance or f"{service}-{socket.gethostname()}"
 
 
-class WorkerSettings(ServiceSettings):
+class ComputeSettings(ServiceSettings):
     """What the processes that run a model need beside.
 
     ``drain_s``: how long work under way may go on after the process was asked to stop.
     """
 
-    video_model: str = "demo"
     device: str = "auto"
     threads: int = Field(default=1, ge=1)
     drain_s: float = Field(default=10.0, ge=0)
+
+
+class WorkerSettings(ComputeSettings):
+    """Those of the processes that run a part of the video model."""
+
+    video_model: str = "demo"
 
 
 def load_settings(kind: type[S]) -> S:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, Protocol, TypeVar
@@ -20,7 +20,7 @@ from common.models.opensora.errors import ModelLoadError
 from common.models.opensora.spec import VideoModelSpec, load_spec
 from common.runtime.membership import Registration
 from common.runtime.process import CannotServe
-from common.runtime.settings import WorkerSettings
+from common.runtime.settings import ComputeSettings, WorkerSettings
 from common.tensors.port import Tensors
 from common.tensors.ucx import UcxTensors
 
@@ -83,29 +83,54 @@ async def serve_worker(
 
     ``meeting`` is the address at which groups meet that this worker leads, where it can be in one.
     """
-    keep_freed_memory()
-    instance = settings.instance_of(service)
-    device = choose_device(settings)
+
+    def load_part(device: torch.device) -> Model:
+        try:
+            return load(spec, device)
+        except ModelLoadError as error:
+            raise CannotServe(f"video model: {error}") from error
+
+    async def announce(registration: Registration, _: Model) -> None:
+        await registration.ready(model_info(spec), meeting)
+
     try:
         spec = load_spec(settings.video_model)
     except ModelLoadError as error:
         raise CannotServe(f"video model: {error}") from error
+    await run_worker(settings, stop, service, load_part, make, announce)
+
+
+async def run_worker(
+    settings: ComputeSettings,
+    stop: asyncio.Event,
+    service: Service,
+    load: Callable[[torch.device], Model],
+    make: Callable[[Equipment, Model], Worker],
+    announce: Callable[[Registration, Model], Awaitable[None]],
+) -> None:
+    """Load a model in the compute thread, join the cluster, work until ``stop``, finish what is under way.
+
+    ``announce`` tells the cluster what the worker offers, once it listens.
+
+    Raises:
+        CannotServe: from ``load``.
+    """
+    keep_freed_memory()
+    instance = settings.instance_of(service)
+    device = choose_device(settings)
     bus = await NatsBus.connect(settings.nats_url, name=instance)
     compute = ComputeThread(service, settings.threads)
     tensors = await UcxTensors.open(owner=instance, device=device)
     try:
         async with Registration(bus, settings, service, str(device)) as registration:
             started_s = time.monotonic()
-            try:
-                model = await compute.run(load, spec, device)
-            except ModelLoadError as error:
-                raise CannotServe(f"video model: {error}") from error
+            model = await compute.run(load, device)
             log.info("model loaded", instance=instance, device=str(device), seconds=time.monotonic() - started_s)
             worker = make(Equipment(instance, settings.slot, device, bus, tensors, compute), model)
             subscriptions = [*await worker.listen(), await bus.serve(PING, _answer, instance)]
             working = asyncio.create_task(worker.run(), name="work")
             stopping = asyncio.create_task(stop.wait(), name="stop")
-            await registration.ready(model_info(spec), meeting)
+            await announce(registration, model)
             # A worker whose loop has died must not look alive: whichever ends first ends the process.
             await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
             if working.done():
@@ -113,6 +138,8 @@ async def serve_worker(
             await registration.draining()
             await _finish(worker, settings.drain_s)
             working.cancel()
+            # Its last words, if it has any, are said before the connection closes.
+            await asyncio.wait((working,))
             for subscription in subscriptions:
                 await subscription.stop()
     finally:
@@ -133,7 +160,7 @@ async def _finish(worker: Worker, drain_s: float) -> None:
         log.warning("drain time is over, leaving work behind", drain_s=drain_s)
 
 
-def choose_device(settings: WorkerSettings) -> torch.device:
+def choose_device(settings: ComputeSettings) -> torch.device:
     """The slot's GPU where there is one, the CPU otherwise, or what the settings name."""
     if settings.device != "auto":
         return torch.device(settings.device)

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from common.messages.chat import ChatRoute, FinishReason, SequenceTokens, TokenLogprobs
+from common.messages.failures import Failure, Stage
 
 
 @dataclass
@@ -74,9 +75,14 @@ class Line:
         elif self.expected >= self._max_tokens:
             self._waiting.finish = FinishReason.LENGTH
         elif news.failure is not None:
-            failure = news.failure
-            self.break_off(Broken(failure.code, failure.message, retryable=failure.retryable, avoid=(instance,)))
+            self.break_off(self._failed(instance, news.failure))
         self._news.set()
+
+    def _failed(self, instance: str, failure: Failure) -> Broken:
+        # The prefill instance speaks for a decode instance that would not or could not take the sequence over.
+        culprit = self.route.decode if failure.stage is Stage.DECODE else instance
+        gone = (culprit,) if failure.code == "nobody_there" else ()
+        return Broken(failure.code, failure.message, retryable=failure.retryable, avoid=(culprit,), gone=gone)
 
     def lose(self, instance: str) -> None:
         """An instance is gone; that breaks the line if it may have had the sequence."""

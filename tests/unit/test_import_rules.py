@@ -17,6 +17,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "common.bus": ("common.messages",),
     "common.tensors": ("common.messages",),
     "common.runtime": ("common",),
+    "common.language": ("common",),
     "common.mempool": ("common.messages", "common.bus", "common.tensors"),
     "common.models": (),
     "common.parallel": ("common.messages",),

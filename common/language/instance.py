@@ -1,0 +1,168 @@
+"""What an instance answers. Its role is state, not code: which part of a sequence is done here, each request says."""
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+
+import structlog
+
+from common.bus.errors import Refusal
+from common.bus.port import Subscription
+from common.engine import Output, Request, RequestRefused
+from common.language.handover import HandOver
+from common.language.held import Held, Sequences
+from common.language.loading import LoadedModel
+from common.language.settings import LanguageSettings
+from common.language.speaker import Speaker
+from common.language.stepper import Stepper
+from common.language.takeover import Receiving
+from common.messages.chat import (
+    CancelGeneration,
+    FindGeneration,
+    GenerateTokens,
+    GenerationFound,
+    SequenceTokens,
+    TakeOver,
+)
+from common.messages.failures import Acknowledged, Failure, Stage
+from common.messages.subjects import CANCEL_GENERATION, FIND_GENERATION, GENERATE_TOKENS, TAKE_OVER
+from common.policies.fence import StaleEpoch
+from common.runtime.worker import Equipment
+
+log = structlog.get_logger()
+
+# A gateway has at most a thousand sequences under way.
+_MOST_HELD = 4096
+_MOST_TAKE_OVERS = 256
+
+
+class LanguageInstance:
+    """The body of a language process; see ``common.runtime.worker.Worker``."""
+
+    def __init__(
+        self, equipment: Equipment, model: LoadedModel, settings: LanguageSettings, stage: Stage = Stage.DECODE
+    ) -> None:
+        self._bus = equipment.bus
+        self._instance = equipment.instance
+        self._stage = stage
+        self._engine = model.engine
+        self._sequences = Sequences(_MOST_HELD)
+        self._speaker = Speaker(equipment.bus, equipment.instance)
+        self._stepper = Stepper(model.engine, equipment.compute, self._absorb, self._lose)
+        self._hand_over = HandOver(
+            equipment.instance, equipment.bus, equipment.tensors, model.engine, self._stepper, settings
+        )
+        self.receiving = Receiving(equipment.tensors, model.engine, self._stepper, self._sequences, settings)
+        self._tasks = asyncio.TaskGroup()
+
+    async def listen(self) -> Sequence[Subscription]:
+        """Hear requests; they are worked off while ``run`` does."""
+        return (
+            await self._bus.serve(GENERATE_TOKENS, self._generate, self._instance),
+            await self._bus.serve(FIND_GENERATION, self._find, self._instance),
+            await self._bus.serve(TAKE_OVER, self._take_over, self._instance, max_in_flight=_MOST_TAKE_OVERS),
+            await self._bus.subscribe(CANCEL_GENERATION, self._cancel, self._instance),
+        )
+
+    async def run(self) -> None:
+        """Work until cancelled; what is left then goes on elsewhere."""
+        try:
+            async with self._tasks:
+                await self._stepper.run()
+        finally:
+            failure = self._failure("draining", f"{self._instance} is leaving")
+            await self._tell_failed(self._sequences.all, failure)
+
+    async def finish(self) -> None:
+        await self._sequences.idle.wait()
+
+    # --- messages ------------------------------------------------------------------------------------------------
+
+    async def _generate(self, request: GenerateTokens) -> Acknowledged:
+        held, asked = self._take_in(request, park=request.decode != self._instance)
+        now_s = asyncio.get_running_loop().time()
+        self._stepper.soon(partial(self._add, held, asked, now_s))
+        return Acknowledged()
+
+    async def _take_over(self, handed: TakeOver) -> Acknowledged:
+        held, _ = self._take_in(handed.request, park=False)
+        await self.receiving.run(held, handed)
+        return Acknowledged()
+
+    async def _find(self, asked: FindGeneration) -> GenerationFound:
+        held = self._sequences.find(asked.request_id, asked.epoch)
+        return GenerationFound(
+            request_id=asked.request_id,
+            epoch=asked.epoch,
+            held=held is not None,
+            tokens=held.generated if held is not None else 0,
+        )
+
+    def _cancel(self, cancel: CancelGeneration) -> None:
+        held = self._sequences.cancel(cancel.request_id, cancel.epoch)
+        if held is not None:
+            self._drop(held)
+
+    def _take_in(self, request: GenerateTokens, park: bool) -> tuple[Held, Request]:
+        """Raises: Refusal."""
+        if self._sequences.full:
+            raise Refusal(self._failure("overloaded", f"{self._instance} has {len(self._sequences)} sequences"))
+        try:
+            held = Held.of(request)
+            asked = held.asked(park)
+            self._engine.check(held.key, asked)
+            former = self._sequences.admit(held)
+        except StaleEpoch as stale:
+            raise Refusal(self._failure("stale_epoch", str(stale))) from stale
+        except (RequestRefused, ValueError) as error:
+            raise Refusal(self._failure("cannot_be_answered", str(error), retryable=False)) from error
+        if former is not None:
+            self._drop(former)
+        return held, asked
+
+    # --- between two steps ---------------------------------------------------------------------------------------
+
+    def _add(self, held: Held, asked: Request, now_s: float) -> None:
+        if self._sequences.has(held):
+            self._engine.add(held.key, asked, now_s)
+
+    def _drop(self, held: Held) -> None:
+        self._stepper.soon(partial(self._engine.cancel, held.key, asyncio.get_running_loop().time()))
+
+    async def _absorb(self, outputs: list[Output]) -> None:
+        news: dict[str, list[SequenceTokens]] = {}
+        handing_over = []
+        for output in outputs:
+            held = self._sequences.named(output.sequence)
+            if held is None:
+                # Cancelled during the step; the engine hears of it before the next.
+                continue
+            news.setdefault(held.request.gateway, []).append(held.take(output))
+            if output.finish is not None:
+                self._sequences.remove(held)
+            elif held.request.decode != self._instance and self._engine.parked(held.key) is not None:
+                handing_over.append(held)
+        await self._speaker.tell(news)
+        for held in handing_over:
+            self._tasks.create_task(self._hand(held), name=f"hand over {held.key}")
+
+    async def _hand(self, held: Held) -> None:
+        failure = await self._hand_over.run(held)
+        if failure is not None and self._sequences.has(held):
+            log.warning("not taken over", sequence=held.key, decode=held.request.decode, reason=failure.message)
+            await self._tell_failed([held], failure)
+        self._sequences.remove(held)
+
+    async def _lose(self, keys: list[str], error: Exception) -> None:
+        held = [one for key in keys if (one := self._sequences.named(key)) is not None]
+        await self._tell_failed(held, self._failure("step_failed", f"{type(error).__name__}: {error}"))
+
+    async def _tell_failed(self, lost: list[Held], failure: Failure) -> None:
+        news: dict[str, list[SequenceTokens]] = {}
+        for held in lost:
+            news.setdefault(held.request.gateway, []).append(held.failed(failure))
+            self._sequences.remove(held)
+        await self._speaker.tell(news)
+
+    def _failure(self, code: str, message: str, *, retryable: bool = True) -> Failure:
+        return Failure(stage=self._stage, code=code, message=message, retryable=retryable)

@@ -1,0 +1,30 @@
+"""The process of a language instance, whichever its role."""
+
+import asyncio
+from functools import partial
+
+from common.language.instance import LanguageInstance
+from common.language.loading import LoadedModel, load_model
+from common.language.settings import LanguageSettings
+from common.messages.cluster import LanguageRole, Service
+from common.messages.failures import Stage
+from common.runtime.membership import Registration
+from common.runtime.worker import Equipment, run_worker
+
+
+async def serve_language(
+    settings: LanguageSettings, stop: asyncio.Event, service: Service, roles: tuple[LanguageRole, ...]
+) -> None:
+    """Load the language model, join the cluster with ``roles``, answer until ``stop``, then finish what is under way.
+
+    Raises:
+        CannotServe: the model cannot be loaded.
+    """
+
+    def make(equipment: Equipment, model: LoadedModel) -> LanguageInstance:
+        return LanguageInstance(equipment, model, settings, Stage(service.value))
+
+    async def announce(registration: Registration, model: LoadedModel) -> None:
+        await registration.ready(language_model=model.info, roles=roles)
+
+    await run_worker(settings, stop, service, partial(load_model, settings), make, announce)

@@ -1,0 +1,102 @@
+"""Runs an engine: its steps in the compute thread, and whatever else touches it between two of them.
+
+So the event loop stays free during a step, and nothing changes under the engine's hands.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+
+from common.engine import Engine, Output
+from common.runtime.worker import ComputeThread
+
+log = structlog.get_logger()
+
+R = TypeVar("R")
+
+# A step that fails may be one sequence's fault. So many in a row are the process's, which then ends.
+_FAILED_STEPS = 3
+
+
+class Stepper:
+    """``absorb`` is given what each step brought, ``lose`` the sequences that were given up because one failed.
+
+    Both run between two steps.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        compute: ComputeThread,
+        absorb: Callable[[list[Output]], Awaitable[None]],
+        lose: Callable[[list[str], Exception], Awaitable[None]],
+    ) -> None:
+        self._engine = engine
+        self._compute = compute
+        self._absorb = absorb
+        self._lose = lose
+        self._work: list[Callable[[], object]] = []
+        self._asked = asyncio.Event()
+        self._changes: list[asyncio.Future[None]] = []
+        self._failed = 0
+
+    def soon(self, work: Callable[[], object]) -> None:
+        """Have ``work`` done before the next step, in the order of asking. It must not fail."""
+        self._work.append(work)
+        self._asked.set()
+
+    async def between(self, work: Callable[[], R]) -> R:
+        """Do ``work`` before the next step, and wait for what it returns or raises."""
+        result: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+
+        def settle() -> None:
+            # Done even if nobody waits any more: it may be what gives something back.
+            try:
+                value = work()
+            except Exception as error:  # noqa: BLE001 - raised where it was asked for
+                if not result.done():
+                    result.set_exception(error)
+            else:
+                if not result.done():
+                    result.set_result(value)
+
+        self.soon(settle)
+        return await asyncio.shield(result)
+
+    async def changed(self) -> None:
+        """Wait until blocks may have been given back: to the end of a step, or until something else was done."""
+        change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changes.append(change)
+        await change
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            if not self._engine.busy or self._engine.stalled:
+                await self._asked.wait()
+            self._asked.clear()
+            work, self._work = self._work, []
+            for one in work:
+                one()
+            if self._engine.busy:
+                await self._step(clock())
+            changes, self._changes = self._changes, []
+            for change in changes:
+                if not change.done():
+                    change.set_result(None)
+
+    async def _step(self, now_s: float) -> None:
+        try:
+            outputs = await self._compute.run(self._engine.step, now_s)
+        except Exception as error:
+            self._failed += 1
+            log.exception("step failed", in_a_row=self._failed)
+            await self._lose(self._engine.abandon(), error)
+            if self._failed == _FAILED_STEPS:
+                raise
+            return
+        self._failed = 0
+        await self._absorb(outputs)
