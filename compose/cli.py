@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_up(commands)
     _add_video(commands)
+    _add_chat(commands)
     _add_timeline(commands)
     _add_profile(commands)
     for name, run, text in (
@@ -88,6 +89,20 @@ def _add_video(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     where.add_argument("--start", action="store_true", help="start a stack of its own for this one video")
     _add_stack_options(video)
     video.set_defaults(run=_run_video)
+
+
+def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    chat = commands.add_parser("chat", help="ask the language model one thing")
+    chat.add_argument("message", help="what to ask")
+    chat.add_argument("--system", metavar="TEXT", help="how the model should answer")
+    chat.add_argument("--model", help="where the stack serves more than one")
+    chat.add_argument(
+        "--max-tokens", type=int, metavar="N", help="of the answer (default: what the context has room for)"
+    )
+    chat.add_argument("--temperature", type=float, help="0 to 2; 0 is always the likeliest answer")
+    chat.add_argument("--seed", type=int, help="the same seed gives the same answer")
+    chat.add_argument("--base-url", default=_DEFAULT_URL, help="a running stack (default %(default)s)")
+    chat.set_defaults(run=_run_chat)
 
 
 def _add_timeline(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -174,6 +189,20 @@ def _run_video(options: argparse.Namespace) -> int:
     )
     stack = _stack_options(options, "127.0.0.1", 0)
     return run_video(order, options.base_url, stack if options.start else None)
+
+
+def _run_chat(options: argparse.Namespace) -> int:
+    from compose.chat import Question, run_chat
+
+    question = Question(
+        message=options.message,
+        system=options.system,
+        model=options.model,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    return run_chat(question, options.base_url)
 
 
 def _run_timeline(options: argparse.Namespace) -> int:

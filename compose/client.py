@@ -64,6 +64,18 @@ class StackClient:
                 return
             after = f"&after={page['last_id']}"
 
+    async def chat(self, fields: Mapping[str, object]) -> AsyncIterator[str]:
+        """The parts of a streamed answer's text."""
+        try:
+            async with self._request("POST", "/v1/chat/completions", json=dict(fields)) as response:
+                async for event in _events(response):
+                    if "error" in event:
+                        raise ServerError(f"the answer broke off: {event['error'].get('message')}")
+                    for choice in event["choices"]:
+                        yield choice["delta"].get("content") or ""
+        except aiohttp.ClientPayloadError as error:
+            raise ServerError(f"the answer broke off: {error}") from error
+
     async def cancel(self, video_id: str) -> None:
         """Ask for an end to the job."""
         await self._json("POST", f"/v1/videos/{video_id}/cancel")

@@ -226,4 +226,5 @@ class Generation:
                 return Broken("gap", f"tokens {line.expected} to {found.tokens - 1} from {instance} never came")
         if gone:
             return Broken("lost", f"nobody is at {', '.join(gone)}", gone=tuple(gone))
-        return Broken("silence", f"{' and '.join(line.instances)} know nothing of it")
+        instances = line.instances
+        return Broken("silence", f"{' and '.join(instances)} know nothing of it", avoid=instances)
