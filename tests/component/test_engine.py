@@ -1,0 +1,160 @@
+"""The engine against transformers' generate: the same tokens for any chunk size, company, scatter and preemption."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.engine import Engine, Finish, Output, Request
+from common.engine.engine import RequestRefused
+from common.engine.request import alternatives
+from common.mempool.allocator import BlockAllocator
+from common.models.causal_lm import CausalLM, KVPool
+from common.models.causal_lm.sampling import SamplingParameters
+from tests.support.causal_lms import CONTEXT, FAMILIES, VOCABULARY, causal_lm, expected
+
+ANSWER = 12
+GREEDY = SamplingParameters(temperature=0, logprobs=2)
+# A difference below this in a float32 logit is rounding.
+TOLERANCE = 1e-4
+
+
+def _prompts() -> list[tuple[int, ...]]:
+    chance = random.Random(11)
+    return [tuple(chance.randrange(1, VOCABULARY) for _ in range(length)) for length in (1, 15, 16, 30, 47, 64)]
+
+
+PROMPTS = _prompts()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def served(request: pytest.FixtureRequest) -> tuple[str, CausalLM]:
+    return request.param, causal_lm(request.param)
+
+
+def _scattered(blocks: int, chance: random.Random) -> BlockAllocator:
+    """Twice as many blocks, of which any half is used by somebody else."""
+    allocator = BlockAllocator(2 * blocks)
+    taken = allocator.allocate(2 * blocks) or []
+    allocator.release(chance.sample(taken, blocks))
+    return allocator
+
+
+def _run(engine: Engine) -> dict[str, list[Output]]:
+    answers: dict[str, list[Output]] = {}
+    for _ in range(3000):
+        if not engine.busy:
+            return answers
+        for output in engine.step(0.0):
+            answers.setdefault(output.sequence, []).append(output)
+    raise AssertionError("the engine does not come to an end")
+
+
+def _check(outputs: list[Output], family: str, prompt: tuple[int, ...]) -> None:
+    """Token for token; only where two tokens are equal but for rounding may the answers part."""
+    theirs = expected(family, prompt, ANSWER)
+    for output, token, logprob, margin in zip(outputs, theirs.tokens, theirs.logprobs, theirs.margins, strict=True):
+        if output.sampled.token != token:
+            assert margin < TOLERANCE
+            return
+        assert output.sampled.logprob == pytest.approx(logprob, abs=TOLERANCE)
+        assert output.sampled.top[0] == (token, output.sampled.logprob)
+    assert [output.finish for output in outputs] == [None] * (ANSWER - 1) + [Finish.LENGTH]
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    chosen=st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=6),
+    chunk=st.sampled_from((1, 5, 16, 33, 512)),
+    blocks=st.integers(5, 24),
+    most=st.integers(1, 6),
+    apart=st.integers(0, 4),
+    scatter=st.none() | st.integers(0, 99),
+)
+def test_greedy_answers_are_those_of_generate(
+    served: tuple[str, CausalLM],
+    chosen: list[tuple[int, ...]],
+    chunk: int,
+    blocks: int,
+    most: int,
+    apart: int,
+    scatter: int | None,
+) -> None:
+    family, model = served
+    allocator = BlockAllocator(blocks) if scatter is None else _scattered(blocks, random.Random(scatter))
+    engine = Engine(model, KVPool(model.layout, allocator.blocks), None, chunk, most, allocator)
+    answers: dict[str, list[Output]] = {}
+    for number, prompt in enumerate(chosen):
+        engine.add(str(number), Request(prompt, ANSWER, GREEDY), 0.0)
+        for _ in range(apart):
+            for output in engine.step(0.0):
+                answers.setdefault(output.sequence, []).append(output)
+    for name, outputs in _run(engine).items():
+        answers.setdefault(name, []).extend(outputs)
+    for number, prompt in enumerate(chosen):
+        _check(answers[str(number)], family, prompt)
+    assert allocator.free_blocks == blocks and not allocator.set_aside_blocks
+
+
+def test_a_pool_too_small_for_all_preempts_and_changes_nothing() -> None:
+    model = causal_lm("llama")
+    engine = Engine(model, KVPool(model.layout, 6), chunk_tokens=32)
+    for number in range(4):
+        engine.add(str(number), Request(PROMPTS[2], ANSWER, GREEDY), 0.0)
+    passes = sum(1 for _ in iter(lambda: (engine.busy and engine.step(0.0), engine.busy)[1], False))
+    assert passes > ANSWER
+    engine = Engine(model, KVPool(model.layout, 6), chunk_tokens=32)
+    for number in range(4):
+        engine.add(str(number), Request(PROMPTS[2], ANSWER, GREEDY), 0.0)
+    for outputs in _run(engine).values():
+        _check(outputs, "llama", PROMPTS[2])
+
+
+def test_drawn_tokens_depend_on_the_seed_and_not_on_the_company() -> None:
+    model = causal_lm("llama")
+    request = Request(PROMPTS[3], ANSWER, SamplingParameters(seed=5, top_p=0.9))
+
+    def drawn(company: int, chunk: int) -> list[list[int]]:
+        engine = Engine(model, KVPool(model.layout, 40), chunk_tokens=chunk)
+        for number, one in enumerate(alternatives(request, 3)):
+            engine.add(str(number), one, 0.0)
+        for number in range(company):
+            engine.add(f"other {number}", Request(PROMPTS[number], 5), 0.0)
+        answers = _run(engine)
+        return [[output.sampled.token for output in answers[str(number)]] for number in range(3)]
+
+    alone = drawn(0, 512)
+    assert drawn(3, 7) == alone
+    assert alone[0] != alone[1] != alone[2] != alone[0]
+
+
+def test_a_cancelled_answer_leaves_its_blocks() -> None:
+    model = causal_lm("llama")
+    engine = Engine(model, KVPool(model.layout, 8), chunk_tokens=8)
+    for name in "ab":
+        engine.add(name, Request(PROMPTS[3], ANSWER, GREEDY), 0.0)
+    engine.step(0.0)
+    engine.cancel("a", 0.0)
+    engine.cancel("a", 0.0)
+    answers = _run(engine)
+    assert set(answers) == {"b"}
+    _check(answers["b"], "llama", PROMPTS[3])
+    assert engine.allocator.free_blocks == 8
+
+
+def test_what_never_fits_is_refused() -> None:
+    model = causal_lm("llama")
+    engine = Engine(model, KVPool(model.layout, 4))
+    with pytest.raises(RequestRefused, match="the pool has 4"):
+        engine.add("a", Request((1,) * 60, 6), 0.0)
+    with pytest.raises(RequestRefused, match="context"):
+        engine.add("a", Request((1,) * 60, CONTEXT), 0.0)
+    with pytest.raises(RequestRefused, match="tokenizer"):
+        engine.add("a", Request((1,), 2, stops=("x",)), 0.0)
+    with pytest.raises(ValueError, match="room for one token"):
+        Request((), 2)
+    engine.add("a", Request((1,) * 60, 5), 0.0)
+    with pytest.raises(ValueError, match="already"):
+        engine.add("a", Request((1,), 5), 0.0)
+    assert len(_run(engine)["a"]) == 5
