@@ -155,7 +155,7 @@ async def test_a_client_that_leaves_frees_its_sequence(nats_server: NatsServer, 
         assert (await worker.next_cancelled()).request_id == request.request_id
 
 
-async def test_a_slow_client_holds_nobody_up(nats_server: NatsServer, tmp_path: Path) -> None:
+async def test_a_client_that_reads_late_holds_nobody_up(nats_server: NatsServer, tmp_path: Path) -> None:
     long = "hello " * 200
     async with chat_stack(nats_server, tmp_path, script=lambda _: long) as stack:
         slow = await stack.http.post("/v1/chat/completions", json=MESSAGES | {"stream": True})

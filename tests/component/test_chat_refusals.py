@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.component.chat_support import MESSAGES, chat_stack
-from tests.component.test_gateway_refusals import checked_error
+from tests.component.gateway_support import stack as gateway_stack
+from tests.component.test_gateway_refusals import FORM, checked_error
 from tests.support.nats_server import NatsServer
 
 USER = {"role": "user", "content": "x"}
@@ -127,6 +128,12 @@ async def test_what_a_server_cannot_do(nats_server: NatsServer, tmp_path: Path) 
         status, body = await stack.call("/v1/chat/completions", **MESSAGES)
         assert (status, checked_error(status, body)["code"]) == (503, "overloaded")
         edge.language.active = 0
+        async with stack.http.post("/v1/chat/completions", data=b"messages=x", headers=FORM) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (400, "invalid_type")
         edge.draining.set()
         status, body = await stack.call("/v1/completions", prompt="x")
         assert (status, checked_error(status, body)["code"]) == (503, "draining")
+    async with gateway_stack(nats_server) as video_only:
+        status, body = await video_only.call("POST", "/v1/chat/completions", json=MESSAGES)
+        assert (status, checked_error(status, body)["code"]) == (404, "model_not_found")
+        assert "TRIPTYCH_LANGUAGE_MODEL" in body["error"]["message"]

@@ -15,7 +15,7 @@ from gateway.chat.stops import StopStrings
 from gateway.chat.template import ChatTemplate, TemplateRefusal, WrongTemplate
 from gateway.chat.text import AnswerText, Piece
 from gateway.chat.tokenizer import TokenizerError, load_tokenizer
-from tests.support.tiny_tokenizer import END, tiny_tokenizer, write_tokenizer
+from tests.support.tiny_tokenizer import END, TEMPLATE, tiny_tokenizer, write_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 PIECES = TokenPieces(TOKENIZER)
@@ -133,6 +133,26 @@ def test_a_template_that_cannot_be_used_is_refused() -> None:
             ChatTemplate(reach, {}).render([{"role": "user", "content": "x"}], {})
     template = ChatTemplate("{{ bos_token }}{{ messages | tojson }}{{ deep | default('no') }}", {"bos_token": "<s>"})
     assert template.render([{"role": "user", "content": "é"}], {"deep": 1}) == '<s>[{"role": "user", "content": "é"}]1'
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        TEMPLATE,
+        "{{ bos_token }}{%- if tools is none %}none{% endif %}\n  {% for message in messages %}\n    "
+        "{% if loop.index > 2 %}{% break %}{% endif %}\n[{{ message | tojson(indent=1) }}]{% generation %}"
+        "{{ message['content'] | trim }}{% endgeneration %}\n  {% endfor %}\n{{ style | default('plain') }}",
+    ],
+)
+def test_prompts_are_those_of_transformers(tmp_path: Path, source: str) -> None:
+    """The library that published templates are written for, of which only this test needs to be sure."""
+    from transformers import PreTrainedTokenizerFast
+
+    (write_tokenizer(tmp_path) / "chat_template.jinja").write_text(source)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token=END)
+    messages = [{"role": role, "content": f" {role} \n😀 <b>'"} for role in ("system", "user", "assistant", "user")]
+    wanted = theirs.apply_chat_template(messages, chat_template=source, add_generation_prompt=True, tokenize=False)
+    assert load_tokenizer(str(tmp_path)).encode_chat(messages, {}) == tokens_of(wanted)
 
 
 def test_a_tokenizer_is_read_from_a_folder(tmp_path: Path) -> None:
