@@ -21,8 +21,10 @@ PREFILL, DECODE = (LanguageRole.PREFILL,), (LanguageRole.DECODE,)
 FUSED = PREFILL + DECODE
 
 
-def arrived(name: str, prompt: int = 10, most: int = 100, avoid: tuple[str, ...] = ()) -> ChatArrived:
-    return ChatArrived(name, "gateway-0", prompt, most, avoid)
+def arrived(
+    name: str, prompt: int = 10, most: int = 100, avoid: tuple[str, ...] = (), created_s: float = 0.0
+) -> ChatArrived:
+    return ChatArrived(name, "gateway-0", created_s, prompt, most, avoid)
 
 
 def cluster(**roles: tuple[LanguageRole, ...]) -> ChatDispatch:
@@ -83,10 +85,12 @@ def test_what_is_avoided_or_draining_is_taken_only_where_there_is_no_other() -> 
     assert dispatch.handle(arrived("d")) == []
 
 
-def test_sequences_wait_in_order_until_an_instance_joins() -> None:
+def test_sequences_wait_oldest_first_until_an_instance_joins() -> None:
     dispatch = cluster(p0=PREFILL)
-    for name in ("a", "b", "c"):
-        assert dispatch.handle(arrived(name)) == []
+    for name, created_s in (("c", 3.0), ("b", 2.0), ("a", 1.0)):
+        assert dispatch.handle(arrived(name, created_s=created_s)) == []
+    # Asking again changes nothing.
+    assert dispatch.handle(arrived("c", created_s=3.0)) == []
     assert dispatch.handle(ChatEnded("b", None)) == []
     assert dispatch.waiting == 2
     decisions = dispatch.handle(InstanceJoined("d0", DECODE))
