@@ -171,6 +171,8 @@ class _Bench:
             torch.compiler.reset()
             with fresh_cache():
                 yield size, True, self._measured(make, size)
+        # What was compiled holds on to weights, which would count as memory of what is measured next.
+        torch.compiler.reset()
 
     def _measured(self, make: Callable[[str], Callable[[], object]], size: str) -> Reading | Failed:
         if self.device.type == "cuda":
