@@ -1,6 +1,7 @@
 """The ``triptych`` command. What a command needs is imported when it runs, so that ``--help`` answers at once."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,11 +42,23 @@ def size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def finite(text: str) -> float:
+    """A number that JSON can say, so neither ``nan`` nor ``inf``."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, such as 2.5")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="triptych", description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_up(commands)
     _add_video(commands)
+    _add_chat(commands)
     _add_timeline(commands)
     _add_profile(commands)
     for name, run, text in (
@@ -74,12 +87,12 @@ def _add_video(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     video.add_argument("--frames", type=int)
     video.add_argument("--fps", type=int)
     video.add_argument("--steps", type=int, help="denoising steps")
-    video.add_argument("--guidance-scale", type=float)
+    video.add_argument("--guidance-scale", type=finite)
     video.add_argument("--negative-prompt", help="what is not to be seen")
     video.add_argument("--seed", type=int, help="the same seed gives the same video")
     video.add_argument("--model", help="where the stack serves more than one")
     video.add_argument("--priority", type=int, metavar="N", help="-100 to 100; what waits with a higher one goes first")
-    video.add_argument("--deadline", type=float, metavar="SECONDS", help="from now, by when it should be done")
+    video.add_argument("--deadline", type=finite, metavar="SECONDS", help="from now, by when it should be done")
     video.add_argument("--sheet", type=Path, metavar="PNG", help="write a contact sheet of the frames too")
     video.add_argument("--timeline", type=Path, metavar="HTML", help="write which slot did which step of it too")
     video.add_argument("--trace", type=Path, metavar="JSON", help="the same for chrome://tracing and Perfetto")
@@ -88,6 +101,20 @@ def _add_video(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     where.add_argument("--start", action="store_true", help="start a stack of its own for this one video")
     _add_stack_options(video)
     video.set_defaults(run=_run_video)
+
+
+def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    chat = commands.add_parser("chat", help="ask the language model one thing")
+    chat.add_argument("message", help="what to ask")
+    chat.add_argument("--system", metavar="TEXT", help="how the model should answer")
+    chat.add_argument("--model", help="where the stack serves more than one")
+    chat.add_argument(
+        "--max-tokens", type=int, metavar="N", help="of the answer (default: what the context has room for)"
+    )
+    chat.add_argument("--temperature", type=float, help="0 to 2; 0 is always the likeliest answer")
+    chat.add_argument("--seed", type=int, help="the same seed gives the same answer")
+    chat.add_argument("--base-url", default=_DEFAULT_URL, help="a running stack (default %(default)s)")
+    chat.set_defaults(run=_run_chat)
 
 
 def _add_timeline(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -174,6 +201,20 @@ def _run_video(options: argparse.Namespace) -> int:
     )
     stack = _stack_options(options, "127.0.0.1", 0)
     return run_video(order, options.base_url, stack if options.start else None)
+
+
+def _run_chat(options: argparse.Namespace) -> int:
+    from compose.chat import Question, run_chat
+
+    question = Question(
+        message=options.message,
+        system=options.system,
+        model=options.model,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    return run_chat(question, options.base_url)
 
 
 def _run_timeline(options: argparse.Namespace) -> int:

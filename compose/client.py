@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import aiohttp
 
@@ -51,7 +52,7 @@ class StackClient:
 
     async def retrieve(self, video_id: str) -> dict[str, Any]:
         """The job as it stands."""
-        return await self._json("GET", f"/v1/videos/{video_id}")
+        return await self._json("GET", _path(video_id))
 
     async def videos(self) -> AsyncIterator[dict[str, Any]]:
         """Every job, the newest first."""
@@ -64,20 +65,32 @@ class StackClient:
                 return
             after = f"&after={page['last_id']}"
 
+    async def chat(self, fields: Mapping[str, object]) -> AsyncIterator[str]:
+        """The parts of a streamed answer's text."""
+        try:
+            async with self._request("POST", "/v1/chat/completions", json=dict(fields)) as response:
+                async for event in _events(response):
+                    if "error" in event:
+                        raise ServerError(f"the answer broke off: {event['error'].get('message')}")
+                    for choice in event["choices"]:
+                        yield choice["delta"].get("content") or ""
+        except aiohttp.ClientPayloadError as error:
+            raise ServerError(f"the answer broke off: {error}") from error
+
     async def cancel(self, video_id: str) -> None:
         """Ask for an end to the job."""
-        await self._json("POST", f"/v1/videos/{video_id}/cancel")
+        await self._json("POST", f"{_path(video_id)}/cancel")
 
     async def timeline(self, video_id: str) -> VideoTimeline:
         """Which slot did which part of the job."""
-        body = await self._json("GET", f"/v1/videos/{video_id}/timeline")
+        body = await self._json("GET", f"{_path(video_id)}/timeline")
         return VideoTimeline.model_validate({"job_id": body["id"], "spans": body["spans"]})
 
     async def progress(self, video_id: str) -> AsyncIterator[dict[str, Any]]:
         """Every progress report until the job has ended. A stream that breaks off is taken up again."""
         while True:
             with contextlib.suppress(aiohttp.ClientPayloadError, TimeoutError):
-                async with self._request("GET", f"/v1/videos/{video_id}/events") as response:
+                async with self._request("GET", f"{_path(video_id)}/events") as response:
                     async for report in _events(response):
                         yield report
             if VideoState((await self.retrieve(video_id))["state"]).terminal:
@@ -88,7 +101,7 @@ class StackClient:
         """Write the finished file to ``target``, which appears only once it is whole."""
         partial = target.with_name(f".{target.name}.part")
         try:
-            async with self._request("GET", f"/v1/videos/{video_id}/content") as response:
+            async with self._request("GET", f"{_path(video_id)}/content") as response:
                 with partial.open("wb") as file:
                     async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
                         file.write(chunk)
@@ -120,6 +133,11 @@ class StackClient:
             raise ServerError(f"no server answers at {self._base_url}; start one with: triptych up") from error
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
             raise ServerError(f"{self._base_url} is no address of a server, such as http://127.0.0.1:8080") from error
+
+
+def _path(video_id: str) -> str:
+    """Where a video is; whatever was given as its id stays one part of the path."""
+    return f"/v1/videos/{quote(video_id, safe='')}"
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:

@@ -29,6 +29,6 @@ class GatewaySettings(ServiceSettings):
     retry_after_s: int = Field(default=5, ge=1)
     language_model: str = ""
     max_sequences: int = Field(default=1024, ge=1)
-    route_s: float = Field(default=15.0, gt=0)
+    route_s: float = Field(default=30.0, gt=0)
     silence_s: float = Field(default=2.0, gt=0)
     drain_s: float = Field(default=10.0, ge=0)

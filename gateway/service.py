@@ -73,7 +73,8 @@ async def running_gateway(bus: Bus, settings: GatewaySettings, listener: socket.
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(view.running())
         await stack.enter_async_context(ledger.running(_VIEWS_DEADLINE_S))
-        await stack.enter_async_context(board.running())
+        if tokenizer is not None:
+            await stack.enter_async_context(board.running())
         metrics, work = Metrics(), OwnedWork()
         patience = Patience(settings.route_s, settings.silence_s)
         edge = Edge(

@@ -24,12 +24,12 @@ class LoadedModel:
     info: LanguageModelInfo
 
 
-def load_model(settings: LanguageSettings, device: torch.device) -> LoadedModel:
+def load_model(settings: LanguageSettings, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     """Raises: CannotServe: no such model, or no memory for one block; the message says what to change."""
     location = settings.language_model
     folder = str(files("common.models") / "demo_language" / "weights") if location == _DEMO else location
     try:
-        model = load(folder, device)
+        model = load(folder, device, dtype)
     except ModelLoadError as error:
         raise CannotServe(f"TRIPTYCH_LANGUAGE_MODEL: {error}") from error
     try:

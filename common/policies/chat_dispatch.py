@@ -10,7 +10,7 @@ Departure from TetriInfer: there the global scheduler never picks the decode ins
 no prediction of the answer's length by which the prefill instance would do better.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from common.messages.cluster import LanguageRole
@@ -44,11 +44,13 @@ class InstanceLost:
 class ChatArrived:
     """A sequence waits for a route: a new one, or one that lost its former route, which this one takes the place of.
 
-    ``avoid``: instances to be taken only where there is no other.
+    ``created_s``: when its client asked; of what waits, the oldest goes first. ``avoid``: instances to be taken only
+    where there is no other.
     """
 
     request_id: str
     gateway: str
+    created_s: float
     prompt_tokens: int
     max_tokens: int
     avoid: tuple[str, ...] = ()
@@ -136,7 +138,7 @@ class ChatDispatch:
         return there.prefill_tokens, there.decode_tokens
 
     def handle(self, happened: Event) -> list[RouteSequence]:
-        """Take in what happened; what follows from it, in the order in which the sequences came."""
+        """Take in what happened; what follows from it, the oldest sequence first."""
         match happened:
             case InstanceJoined(name, roles):
                 self._forget_instance(name)
@@ -165,21 +167,22 @@ class ChatDispatch:
         return self._route_waiting()
 
     def _route_waiting(self) -> list[RouteSequence]:
-        decisions = []
-        for arrived in list(self._waiting.values()):
-            decision = self._route(arrived)
-            if decision is None:
-                # Avoiding is a wish, so what one sequence cannot have, the next cannot either.
-                break
-            del self._waiting[arrived.request_id]
-            decisions.append(decision)
-        return decisions
-
-    def _route(self, arrived: ChatArrived) -> RouteSequence | None:
-        prefills = self._candidates(lambda instance: instance.prefills, arrived.avoid)
-        decodes = self._candidates(lambda instance: instance.decodes, arrived.avoid)
+        if not self._waiting:
+            return []
+        prefills = [there for there in self._instances.values() if there.prefills and not there.draining]
+        decodes = [there for there in self._instances.values() if there.decodes and not there.draining]
         if not prefills or not decodes:
-            return None
+            return []
+        waiting = sorted(self._waiting.values(), key=lambda arrived: arrived.created_s)
+        self._waiting.clear()
+        return [
+            self._route(arrived, _without(prefills, arrived.avoid), _without(decodes, arrived.avoid))
+            for arrived in waiting
+        ]
+
+    def _route(
+        self, arrived: ChatArrived, prefills: Sequence[_Instance], decodes: Sequence[_Instance]
+    ) -> RouteSequence:
         prefill = min(prefills, key=lambda there: (there.prefill_tokens, there.decode_tokens, there.name))
         if prefill in decodes:
             decode = prefill
@@ -196,10 +199,6 @@ class ChatDispatch:
         decode.decode_tokens += routed.decode_tokens
         self._routed[arrived.request_id] = routed
         return RouteSequence(arrived.request_id, routed.epoch, prefill.name, decode.name, f"{what}: {load}")
-
-    def _candidates(self, able: Callable[[_Instance], bool], avoid: Iterable[str]) -> list[_Instance]:
-        there = [instance for instance in self._instances.values() if able(instance) and not instance.draining]
-        return [instance for instance in there if instance.name not in avoid] or there
 
     def _prefilled(self, routed: _Routed) -> None:
         if (instance := self._instances.get(routed.prefill)) is not None:
@@ -224,3 +223,8 @@ class ChatDispatch:
                 routed.prefill_tokens = 0
             if routed.decode == name:
                 routed.decode_tokens = 0
+
+
+def _without(instances: Sequence[_Instance], avoid: Collection[str]) -> Sequence[_Instance]:
+    """Those not to be avoided; all, if there is no other."""
+    return [instance for instance in instances if instance.name not in avoid] or instances

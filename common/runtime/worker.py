@@ -26,6 +26,8 @@ from common.tensors.ucx import UcxTensors
 
 log = structlog.get_logger()
 
+_LAST_WORDS_S = 2.0
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Model = TypeVar("Model")
@@ -75,7 +77,7 @@ async def serve_worker(
     settings: WorkerSettings,
     stop: asyncio.Event,
     service: Service,
-    load: Callable[[VideoModelSpec, torch.device], Model],
+    load: Callable[[VideoModelSpec, torch.device, torch.dtype], Model],
     make: Callable[[Equipment, Model], Worker],
     meeting: str = "",
 ) -> None:
@@ -84,9 +86,9 @@ async def serve_worker(
     ``meeting`` is the address at which groups meet that this worker leads, where it can be in one.
     """
 
-    def load_part(device: torch.device) -> Model:
+    def load_part(device: torch.device, dtype: torch.dtype) -> Model:
         try:
-            return load(spec, device)
+            return load(spec, device, dtype)
         except ModelLoadError as error:
             raise CannotServe(f"video model: {error}") from error
 
@@ -104,7 +106,7 @@ async def run_worker(
     settings: ComputeSettings,
     stop: asyncio.Event,
     service: Service,
-    load: Callable[[torch.device], Model],
+    load: Callable[[torch.device, torch.dtype], Model],
     make: Callable[[Equipment, Model], Worker],
     announce: Callable[[Registration, Model], Awaitable[None]],
 ) -> None:
@@ -118,14 +120,16 @@ async def run_worker(
     keep_freed_memory()
     instance = settings.instance_of(service)
     device = choose_device(settings)
+    dtype = choose_precision(settings, device)
     bus = await NatsBus.connect(settings.nats_url, name=instance)
     compute = ComputeThread(service, settings.threads)
     tensors = await UcxTensors.open(owner=instance, device=device)
     try:
         async with Registration(bus, settings, service, str(device)) as registration:
             started_s = time.monotonic()
-            model = await compute.run(load, device)
-            log.info("model loaded", instance=instance, device=str(device), seconds=time.monotonic() - started_s)
+            model = await compute.run(load, device, dtype)
+            seconds = time.monotonic() - started_s
+            log.info("model loaded", instance=instance, device=str(device), precision=str(dtype), seconds=seconds)
             worker = make(Equipment(instance, settings.slot, device, bus, tensors, compute), model)
             subscriptions = [*await worker.listen(), await bus.serve(PING, _answer, instance)]
             working = asyncio.create_task(worker.run(), name="work")
@@ -139,7 +143,7 @@ async def run_worker(
             await _finish(worker, settings.drain_s)
             working.cancel()
             # Its last words, if it has any, are said before the connection closes.
-            await asyncio.wait((working,))
+            await asyncio.wait((working,), timeout=_LAST_WORDS_S)
             for subscription in subscriptions:
                 await subscription.stop()
     finally:
@@ -167,6 +171,13 @@ def choose_device(settings: ComputeSettings) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", (settings.slot or 0) % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def choose_precision(settings: ComputeSettings, device: torch.device) -> torch.dtype:
+    """What the settings name; otherwise float32 on a CPU, and on a GPU bfloat16, as the models were published."""
+    if settings.precision != "auto":
+        return torch.float32 if settings.precision == "float32" else torch.bfloat16
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def model_info(spec: VideoModelSpec) -> VideoModelInfo:

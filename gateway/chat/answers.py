@@ -99,7 +99,7 @@ class ChatForm:
 
     def event(self, index: int, piece: Piece) -> ChatCompletionChunk:
         """The first event of each answer says whose it is."""
-        delta = ChatDelta(content=piece.text) if piece.text else ChatDelta()
+        delta = ChatDelta(content=piece.text) if piece.text or piece.finish is None else ChatDelta()
         if index not in self._begun:
             self._begun.add(index)
             delta = ChatDelta(role="assistant", content=piece.text)

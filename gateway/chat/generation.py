@@ -34,6 +34,7 @@ MAX_ATTEMPTS = 5
 _PAUSE_S = 0.1
 _RETRY_S = 0.1
 _ANSWER_DEADLINE_S = 5.0
+_ROUTE_WAIT_S = 3.0
 # Tokens that were sent before an answer may be read after it.
 _GRACE_S = 0.2
 
@@ -142,7 +143,8 @@ class Generation:
         routed = False
         try:
             while True:
-                wait_s = max(0.0, end_s - clock())
+                # Not all at once: a scheduler that dies meanwhile is not noticed, and the next one knows nothing of it.
+                wait_s = min(max(0.0, end_s - clock()), _ROUTE_WAIT_S)
                 asked = RouteChat(
                     request_id=request_id,
                     gateway=self._board.instance,
@@ -151,13 +153,16 @@ class Generation:
                     avoid=self._avoid,
                     gone=self._gone,
                     wait_s=wait_s,
+                    created_at_s=self._request.created_at_s,
                 )
                 try:
                     route = await self._bus.request(ROUTE_CHAT, asked, deadline_s=wait_s + 1.0)
                     routed = True
                     return route
                 except RemoteFailure as refused:
-                    raise GenerationFailed(refused.failure.code, refused.failure.message, retryable=True) from refused
+                    failure = refused.failure
+                    if clock() >= end_s:
+                        raise GenerationFailed(failure.code, failure.message, retryable=True) from refused
                 except (NobodyThere, BusUnavailable, DeadlineExceeded) as error:
                     if clock() >= end_s:
                         raise GenerationFailed("no_scheduler", f"no scheduler: {error}", retryable=True) from error
@@ -226,4 +231,5 @@ class Generation:
                 return Broken("gap", f"tokens {line.expected} to {found.tokens - 1} from {instance} never came")
         if gone:
             return Broken("lost", f"nobody is at {', '.join(gone)}", gone=tuple(gone))
-        return Broken("silence", f"{' and '.join(line.instances)} know nothing of it")
+        instances = line.instances
+        return Broken("silence", f"{' and '.join(instances)} know nothing of it", avoid=instances)

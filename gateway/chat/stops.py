@@ -16,11 +16,13 @@ class StopStrings:
         if not self._stops:
             return text
         text = self._held + text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
             self.found = True
             self._held = ""
-            return text[: min(places)]
+            # The one that is whole first, so that it is the same in whichever pieces the text comes.
+            _, place = min(found)
+            return text[:place]
         held = max(_beginning(text, stop) for stop in self._stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -5,8 +5,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
 from jinja2.exceptions import TemplateSyntaxError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
@@ -18,6 +20,16 @@ class TemplateRefusal(ValueError):
     """The template cannot make a prompt of these messages; the text says why."""
 
 
+class _Generation(Extension):
+    """``{% generation %}`` marks, for training, what the assistant says; here its content is all that counts."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the base class has it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTemplate:
     """``special`` are the special tokens that a template may name, such as ``bos_token``."""
 
@@ -25,7 +37,7 @@ class ChatTemplate:
         """Raises: WrongTemplate."""
         # A template comes with the weights, from whoever made them: in the sandbox it can reach nothing but its input.
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
@@ -42,9 +54,9 @@ class ChatTemplate:
             TemplateRefusal: see there.
         """
         try:
-            return self._template.render(
-                self._special | dict(arguments) | {"messages": list(messages), "add_generation_prompt": True}
-            )
+            # Templates ask whether these are none, so they have to be there.
+            given = {"tools": None, "documents": None} | self._special | dict(arguments)
+            return self._template.render(given | {"messages": list(messages), "add_generation_prompt": True})
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise TemplateRefusal(str(error)[:300] or type(error).__name__) from error
 

@@ -146,8 +146,8 @@ async def _stream(
     try:
         async for index, piece in pieces:
             tally.count(piece)
-            if piece.text or piece.reports or piece.finish is not None:
-                await stream.send(answers.event_json(form.event(index, piece), asked.include_usage))
+            # One event a step, also where its text waits for later tokens: a client may measure by them.
+            await stream.send(answers.event_json(form.event(index, piece), asked.include_usage))
     except GenerationFailed as failed:
         refusal = _refusal(failed, edge.settings.retry_after_s)
         if not stream.begun:

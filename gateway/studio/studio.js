@@ -25,7 +25,7 @@ async function api(path, method = "GET", body = undefined) {
 // --- the form ---
 
 async function loadModels() {
-  const { data } = await api("/v1/models");
+  const data = (await api("/v1/models")).data.filter((model) => model.kind === "video");
   if (data.length === models.size && data.every((model) => models.has(model.id))) return;
   models.clear();
   for (const model of data) models.set(model.id, model.video);

@@ -43,8 +43,10 @@ class ChatRouter:
         try:
             yield
         finally:
+            for answer in self._asked.values():
+                _refuse(answer, "stopping", "this scheduler stops")
             for subscription in subscriptions:
-                await subscription.stop(deadline_s=0.0)
+                await subscription.stop(deadline_s=1.0)
 
     def member_changed(self, change: MemberChange) -> None:
         """Take in who comes and goes."""
@@ -67,12 +69,13 @@ class ChatRouter:
         answer: asyncio.Future[ChatRoute] = asyncio.get_running_loop().create_future()
         former = self._asked.get(asked.request_id)
         if former is not None:
-            _overtake(former)
+            _refuse(former, "overtaken", "the sequence was asked for again")
         self._asked[asked.request_id] = answer
         self._tell(
             dispatch.ChatArrived(
                 asked.request_id,
                 asked.gateway,
+                asked.created_at_s,
                 asked.prompt_tokens,
                 asked.max_tokens,
                 (*asked.avoid, *asked.gone),
@@ -95,7 +98,7 @@ class ChatRouter:
     def _ended(self, report: ChatEnded) -> None:
         asked = self._asked.get(report.request_id)
         if report.epoch is None and asked is not None:
-            _overtake(asked)
+            _refuse(asked, "overtaken", "the sequence has ended")
         self._tell(dispatch.ChatEnded(report.request_id, report.epoch))
 
     def _tell(self, happened: dispatch.Event) -> None:
@@ -114,9 +117,9 @@ class ChatRouter:
                 )
 
 
-def _overtake(asked: asyncio.Future[ChatRoute]) -> None:
-    if not asked.done():
-        asked.set_exception(_refusal("overtaken", "the sequence has ended, or was asked for again"))
+def _refuse(answer: asyncio.Future[ChatRoute], code: str, message: str) -> None:
+    if not answer.done():
+        answer.set_exception(_refusal(code, message))
 
 
 def _refusal(code: str, message: str) -> Refusal:

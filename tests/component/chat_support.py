@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,18 @@ async def scheduler(url: str) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def chat_stack(
-    broker: NatsServer, folder: Path, *, script: Any = always, roles: Any = None, **settings: Any
+    broker: NatsServer,
+    folder: Path,
+    *,
+    script: Callable[[str], str] = always,
+    roles: Mapping[str, tuple[LanguageRole, ...]] | None = None,
+    scheduled: bool = True,
+    **settings: Any,
 ) -> AsyncIterator[ChatStack]:
-    """``roles``: of each instance by name; without it, there is one fused instance."""
+    """``roles``: of each instance by name; without it, there is one fused instance. ``scheduled``: with a scheduler."""
     async with contextlib.AsyncExitStack() as opened:
-        await opened.enter_async_context(scheduler(broker.url))
+        if scheduled:
+            await opened.enter_async_context(scheduler(broker.url))
         bus = await opened.enter_async_context(await NatsBus.connect(broker.url, name="gateway-0"))
         own = GatewaySettings(port=0, instance="gateway-0", language_model=str(write_tokenizer(folder)), **settings)
         listener = opened.enter_context(bind(own))

@@ -1,6 +1,8 @@
 """Chats through a real gateway, scheduler and broker: forms, streaming, text and its ends."""
 
 import asyncio
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +155,7 @@ async def test_a_client_that_leaves_frees_its_sequence(nats_server: NatsServer, 
         assert (await worker.next_cancelled()).request_id == request.request_id
 
 
-async def test_a_slow_client_holds_nobody_up(nats_server: NatsServer, tmp_path: Path) -> None:
+async def test_a_client_that_reads_late_holds_nobody_up(nats_server: NatsServer, tmp_path: Path) -> None:
     long = "hello " * 200
     async with chat_stack(nats_server, tmp_path, script=lambda _: long) as stack:
         slow = await stack.http.post("/v1/chat/completions", json=MESSAGES | {"stream": True})
@@ -200,3 +202,58 @@ async def test_metrics_and_the_document_know_chats(nats_server: NatsServer, tmp_
         assert {"/v1/chat/completions", "/v1/completions"} <= set(paths)
         async with stack.http.get("/v1/models/tiny") as response:
             assert (await response.json())["language"] == {"context_tokens": 512}
+
+
+async def test_the_bodies_of_a_public_benchmark_client(nats_server: NatsServer, tmp_path: Path) -> None:
+    """What ``vllm bench serve`` sends, and what it reads of the answer."""
+    async with chat_stack(nats_server, tmp_path, script=lambda _: "ab<|end|>cd" * 20) as stack:
+        for path, own in (
+            ("/v1/completions", {"prompt": "x", "repetition_penalty": 1.0, "max_tokens": 9, "logprobs": None}),
+            (
+                "/v1/chat/completions",
+                {
+                    "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+                    "max_completion_tokens": 9,
+                },
+            ),
+        ):
+            common = {"model": "tiny", "temperature": 0.0, "ignore_eos": True, "stream": True}
+            body = own | common | {"stream_options": {"include_usage": True}}
+            async with stack.http.post(path, json=body, headers={"x-request-id": "bench-0"}) as response:
+                assert response.status == 200, await response.text()
+                told = [event async for event in events(response)]
+            choices = [choice for event in told for choice in event["choices"]]
+            text = "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
+            assert text == "abcdabc", "two end tokens of nine"
+            assert told[-1]["usage"]["completion_tokens"] == 9
+            assert choices[-1]["finish_reason"] == "length"
+
+
+async def test_the_command_line_writes_an_answer_as_it_comes(nats_server: NatsServer, tmp_path: Path) -> None:
+    async with chat_stack(nats_server, tmp_path) as stack:
+        assert await command("chat", "say hello", "--seed", "3", "--base-url", stack.url) == (0, f"{ANSWER}\n", "")
+        request = await stack.workers["fused-0"].next_request()
+        assert request.sampling.seed == 3
+        code, out, err = await command("chat", "x", "--max-tokens", "100000", "--base-url", stack.url)
+        assert (code, out) == (1, "")
+        assert "context of 512 tokens" in err
+        code, out, err = await command("models", "--base-url", stack.url)
+        assert (code, "512 tokens" in out) == (0, True), err
+    code, out, err = await command("chat", "x", "--base-url", "http://127.0.0.1:1")
+    assert (code, out) == (1, "")
+    assert err.startswith("triptych: no server answers")
+
+
+async def command(*arguments: str) -> tuple[int | None, str, str]:
+    """``triptych`` with these arguments: exit code and what it wrote."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "compose.cli",
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    return process.returncode, out.decode(), err.decode()

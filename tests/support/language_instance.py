@@ -58,7 +58,7 @@ async def language_instance(
         await registration.ready(language_model=model.info, roles=roles)
 
     running = asyncio.create_task(
-        run_worker(own, stop, service, lambda device: load_model(own, device), make, announce)
+        run_worker(own, stop, service, lambda device, dtype: load_model(own, device, dtype), make, announce)
     )
     await asyncio.wait((running, up), return_when=asyncio.FIRST_COMPLETED)
     if running.done():

@@ -5,12 +5,14 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tests.support.language import END_ID
 from tests.support.tiny_tokenizer import tiny_tokenizer, write_tokenizer
 
 CONTEXT = 512
+# Of one block of its keys and values.
+BLOCK_BYTES = 16 * 2 * 2 * 2 * 8 * 4
 
 
 def write_language_model(folder: Path) -> Path:
@@ -44,9 +46,14 @@ class Answer:
 
 
 @cache
+def _theirs(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@cache
 def greedy(folder: Path, prompt: tuple[int, ...], count: int) -> Answer:
     """What transformers' ``generate`` answers, at most ``count`` tokens."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = _theirs(folder)
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         whole = model.generate(

@@ -1,0 +1,87 @@
+"""A gateway and a scheduler over one broker, for real language instances; and prompts whose answers are known."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from common.bus.nats_bus import NatsBus
+from gateway.config import GatewaySettings
+from gateway.service import Gateway, bind, running_gateway
+from tests.component.chat_support import scheduler
+from tests.component.gateway_support import until
+from tests.support.language_model import greedy
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+# Logits of other batches differ by rounding.
+_MARGIN = 1e-4
+
+
+@dataclass(frozen=True)
+class LanguageStack:
+    gateway: Gateway
+    client: openai.AsyncOpenAI
+    model: str
+
+    async def answer(self, prompt: list[int], count: int, **fields: Any) -> list[str]:
+        """The pieces of a streamed completion of token ids, each the text of some tokens."""
+        stream = await self.client.completions.create(
+            model=self.model, prompt=prompt, max_tokens=count, temperature=0, stream=True, **fields
+        )
+        return [chunk.choices[0].text async for chunk in stream if chunk.choices]
+
+    async def served(self, *instances: str) -> None:
+        """Return once these instances are ready."""
+
+        async def ready() -> bool:
+            edge = self.gateway.edge
+            states = {name: member.state for name, member in edge.members().items()}
+            return bool(edge.catalogue.language_models) and all(states.get(name) == "ready" for name in instances)
+
+        await until(ready, deadline_s=120.0)
+
+
+@contextlib.asynccontextmanager
+async def language_stack(url: str, folder: Path, **settings: Any) -> AsyncIterator[LanguageStack]:
+    """``folder`` holds the model."""
+    async with contextlib.AsyncExitStack() as opened:
+        await opened.enter_async_context(scheduler(url))
+        bus = await opened.enter_async_context(await NatsBus.connect(url, name="gateway-0"))
+        own = GatewaySettings(
+            nats_url=url, port=0, instance="gateway-0", language_model=str(folder), route_s=60.0, **settings
+        )
+        listener = opened.enter_context(bind(own))
+        gateway = await opened.enter_async_context(running_gateway(bus, own, listener))
+        client = await opened.enter_async_context(
+            openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
+        )
+        yield LanguageStack(gateway, client, folder.name)
+
+
+def known_prompts(folder: Path, number: int, count: int, seed: int = 3) -> dict[tuple[int, ...], list[int]]:
+    """Prompts of different lengths with the ``count`` tokens that follow greedily; none is near a tie, none ends."""
+    chance = random.Random(seed)
+    found: dict[tuple[int, ...], list[int]] = {}
+    while len(found) < number:
+        prompt = tuple(chance.randrange(0, 256) for _ in range(chance.choice((1, 7, 16, 33, 60, 90))))
+        answer = greedy(folder, prompt, count)
+        if answer.margin > _MARGIN and len(answer.tokens) == count:
+            found[prompt] = answer.tokens
+    return found
+
+
+def shown(tokens: list[int]) -> str:
+    """The text a client sees."""
+    text: str = tiny_tokenizer().decode(tokens, skip_special_tokens=True)
+    return text
+
+
+async def gathered(*work: Any) -> list[Any]:
+    """All results, within a long while."""
+    async with asyncio.timeout(120.0):
+        return list(await asyncio.gather(*work))

@@ -1,0 +1,104 @@
+"""Fused instances behind a real gateway and scheduler: the answers are generate's, and the books balance."""
+
+import asyncio
+import random
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.component.language_support import gathered, known_prompts, language_stack, shown
+from tests.support.language import text_of
+from tests.support.language_instance import language_instance
+from tests.support.language_model import BLOCK_BYTES, greedy, write_language_model
+from tests.support.nats_server import NatsServer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_language_model(tmp_path_factory.mktemp("tiny"))
+
+
+async def test_a_streamed_chat_is_what_generate_answers(nats_server: NatsServer, model: Path) -> None:
+    async with (
+        language_stack(nats_server.url, model) as stack,
+        language_instance(nats_server.url, "decode-0", model, chunk_tokens=16) as served,
+    ):
+        await stack.served("decode-0")
+        messages = [{"role": "user", "content": "say hello"}]
+        tokenizer = stack.gateway.edge.language.tokenizer
+        prompt = tuple(tokenizer.encode_chat(messages, {}))
+        stream = await stack.client.chat.completions.create(
+            model=stack.model, messages=messages, temperature=0, max_tokens=40, stream=True
+        )
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        assert text == shown(greedy(model, prompt, 40).tokens)
+        assert text_of(list(prompt)).endswith("<|assistant|>")
+        for number, (known, answer) in enumerate(known_prompts(model, 6, 24).items()):
+            pieces = await stack.answer(list(known), 24)
+            assert "".join(pieces) == shown(answer), number
+        await served.settled()
+
+
+async def test_many_clients_of_whom_some_leave_and_the_books_balance(nats_server: NatsServer, model: Path) -> None:
+    chance = random.Random(5)
+    prompts = known_prompts(model, 10, 48)
+    async with (
+        language_stack(nats_server.url, model) as stack,
+        # So small that sequences are preempted.
+        language_instance(nats_server.url, "decode-0", model, chunk_tokens=64, kv_bytes=40 * BLOCK_BYTES) as served,
+    ):
+        await stack.served("decode-0")
+        assert served.books.blocks == 40
+
+        async def client(prompt: tuple[int, ...], leaves: bool) -> bool:
+            stream = await stack.client.completions.create(
+                model=stack.model, prompt=list(prompt), max_tokens=48, temperature=0, stream=True
+            )
+            text = ""
+            left = chance.randrange(6)
+            async for chunk in stream:
+                text += chunk.choices[0].text
+                left -= 1
+                if leaves and left < 0:
+                    await stream.close()
+                    return False
+            assert text == shown(prompts[prompt])
+            return True
+
+        everybody = [client(chance.choice(list(prompts)), chance.random() < 0.5) for _ in range(210)]
+        stayed = await gathered(*everybody)
+        assert 50 < sum(stayed) < 180
+        await served.settled()
+        assert served.books.set_aside_blocks == 0
+        assert not served.model.engine.busy
+
+
+async def test_an_instance_that_leaves_has_its_sequences_go_on_elsewhere(nats_server: NatsServer, model: Path) -> None:
+    prompts = known_prompts(model, 4, 150)
+    async with (
+        language_stack(nats_server.url, model) as stack,
+        language_instance(nats_server.url, "decode-0", model, drain_s=0.0) as leaving,
+    ):
+        await stack.served("decode-0")
+        answers = [asyncio.create_task(stack.answer(list(prompt), 150)) for prompt in prompts]
+        async with asyncio.timeout(60):
+            while leaving.books.held_blocks < len(prompts):  # noqa: ASYNC110 - the books have no bell
+                await asyncio.sleep(0.001)
+        async with language_instance(nats_server.url, "decode-1", model):
+            await stack.served("decode-1")
+            leaving.stop.set()
+            for pieces, expected in zip(await gathered(*answers), prompts.values(), strict=True):
+                assert "".join(pieces) == shown(expected)
+
+
+async def test_what_cannot_be_answered_is_refused(nats_server: NatsServer, model: Path) -> None:
+    async with (
+        language_stack(nats_server.url, model) as stack,
+        language_instance(nats_server.url, "decode-0", model, kv_bytes=8 * BLOCK_BYTES) as served,
+    ):
+        await stack.served("decode-0")
+        assert (await stack.client.models.list()).data[0].id == stack.model
+        with pytest.raises(openai.BadRequestError, match="128"):
+            await stack.client.completions.create(model=stack.model, prompt=[1] * 100, max_tokens=100)
+        await served.settled()

@@ -1,0 +1,165 @@
+"""Which instances get a chat's sequence."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.messages.cluster import LanguageRole
+from common.policies.chat_dispatch import (
+    ChatArrived,
+    ChatDispatch,
+    ChatEnded,
+    ChatPrefilled,
+    Event,
+    GatewayLost,
+    InstanceDraining,
+    InstanceJoined,
+    InstanceLost,
+    RouteSequence,
+)
+
+PREFILL, DECODE = (LanguageRole.PREFILL,), (LanguageRole.DECODE,)
+FUSED = PREFILL + DECODE
+
+
+def arrived(
+    name: str, prompt: int = 10, most: int = 100, avoid: tuple[str, ...] = (), created_s: float = 0.0
+) -> ChatArrived:
+    return ChatArrived(name, "gateway-0", created_s, prompt, most, avoid)
+
+
+def cluster(**roles: tuple[LanguageRole, ...]) -> ChatDispatch:
+    dispatch = ChatDispatch(first_epoch := 100)
+    for name, own in roles.items():
+        dispatch.handle(InstanceJoined(name, own))
+    assert dispatch.next_epoch == first_epoch
+    return dispatch
+
+
+def route(dispatch: ChatDispatch, event: ChatArrived) -> tuple[str, str]:
+    (decision,) = dispatch.handle(event)
+    assert decision.request_id == event.request_id
+    assert decision.reason
+    return decision.prefill, decision.decode
+
+
+def test_the_least_prompt_tokens_and_the_least_answer_tokens() -> None:
+    dispatch = cluster(p0=PREFILL, p1=PREFILL, d0=DECODE, d1=DECODE)
+    assert route(dispatch, arrived("long", prompt=500, most=10)) == ("p0", "d0")
+    assert route(dispatch, arrived("short", prompt=5, most=900)) == ("p1", "d1")
+    assert route(dispatch, arrived("third")) == ("p1", "d0")
+    assert dispatch.load("p0") == (500, 0)
+    assert dispatch.load("d0") == (0, 110)
+
+
+def test_a_fused_instance_keeps_what_it_prefills() -> None:
+    dispatch = cluster(f0=FUSED, f1=FUSED)
+    assert route(dispatch, arrived("a", prompt=10)) == ("f0", "f0")
+    assert route(dispatch, arrived("b", prompt=5)) == ("f1", "f1")
+    dispatch.handle(ChatPrefilled("a", 100))
+    dispatch.handle(ChatPrefilled("b", 101))
+    # Nothing is left to prefill anywhere, so the answers decide.
+    dispatch.handle(ChatEnded("b", 101))
+    assert route(dispatch, arrived("c")) == ("f1", "f1")
+
+
+def test_the_first_token_and_the_end_take_the_load_away() -> None:
+    dispatch = cluster(p0=PREFILL, d0=DECODE)
+    route(dispatch, arrived("a"))
+    dispatch.handle(ChatPrefilled("a", 99))
+    assert dispatch.load("p0") == (10, 0)
+    dispatch.handle(ChatPrefilled("a", 100))
+    assert (dispatch.load("p0"), dispatch.load("d0")) == ((0, 0), (0, 100))
+    dispatch.handle(ChatEnded("a", 99))
+    assert dispatch.load("d0") == (0, 100)
+    dispatch.handle(ChatEnded("a", 100))
+    assert dispatch.load("d0") == (0, 0)
+
+
+def test_what_is_avoided_or_draining_is_taken_only_where_there_is_no_other() -> None:
+    dispatch = cluster(f0=FUSED, f1=FUSED)
+    assert route(dispatch, arrived("a", avoid=("f0",))) == ("f1", "f1")
+    assert route(dispatch, arrived("b", avoid=("f0", "f1"))) == ("f0", "f0")
+    dispatch.handle(InstanceDraining("f0"))
+    assert route(dispatch, arrived("c", avoid=("f1",))) == ("f1", "f1")
+    dispatch.handle(InstanceDraining("f1"))
+    assert dispatch.handle(arrived("d")) == []
+
+
+def test_sequences_wait_oldest_first_until_an_instance_joins() -> None:
+    dispatch = cluster(p0=PREFILL)
+    for name, created_s in (("c", 3.0), ("b", 2.0), ("a", 1.0)):
+        assert dispatch.handle(arrived(name, created_s=created_s)) == []
+    # Asking again changes nothing.
+    assert dispatch.handle(arrived("c", created_s=3.0)) == []
+    assert dispatch.handle(ChatEnded("b", None)) == []
+    assert dispatch.waiting == 2
+    decisions = dispatch.handle(InstanceJoined("d0", DECODE))
+    assert [(decision.request_id, decision.epoch) for decision in decisions] == [("a", 100), ("c", 101)]
+
+
+def test_a_new_route_takes_the_place_of_the_former() -> None:
+    dispatch = cluster(f0=FUSED, f1=FUSED)
+    route(dispatch, arrived("a", prompt=10))
+    assert route(dispatch, arrived("a", prompt=12, avoid=("f0",))) == ("f1", "f1")
+    assert (dispatch.load("f0"), dispatch.load("f1")) == ((0, 0), (12, 100))
+    dispatch.handle(ChatEnded("a", 100))
+    assert dispatch.load("f1") == (12, 100)
+
+
+def test_an_instance_that_comes_back_bears_nothing() -> None:
+    dispatch = cluster(f0=FUSED)
+    route(dispatch, arrived("a"))
+    dispatch.handle(InstanceLost("f0"))
+    dispatch.handle(InstanceJoined("f0", FUSED))
+    dispatch.handle(ChatEnded("a", 100))
+    assert dispatch.load("f0") == (0, 0)
+
+
+def test_a_lost_gateways_sequences_are_forgotten() -> None:
+    dispatch = cluster(f0=FUSED)
+    route(dispatch, arrived("a"))
+    dispatch.handle(InstanceDraining("f0"))
+    dispatch.handle(arrived("b"))
+    dispatch.handle(GatewayLost("gateway-0"))
+    assert (dispatch.load("f0"), dispatch.waiting) == ((0, 0), 0)
+
+
+_NAMES = st.sampled_from(["f0", "p0", "d0", "d1"])
+_REQUESTS = st.sampled_from(["a", "b", "c", "d"])
+_ROLES = {"f": FUSED, "p": PREFILL, "d": DECODE}
+_EVENTS = st.one_of(
+    _NAMES.map(lambda name: InstanceJoined(name, _ROLES[name[0]])),
+    _NAMES.map(InstanceDraining),
+    _NAMES.map(InstanceLost),
+    st.builds(arrived, _REQUESTS, st.integers(1, 50), st.integers(1, 50), st.tuples(_NAMES)),
+    st.builds(ChatPrefilled, _REQUESTS, st.integers(100, 120)),
+    st.builds(ChatEnded, _REQUESTS, st.none() | st.integers(100, 120)),
+    st.just(GatewayLost("gateway-0")),
+)
+
+
+@settings(deadline=None)
+@given(happening=st.lists(_EVENTS, max_size=40))
+def test_whatever_happens_load_is_never_negative_and_ends_at_nothing(happening: list[Event]) -> None:
+    dispatch = ChatDispatch(100)
+    there: dict[str, bool] = {}
+    epochs = [99]
+    for event in happening:
+        decisions: list[RouteSequence] = dispatch.handle(event)
+        match event:
+            case InstanceJoined(name):
+                there[name] = True
+            case InstanceDraining(name) if name in there:
+                there[name] = False
+            case InstanceLost(name):
+                there.pop(name, None)
+        for decision in decisions:
+            assert there[decision.prefill]
+            assert there[decision.decode]
+            assert decision.epoch > epochs[-1]
+            epochs.append(decision.epoch)
+        assert all(tokens >= 0 for name in there for tokens in dispatch.load(name))
+    for request_id in "abcd":
+        dispatch.handle(ChatEnded(request_id, None))
+    assert all(dispatch.load(name) == (0, 0) for name in there)
+    assert dispatch.waiting == 0
