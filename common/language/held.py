@@ -128,6 +128,10 @@ class Sequences:
         """Whether it is still wanted."""
         return self._held.get(held.request.request_id) is held
 
+    def holds(self, request_id: str) -> bool:
+        """Whether any attempt at it is here."""
+        return request_id in self._held
+
     def find(self, request_id: str, epoch: int) -> Held | None:
         held = self._held.get(request_id)
         return held if held is not None and held.request.epoch == epoch else None

@@ -73,6 +73,10 @@ class LanguageInstance:
             failure = self._failure("draining", f"{self._instance} is leaving")
             await self._tell_failed(self._sequences.all, failure)
 
+    def holds(self, request_id: str) -> bool:
+        """Whether a sequence waits or runs here."""
+        return self._sequences.holds(request_id)
+
     async def finish(self) -> None:
         await self._sequences.idle.wait()
 

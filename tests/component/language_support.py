@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.support.tiny_tokenizer import tiny_tokenizer
 
 # Logits of other batches differ by rounding.
 _MARGIN = 1e-4
+ANSWER = 64
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,19 @@ class LanguageStack:
     client: openai.AsyncOpenAI
     model: str
 
-    async def answer(self, prompt: list[int], count: int, **fields: Any) -> list[str]:
-        """The pieces of a streamed completion of token ids, each the text of some tokens."""
-        stream = await self.client.completions.create(
-            model=self.model, prompt=prompt, max_tokens=count, temperature=0, stream=True, **fields
+    async def stream(
+        self, prompt: Sequence[int], count: int = ANSWER, **fields: Any
+    ) -> openai.AsyncStream[openai.types.Completion]:
+        """A streamed completion of token ids, greedy unless the fields say otherwise."""
+        asked: dict[str, Any] = {"temperature": 0} | fields
+        return await self.client.completions.create(
+            model=self.model, prompt=list(prompt), max_tokens=count, stream=True, **asked
         )
-        return [chunk.choices[0].text async for chunk in stream if chunk.choices]
+
+    async def text(self, prompt: Sequence[int], count: int = ANSWER, **fields: Any) -> str:
+        """What a stream brings."""
+        stream = await self.stream(prompt, count, **fields)
+        return "".join([chunk.choices[0].text async for chunk in stream])
 
     async def served(self, *instances: str) -> None:
         """Return once these instances are ready."""
@@ -63,15 +72,17 @@ async def language_stack(url: str, folder: Path, **settings: Any) -> AsyncIterat
         yield LanguageStack(gateway, client, folder.name)
 
 
-def known_prompts(folder: Path, number: int, count: int, seed: int = 3) -> dict[tuple[int, ...], list[int]]:
-    """Prompts of different lengths with the ``count`` tokens that follow greedily; none is near a tie, none ends."""
-    chance = random.Random(seed)
+@cache
+def known_prompts(folder: Path) -> dict[tuple[int, ...], list[int]]:
+    """Prompts of different lengths with the ``ANSWER`` tokens that follow greedily; none is near a tie, none ends."""
+    chance = random.Random(3)
     found: dict[tuple[int, ...], list[int]] = {}
-    while len(found) < number:
-        prompt = tuple(chance.randrange(0, 256) for _ in range(chance.choice((1, 7, 16, 33, 60, 90))))
-        answer = greedy(folder, prompt, count)
-        if answer.margin > _MARGIN and len(answer.tokens) == count:
-            found[prompt] = answer.tokens
+    for length in (1, 7, 16, 33, 60, 90):
+        answer = None
+        while answer is None or answer.margin < _MARGIN or len(answer.tokens) < ANSWER:
+            prompt = tuple(chance.randrange(0, 256) for _ in range(length))
+            answer = greedy(folder, prompt, ANSWER)
+        found[prompt] = answer.tokens
     return found
 
 

@@ -34,15 +34,15 @@ async def test_a_streamed_chat_is_what_generate_answers(nats_server: NatsServer,
         text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
         assert text == shown(greedy(model, prompt, 40).tokens)
         assert text_of(list(prompt)).endswith("<|assistant|>")
-        for number, (known, answer) in enumerate(known_prompts(model, 6, 24).items()):
-            pieces = await stack.answer(list(known), 24)
-            assert "".join(pieces) == shown(answer), number
+        for number, (known, answer) in enumerate(known_prompts(model).items()):
+            text = await stack.text(known, 24)
+            assert text == shown(answer[:24]), number
         await served.settled()
 
 
 async def test_many_clients_of_whom_some_leave_and_the_books_balance(nats_server: NatsServer, model: Path) -> None:
     chance = random.Random(5)
-    prompts = known_prompts(model, 10, 48)
+    prompts = known_prompts(model)
     async with (
         language_stack(nats_server.url, model) as stack,
         # So small that sequences are preempted.
@@ -52,9 +52,7 @@ async def test_many_clients_of_whom_some_leave_and_the_books_balance(nats_server
         assert served.books.blocks == 40
 
         async def client(prompt: tuple[int, ...], leaves: bool) -> bool:
-            stream = await stack.client.completions.create(
-                model=stack.model, prompt=list(prompt), max_tokens=48, temperature=0, stream=True
-            )
+            stream = await stack.stream(prompt, 48)
             text = ""
             left = chance.randrange(6)
             async for chunk in stream:
@@ -63,7 +61,7 @@ async def test_many_clients_of_whom_some_leave_and_the_books_balance(nats_server
                 if leaves and left < 0:
                     await stream.close()
                     return False
-            assert text == shown(prompts[prompt])
+            assert text == shown(prompts[prompt][:48])
             return True
 
         everybody = [client(chance.choice(list(prompts)), chance.random() < 0.5) for _ in range(210)]
@@ -75,21 +73,20 @@ async def test_many_clients_of_whom_some_leave_and_the_books_balance(nats_server
 
 
 async def test_an_instance_that_leaves_has_its_sequences_go_on_elsewhere(nats_server: NatsServer, model: Path) -> None:
-    prompts = known_prompts(model, 4, 150)
+    prompts = known_prompts(model)
     async with (
         language_stack(nats_server.url, model) as stack,
         language_instance(nats_server.url, "decode-0", model, drain_s=0.0) as leaving,
+        language_instance(nats_server.url, "decode-1", model),
     ):
-        await stack.served("decode-0")
-        answers = [asyncio.create_task(stack.answer(list(prompt), 150)) for prompt in prompts]
+        await stack.served("decode-0", "decode-1")
+        answers = [asyncio.create_task(stack.text(prompt)) for prompt in prompts]
         async with asyncio.timeout(60):
-            while leaving.books.held_blocks < len(prompts):  # noqa: ASYNC110 - the books have no bell
+            while not leaving.books.held_blocks:  # noqa: ASYNC110 - the books have no bell
                 await asyncio.sleep(0.001)
-        async with language_instance(nats_server.url, "decode-1", model):
-            await stack.served("decode-1")
-            leaving.stop.set()
-            for pieces, expected in zip(await gathered(*answers), prompts.values(), strict=True):
-                assert "".join(pieces) == shown(expected)
+        leaving.stop.set()
+        for text, expected in zip(await gathered(*answers), prompts.values(), strict=True):
+            assert text == shown(expected)
 
 
 async def test_what_cannot_be_answered_is_refused(nats_server: NatsServer, model: Path) -> None:

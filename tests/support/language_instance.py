@@ -47,15 +47,17 @@ async def language_instance(
     service = Service.PREFILL if roles == (LanguageRole.PREFILL,) else Service.DECODE
     own = LanguageSettings(nats_url=url, instance=name, language_model=str(folder), **settings)
     stop = asyncio.Event()
+    watched: list[Watched] = []
     up: asyncio.Future[Watched] = asyncio.get_running_loop().create_future()
 
     def make(equipment: Equipment, model: LoadedModel) -> LanguageInstance:
         made = LanguageInstance(equipment, model, own, Stage(service.value))
-        up.set_result(Watched(made, model, stop))
+        watched.append(Watched(made, model, stop))
         return made
 
     async def announce(registration: Registration, model: LoadedModel) -> None:
         await registration.ready(language_model=model.info, roles=roles)
+        up.set_result(watched[0])
 
     running = asyncio.create_task(
         run_worker(own, stop, service, lambda device, dtype: load_model(own, device, dtype), make, announce)

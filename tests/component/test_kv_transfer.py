@@ -1,0 +1,256 @@
+"""Prefill and decode apart: the answers are generate's, and every transfer ends, with all books balanced."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.bus.errors import RemoteFailure
+from common.bus.nats_bus import NatsBus
+from common.language.blocks import checksum
+from common.messages.chat import (
+    CancelGeneration,
+    GenerateTokens,
+    Sampling,
+    TakeOver,
+    TokensGenerated,
+    pack_tokens,
+)
+from common.messages.subjects import CANCEL_GENERATION, MEMBERS, TAKE_OVER, TOKENS_GENERATED
+from common.messages.tensors import TensorRef
+from common.models.causal_lm import BLOCK_TOKENS, BlockTable, Chunk, KVPool, load
+from common.tensors.ucx import UcxTensors
+from tests.component.chat_support import DECODE, PREFILL
+from tests.component.language_support import LanguageStack, gathered, known_prompts, language_stack, shown
+from tests.support.language_instance import Watched, language_instance
+from tests.support.language_model import BLOCK_BYTES, write_language_model
+from tests.support.nats_server import NatsServer
+
+WAIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_language_model(tmp_path_factory.mktemp("tiny"))
+
+
+async def test_answers_go_from_prefill_to_decode_and_are_generates(nats_server: NatsServer, model: Path) -> None:
+    prompts = known_prompts(model)
+    async with (
+        language_stack(nats_server.url, model) as stack,
+        language_instance(nats_server.url, "prefill-0", model, PREFILL, chunk_tokens=32) as prefill,
+        language_instance(nats_server.url, "decode-0", model, DECODE) as decode,
+    ):
+        await stack.served("prefill-0", "decode-0")
+        answers = await gathered(*(stack.text(prompt) for prompt in prompts))
+        for text, expected in zip(answers, prompts.values(), strict=True):
+            assert text == shown(expected)
+        assert decode.instance.receiving.outcomes == {"taken": len(prompts)}
+        # The first token is the whole answer: nothing is handed over.
+        prompt, expected = next(iter(prompts.items()))
+        assert await stack.text(prompt, 1) == shown(expected[:1])
+        await prefill.settled()
+        await decode.settled()
+        assert decode.instance.receiving.outcomes == {"taken": len(prompts)}
+
+
+async def test_drawn_answers_are_the_same_wherever_they_are_computed(nats_server: NatsServer, model: Path) -> None:
+    drawing = {"temperature": 1.0, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+
+    async def drawn(stack: LanguageStack) -> list[str]:
+        return await gathered(*(stack.text(prompt, seed=7, **drawing) for prompt in known_prompts(model)))
+
+    async with language_stack(nats_server.url, model) as stack:
+        async with language_instance(nats_server.url, "decode-0", model):
+            await stack.served("decode-0")
+            fused = await drawn(stack)
+        async with (
+            language_instance(nats_server.url, "prefill-0", model, PREFILL),
+            language_instance(nats_server.url, "decode-1", model, DECODE),
+        ):
+            await stack.served("prefill-0", "decode-1")
+            assert await drawn(stack) == fused
+    assert len(set(fused)) > 1
+
+
+async def test_pools_too_small_for_all_and_clients_that_leave(nats_server: NatsServer, model: Path) -> None:
+    chance = random.Random(8)
+    prompts = known_prompts(model)
+    async with (
+        language_stack(nats_server.url, model) as stack,
+        language_instance(nats_server.url, "prefill-0", model, PREFILL, kv_bytes=24 * BLOCK_BYTES) as prefill,
+        language_instance(nats_server.url, "decode-0", model, DECODE, kv_bytes=24 * BLOCK_BYTES) as decode,
+    ):
+        await stack.served("prefill-0", "decode-0")
+
+        async def client(prompt: tuple[int, ...], leaves: bool) -> None:
+            stream = await stack.stream(prompt)
+            text = ""
+            left = chance.randrange(4)
+            async for chunk in stream:
+                text += chunk.choices[0].text
+                left -= 1
+                if leaves and left < 0:
+                    await stream.close()
+                    return
+            assert text == shown(prompts[prompt])
+
+        await gathered(*(client(chance.choice(list(prompts)), chance.random() < 0.4) for _ in range(40)))
+        for watched in (prefill, decode):
+            await watched.settled()
+            assert watched.books.set_aside_blocks == 0
+            assert not watched.model.engine.busy
+
+
+@dataclass
+class PlayedPrefill:
+    """Hands sequences over to a real decode instance, as a test wants it, and hears what becomes of them."""
+
+    bus: NatsBus
+    tensors: UcxTensors
+    pool: KVPool
+    heard: asyncio.Queue[TokensGenerated]
+    prompt: tuple[int, ...]
+    answer: list[int]
+
+    def offer(self, name: str, refs: tuple[TensorRef, ...], value: int | None) -> TakeOver:
+        request = GenerateTokens(
+            request_id=name,
+            epoch=1,
+            tokens=pack_tokens((*self.prompt, self.answer[0])),
+            generated=1,
+            sampling=Sampling(temperature=0.0, seed=0, max_tokens=8),
+            gateway="gateway-0",
+            decode="decode-0",
+            created_at_s=0.0,
+        )
+        return TakeOver(
+            request=request,
+            prefill="prefill-0",
+            kv=refs,
+            kv_tokens=len(self.prompt),
+            block_tokens=BLOCK_TOKENS,
+            checksum=value,
+        )
+
+    async def told(self) -> list[int]:
+        """The rest of the answer as the gateway hears it."""
+        tokens: list[int] = []
+        while True:
+            news = await asyncio.wait_for(self.heard.get(), WAIT_S)
+            for sequence in news.sequences:
+                assert sequence.failure is None
+                assert sequence.offset == 1 + len(tokens)
+                tokens += sequence.tokens
+                if sequence.finish is not None:
+                    return tokens
+
+
+@contextlib.asynccontextmanager
+async def played_prefill(url: str, model: Path) -> AsyncIterator[PlayedPrefill]:
+    prompt, answer = list(known_prompts(model).items())[-1]
+    lm = load(model, "cpu", torch.float32)
+    pool = KVPool(lm.layout, 12)
+    # Not neighbours: what travels are several runs.
+    table = BlockTable([9, 1, 2, 5, 6, 7])
+    lm.forward([Chunk("played", prompt, 0, table)], pool)
+    bus = await NatsBus.connect(url, name="played-prefill")
+    await bus.prepare(buckets=(MEMBERS,))
+    heard: asyncio.Queue[TokensGenerated] = asyncio.Queue(1000)
+    await bus.subscribe(TOKENS_GENERATED, heard.put_nowait, "gateway-0")
+    try:
+        async with await UcxTensors.open(owner="prefill-0") as tensors:
+            yield PlayedPrefill(bus, tensors, pool, heard, prompt, answer)
+    finally:
+        await bus.close()
+
+
+def _exported(played: PlayedPrefill) -> tuple[tuple[TensorRef, ...], int]:
+    runs = [played.pool.blocks[9:10], played.pool.blocks[1:3], played.pool.blocks[5:8]]
+    return tuple(played.tensors.export(run) for run in runs), checksum(runs)
+
+
+async def _check(played: PlayedPrefill, decode: Watched, outcome: str, handed: TakeOver) -> None:
+    before = decode.instance.receiving.outcomes[outcome]
+    await played.bus.request(TAKE_OVER, handed, "decode-0", deadline_s=WAIT_S)
+    assert await played.told() == played.answer[1:8]
+    assert decode.instance.receiving.outcomes[outcome] == before + 1
+    await decode.settled()
+
+
+async def test_every_transfer_ends_taken_or_recomputed(nats_server: NatsServer, model: Path) -> None:
+    async with (
+        played_prefill(nats_server.url, model) as played,
+        language_instance(nats_server.url, "decode-0", model, DECODE, transfer_s=5.0) as decode,
+    ):
+        refs, value = _exported(played)
+        await _check(played, decode, "taken", played.offer("whole", refs, value))
+        refs, value = _exported(played)
+        await _check(played, decode, "taken", played.offer("unchecked", refs, None))
+        # Into blocks that are no neighbours there either.
+        books = decode.books
+        others = books.allocate(books.blocks) or []
+        books.release(others[::2])
+        refs, value = _exported(played)
+        handed = played.offer("scattered", refs, value)
+        await played.bus.request(TAKE_OVER, handed, "decode-0", deadline_s=WAIT_S)
+        assert await played.told() == played.answer[1:8]
+        books.release(others[1::2])
+        await decode.settled()
+        assert decode.instance.receiving.outcomes == {"taken": 3}
+
+        refs, value = _exported(played)
+        await _check(played, decode, "recomputed", played.offer("damaged", refs, value ^ 1))
+        refs, value = _exported(played)
+        await played.tensors.release(refs[1])
+        await _check(played, decode, "recomputed", played.offer("forgotten", refs, value))
+        refs, value = _exported(played)
+        await _check(played, decode, "recomputed", played.offer("part", refs[:2], value))
+
+
+async def test_what_was_cancelled_is_not_taken_over(nats_server: NatsServer, model: Path) -> None:
+    async with (
+        played_prefill(nats_server.url, model) as played,
+        language_instance(nats_server.url, "decode-0", model, DECODE, kv_bytes=8 * BLOCK_BYTES) as decode,
+    ):
+        await played.bus.publish(CANCEL_GENERATION, CancelGeneration(request_id="before", epoch=1), "decode-0")
+        refs, value = _exported(played)
+        async with asyncio.timeout(WAIT_S):
+            with pytest.raises(RemoteFailure, match="cancelled"):
+                await played.bus.request(TAKE_OVER, played.offer("before", refs, value), "decode-0", deadline_s=WAIT_S)
+        # No room yet: it waits, and is cancelled meanwhile.
+        taken = decode.books.allocate(8) or []
+        offering = asyncio.create_task(
+            played.bus.request(TAKE_OVER, played.offer("waiting", refs, value), "decode-0", deadline_s=WAIT_S)
+        )
+        async with asyncio.timeout(WAIT_S):
+            while not decode.instance.holds("waiting"):  # noqa: ASYNC110 - another process's would be asked for it
+                await asyncio.sleep(0.005)
+        await played.bus.publish(CANCEL_GENERATION, CancelGeneration(request_id="waiting", epoch=1), "decode-0")
+        await offering
+        assert decode.instance.receiving.outcomes == {"dropped": 1}
+        decode.books.release(taken)
+        await decode.settled()
+
+
+async def test_without_room_until_the_deadline_it_is_computed_here(nats_server: NatsServer, model: Path) -> None:
+    async with (
+        played_prefill(nats_server.url, model) as played,
+        language_instance(
+            nats_server.url, "decode-0", model, DECODE, kv_bytes=8 * BLOCK_BYTES, transfer_s=0.2
+        ) as decode,
+    ):
+        refs, value = _exported(played)
+        taken = decode.books.allocate(8) or []
+        await played.bus.request(TAKE_OVER, played.offer("late", refs, value), "decode-0", deadline_s=WAIT_S)
+        assert decode.instance.receiving.outcomes == {"recomputed": 1}
+        decode.books.release(taken)
+        # Whatever comes next wakes the instance.
+        await played.bus.publish(CANCEL_GENERATION, CancelGeneration(request_id="nobody", epoch=1), "decode-0")
+        assert await played.told() == played.answer[1:8]
+        await decode.settled()
