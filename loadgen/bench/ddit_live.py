@@ -148,11 +148,11 @@ def _random_model(folder: Path) -> Path:
 
 
 async def _profile(model: str, slots: int, folder: Path) -> Path:
-    """The RIB file that ``triptych profile`` writes here."""
+    """The RIB file that ``triptych profile`` writes here: of a stack at work, as policies run in one."""
     target = folder / "rib.json"
     command = [sys.executable, "-m", "compose.cli", "profile", "--video-model", model, "--output", str(target)]
     process = await asyncio.create_subprocess_exec(
-        *command, "--slots", str(slots), cwd=ROOT, env=_environment(), stdin=DEVNULL
+        *command, *("--slots", str(slots), "--in-stack", "--repeats", "10"), cwd=ROOT, env=_environment(), stdin=DEVNULL
     )
     if await process.wait():
         raise BenchmarkError("the machine could not be profiled; the reason stands above")
