@@ -31,6 +31,8 @@ from loadgen.random_model import save_random_model
 from loadgen.simulator.outcome import summary
 from loadgen.workloads import MIXES, UnknownMix, Workload, WrongMix, mix_named
 
+# By this rule a degree must gain two fifths. By the largest gain, two slots would always be the optimum of two.
+_PROFILE = ("--in-stack", "--repeats", "10", "--rule", "threshold")
 _POLICIES = ("sdop:1", "sdop:2", "ddit", "elastic")
 
 
@@ -152,7 +154,7 @@ async def _profile(model: str, slots: int, folder: Path) -> Path:
     target = folder / "rib.json"
     command = [sys.executable, "-m", "compose.cli", "profile", "--video-model", model, "--output", str(target)]
     process = await asyncio.create_subprocess_exec(
-        *command, *("--slots", str(slots), "--in-stack", "--repeats", "10"), cwd=ROOT, env=_environment(), stdin=DEVNULL
+        *command, *("--slots", str(slots), *_PROFILE), cwd=ROOT, env=_environment(), stdin=DEVNULL
     )
     if await process.wait():
         raise BenchmarkError("the machine could not be profiled; the reason stands above")
