@@ -31,8 +31,7 @@ from loadgen.random_model import save_random_model
 from loadgen.simulator.outcome import summary
 from loadgen.workloads import MIXES, UnknownMix, Workload, WrongMix, mix_named
 
-# By this rule a degree must gain two fifths. By the largest gain, two slots would always be the optimum of two.
-_PROFILE = ("--in-stack", "--repeats", "10", "--rule", "threshold")
+_PROFILE = ("--in-stack", "--repeats", "10")
 _POLICIES = ("sdop:1", "sdop:2", "ddit", "elastic")
 
 
