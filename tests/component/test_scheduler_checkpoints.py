@@ -174,6 +174,29 @@ async def test_a_new_scheduler_knows_how_far_a_job_has_come(nats_server: NatsSer
         assert store.dropped == []
 
 
+async def test_how_far_a_job_has_come_is_known_as_soon_as_the_cache_store_is_back(nats_server: NatsServer) -> None:
+    """The whole stack was started again, and the scheduler was there first."""
+    url = nats_server.url
+    async with stage(url) as play:
+        async with cache_store(url) as store:
+            await play.submit("video_a")
+            lease = await play.dit.next_lease()
+            await play.dit.do_step(lease, 1)
+            await checkpoint(play, store, lease, 1)
+        await play.scheduler.kill()
+        await play.dit.leave()
+        heard = Heard()
+        await play.bus.subscribe(VIDEO_PROGRESS, heard)
+        play.scheduler.start()
+        await heard.until(lambda last: last.step == 0)
+        settings = ServiceSettings(nats_url=url, instance="cache_store-0", heartbeat_s=0.1)
+        async with cache_store(url) as store, Registration(play.bus, settings, Service.CACHE_STORE) as registration:
+            store.steps[checkpoint_key("video_a")] = 1
+            await registration.ready()
+            await heard.until(lambda last: last.step == 1)
+            assert heard.all[-1].degree_of_parallelism == 0, "nobody works on it yet"
+
+
 async def test_a_cancelled_jobs_checkpoint_is_dropped(nats_server: NatsServer) -> None:
     async with stage(nats_server.url) as play, cache_store(nats_server.url) as store:
         await play.submit("video_a")

@@ -212,7 +212,7 @@ async def test_a_job_is_parked_for_a_shorter_one_and_goes_on(nats_server: NatsSe
         again = await group.other.next_lease()
         assert (again.job_id, again.members, again.from_step) == ("long", ("dit-1",), 7)
         assert again.resume == Checkpoint(step=7, latent=PARKED)
-        assert again.text is not None and group.play.encoder.encoded.count("long") == 2
+        assert again.text is not None and group.play.encoder.encoded.count("long") >= 2
         await group.play.vae.finish_decoding(decoding)
         grown = await group.lease()
         assert (grown.members, grown.meeting, grown.text) == (("dit-1", "dit-0"), "where dit-1 leads", None)

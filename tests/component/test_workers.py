@@ -308,6 +308,7 @@ async def test_revoking_ends_the_work_at_the_next_step_and_the_next_lease_starts
         already_heard = played.reports.steps.qsize()
         finished = await played.denoised(request())
         assert finished.epoch > lease.epoch
+        await played.fetched(finished.latent)
         late = [played.reports.steps.get_nowait() for _ in range(played.reports.steps.qsize())][already_heard:]
         # At most the step under way when the revocation came, and one whose report crossed it.
         assert sum(step.epoch == lease.epoch for step in late) <= 2
@@ -324,6 +325,7 @@ async def test_a_newer_lease_overtakes_and_an_older_one_is_refused(workers: Work
         await played.grant(newer)
         finished = await asyncio.wait_for(played.reports.latents.get(), WAIT_S)
         assert finished.job_id == "newer"
+        await played.fetched(finished.latent)
         with pytest.raises(RemoteFailure) as refused:
             await played.grant(older)
         assert refused.value.failure.code == "stale_epoch"

@@ -188,7 +188,7 @@ def test_a_final_failure_ends_the_job_at_once_and_attempts_before_a_restart_coun
 def test_while_draining_nothing_new_starts_and_what_runs_is_decoded() -> None:
     policy = cluster(slots=2)
     grant = start(policy, "a", 1.0)
-    policy.draining = True
+    assert policy.handle(event.DrainRequested(), 1.5) == []
     assert arrive(policy, "b", 2.0) == []
     assert kinds(policy.handle(event.DenoisingFinished("a", grant.epoch), 3.0)) == ["StartDecoding"]
 
