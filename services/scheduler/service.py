@@ -99,6 +99,7 @@ class Scheduler:
                 ]
                 await registration.ready()
                 await stop.wait()
+                self._tell(event.DrainRequested())
                 await registration.draining()
                 for task in intake:
                     task.cancel()
@@ -252,7 +253,6 @@ class Scheduler:
                 self._tell(event.JobCancelled(change.key))
 
     async def _drain(self) -> None:
-        self._tell(event.DrainRequested())
         busy = (Phase.DENOISING, Phase.DENOISED, Phase.DECODING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_s):

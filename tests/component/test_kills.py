@@ -5,6 +5,7 @@ repeats a draw, ``TRIPTYCH_TEST_KILLS`` sets how many videos are disturbed.
 """
 
 import asyncio
+import math
 import os
 import random
 import time
@@ -21,8 +22,11 @@ from common.policies.rib import KindProfile, Rib, VideoKind
 from tests.support.cluster import DIT, NATS, Cluster, running_cluster
 from tests.support.small_model import save_small_model
 
-KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "6"))
+KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "3"))
 SEED = int(os.environ.get("TRIPTYCH_TEST_SEED", "0")) or time.time_ns() % 10**9
+# One that only grows groups, one that shrinks them too, and one that parks.
+ALL_POLICIES = ("ddit", "elastic", "srtf")
+POLICIES = ALL_POLICIES if len(ALL_POLICIES) < KILLS else (random.Random(SEED).choice(ALL_POLICIES),)
 STEPS = 40
 ATOL = 1e-4
 K = 4  # steps from one checkpoint to the next
@@ -93,20 +97,23 @@ class Video:
 
 
 class Chaos:
-    """Disturbs videos and says what came of them. ``always_k``: a policy's groups change too often to say more."""
+    """Disturbs videos and looks what came of them."""
 
     def __init__(
-        self, cluster: Cluster, expected: dict[int, torch.Tensor], chance: random.Random, always_k: bool
+        self, cluster: Cluster, expected: dict[int, torch.Tensor], chance: random.Random, shrinks: bool
     ) -> None:
+        """shrinks: whether groups may be narrower than at the step that was heard of last."""
         self._cluster = cluster
         self._expected = expected
         self._chance = chance
-        self._always_k = always_k
+        self._shrinks = shrinks
+        self._always_k = shrinks
         self._said: list[str] = []
         self._videos: list[Video] = []
 
     async def disturb(self, number: int, degree: int, companion: int | None, kills: int) -> None:
-        """One video, perhaps beside another, and so many kills."""
+        """One video, perhaps beside another, and so many kills; of several, the last may fall on whoever is left."""
+        self._always_k = self._shrinks or kills > 1
         self._said = [f"seed {SEED}, run {number}, degree {degree}, beside {companion}"]
         degrees = [degree] if companion is None else self._chance.sample([degree, companion], 2)
         self._videos = [Video(f"video_{number}_{place}", each) for place, each in enumerate(degrees)]
@@ -116,6 +123,7 @@ class Chaos:
             await self._kill()
         for video in self._videos:
             await self._compare(video)
+        print("; ".join(self._said))  # noqa: T201
 
     async def _kill(self) -> None:
         when = await self._moment()
@@ -183,15 +191,15 @@ class Chaos:
         assert again <= video.allowed, f"{said}: {again} steps of {video.job_id} done again: {runs}"
 
 
-@pytest.mark.parametrize("policy", ["ddit", "elastic", "srtf"])
+@pytest.mark.parametrize("policy", POLICIES)
 async def test_every_video_completes_whoever_is_killed(
     policy: str, model: Path, tmp_path: Path, expected: dict[int, torch.Tensor]
 ) -> None:
     chance = random.Random(f"{SEED} {policy}")
     async with running_cluster(model, tmp_path, policy, profile(), **SETTINGS) as cluster:
-        chaos = Chaos(cluster, expected, chance, always_k=policy != "ddit")
-        for number in range((KILLS + 2) // 3):
+        chaos = Chaos(cluster, expected, chance, shrinks=policy != "ddit")
+        for number in range(math.ceil(KILLS / len(POLICIES))):
             degree = (1, 2, 4)[number % 3]
             companion = chance.choice((None, 1, 2, 4))
-            await chaos.disturb(number, degree, companion, kills=1)
+            await chaos.disturb(number, degree, companion, kills=chance.choice((1, 1, 2)))
             await cluster.ready(*("scheduler-0", "encoder-0", "cache_store-0", *DIT))

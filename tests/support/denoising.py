@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -105,10 +106,11 @@ class DenoisingStage(Processes):
 
     async def park(self, lease: Lease) -> JobParked:
         """Have a job parked; its report."""
+        before = len(self.parked)
         await self.bus.request(
             PARK_JOB, ParkJob(job_id=lease.job_id, epoch=lease.epoch), lease.leader, deadline_s=WAIT_S
         )
-        await self.until(lambda: any(report.job_id == lease.job_id for report in self.parked))
+        await self.until(lambda: len(self.parked) > before)
         return self.parked[-1]
 
     async def revoke(self, lease: Lease) -> None:
@@ -128,10 +130,10 @@ class DenoisingStage(Processes):
             if report.epoch == lease.epoch:
                 return await self.tensors.fetch(report.latent, deadline_s=WAIT_S)
 
-    def longest_pause_s(self, lease: Lease) -> float:
-        """The longest time between the end of a step and the start of the next."""
+    def median_pause_s(self, lease: Lease) -> float:
+        """The median time between the end of a step and the start of the next."""
         reports = self._reports[lease.epoch]
-        return max(later.started_at_s - sooner.ended_at_s for sooner, later in pairwise(reports))
+        return median(later.started_at_s - sooner.ended_at_s for sooner, later in pairwise(reports))
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Return once ``holds`` does, looking whenever something was reported."""

@@ -121,7 +121,4 @@ def test_a_cancelled_video_frees_the_group(stack: Stack, fields: dict[str, Any],
     stack.wait(video_id, lambda video: video["step"] >= 2)
     following = stack.order(**fields)
     stack.call("POST", f"/v1/videos/{video_id}/cancel")
-    cancelled_s = time.monotonic()
-    stack.wait(following, lambda video: video["step"] >= 1)
-    assert time.monotonic() - cancelled_s < 5.0
     alike(read(stack.completed(following)), undisturbed)
