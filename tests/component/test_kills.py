@@ -139,13 +139,15 @@ class Chaos:
         """Wait for the moment to kill."""
         video = self._chance.choice(self._videos)
         done = self._cluster.steps[video.job_id]
-        step, before = self._chance.randrange(STEPS - 2), self._cluster.regroups
+        step = self._chance.randrange(STEPS - 2)
+        # One change of a group is a message to each member and a call to each that joins.
+        message = self._cluster.regroups + self._chance.randrange(12)
         if self._chance.random() < 0.4:
             await self._cluster.until(lambda: any(report.step >= step for report in done))
             return f"at step {step} of {video.job_id}"
         # In the midst of a regroup, if there is one.
         await self._cluster.until(
-            lambda: self._cluster.regroups > before or any(report.step >= STEPS - 2 for report in done)
+            lambda: self._cluster.regroups > message or any(report.step >= STEPS - 2 for report in done)
         )
         return f"in a regroup, after {len(done)} steps of {video.job_id}"
 
