@@ -403,8 +403,11 @@ class Policy(ABC):
         return job
 
     def _retry(self, job: Job, reason: str) -> list[Decision]:
-        if job.attempt >= MAX_ATTEMPTS:
-            return self._give_up(job, f"{reason}, and that was attempt {job.attempt} of {MAX_ATTEMPTS}")
+        if job.checkpoint > job.secured:
+            # It gets on: only attempts that came to nothing count.
+            job.secured, job.forgiven = job.checkpoint, job.attempt
+        elif job.attempt - job.forgiven >= MAX_ATTEMPTS:
+            return self._give_up(job, f"{reason}, after {MAX_ATTEMPTS} attempts without progress")
         decisions = self._release(job, reason)
         job.step = job.checkpoint
         self._move(job, Phase.WAITING)

@@ -31,7 +31,8 @@ class Job:
     ``active`` whose workers are known to have the latent after ``step``. ``checkpoint`` is the newest
     step whose latent lies in the cache store, ``from_step`` the one at which the denoising under way began.
     ``last_step`` is DDiT's: the step at which the newest lease took effect.
-    ``step_at_s`` is when ``step`` was done, or when the lease was granted.
+    ``step_at_s`` is when ``step`` was done, or when the lease was granted. ``secured`` is the checkpoint with which an
+    attempt was last lost that had come further than those before it, and ``forgiven`` the number of that attempt.
     """
 
     job_id: str
@@ -51,6 +52,8 @@ class Job:
     priority: int = 0
     deadline_s: float | None = None
     checkpoint: int = 0
+    secured: int = 0
+    forgiven: int = 0
     first_epoch: int = 0
     settled_epoch: int = 0
     lease: tuple[int, ...] = ()

@@ -174,7 +174,7 @@ def test_a_failure_that_repeats_ends_the_job() -> None:
         decisions = policy.handle(event.AttemptFailed("a", attempt, "boom", retryable=True), 2.0)
         assert kinds(decisions) == ["RequeueJob", "StartEncoding"]
     (end,) = policy.handle(event.AttemptFailed("a", MAX_ATTEMPTS, "boom", retryable=True), 3.0)
-    assert isinstance(end, decide.FailJob) and "attempt 5 of 5" in end.reason
+    assert isinstance(end, decide.FailJob) and "5 attempts without progress" in end.reason
 
 
 def test_a_final_failure_ends_the_job_at_once_and_attempts_before_a_restart_count() -> None:
@@ -183,6 +183,19 @@ def test_a_final_failure_ends_the_job_at_once_and_attempts_before_a_restart_coun
     assert kinds(policy.handle(event.AttemptFailed("a", 1, "too long", retryable=False), 2.0)) == ["FailJob"]
     policy.handle(event.JobArrived("b", 3.0, 64, 64, 16, 2, attempt=MAX_ATTEMPTS - 1), 3.0)
     assert kinds(policy.handle(event.AttemptFailed("b", MAX_ATTEMPTS, "boom", retryable=True), 4.0)) == ["FailJob"]
+
+
+def test_only_attempts_that_come_to_nothing_are_counted() -> None:
+    policy = cluster(slots=1)
+    policy.handle(event.JobArrived("a", 1.0, 64, 64, 16, 20, attempt=0), 1.0)
+    for attempt in range(1, 2 * MAX_ATTEMPTS):
+        policy.handle(event.PromptEncoded("a", attempt), 2.0)
+        policy.handle(event.CheckpointStored("a", attempt), 3.0)
+        assert "FailJob" not in kinds(policy.handle(event.AttemptFailed("a", attempt, "boom", retryable=True), 4.0))
+    for attempt in range(2 * MAX_ATTEMPTS, 3 * MAX_ATTEMPTS):
+        assert policy.state.jobs["a"].attempt == attempt
+        decisions = policy.handle(event.AttemptFailed("a", attempt, "boom", retryable=True), 5.0)
+    assert kinds(decisions)[-1] == "FailJob"
 
 
 def test_while_draining_nothing_new_starts_and_what_runs_is_decoded() -> None:
