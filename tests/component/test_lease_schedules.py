@@ -18,7 +18,7 @@ from common.messages.video import Lease, VideoRequest
 from tests.support.denoising import DenoisingStage, denoising_stage
 from tests.support.small_model import save_small_model
 
-SCHEDULES = int(os.environ.get("TRIPTYCH_TEST_KILLS", "6"))
+SCHEDULES = int(os.environ.get("TRIPTYCH_TEST_KILLS", "5"))
 SEED = int(os.environ.get("TRIPTYCH_TEST_SEED", "0")) or time.time_ns() % 10**9
 STEPS = 24
 ATOL = 1e-4
