@@ -150,11 +150,12 @@ class Chaos:
         if self._chance.random() < 0.4:
             await self._cluster.until(lambda: any(report.step >= step for report in done))
             return f"at step {step} of {video.job_id}"
-        # In the midst of a regroup, if there is one.
+        # In the midst of a regroup, if there is one before that step.
         await self._cluster.until(
-            lambda: self._cluster.regroups > message or any(report.step >= STEPS - 2 for report in done)
+            lambda: self._cluster.regroups > message or any(report.step >= step for report in done)
         )
-        return f"in a regroup, after {len(done)} steps of {video.job_id}"
+        regroup = "in a regroup" if self._cluster.regroups > message else "between regroups"
+        return f"{regroup}, after {len(done)} steps of {video.job_id}"
 
     def _victim(self) -> str:
         """Everybody in turn."""
