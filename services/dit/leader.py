@@ -98,7 +98,9 @@ class Leader:
     async def _denoise(self, lease: Lease) -> None:
         run = self._member.run
         copy_s = await self._compute.run(copy_cost_s, run.latent)
-        interval = CheckpointInterval(copy_s, self._checkpoints.store_s, self._checkpoint_steps)
+        # On a CPU the store and the broker work on the cores that the steps are made on.
+        cost_s = self._checkpoints.least_store_s if run.latent.device.type == "cpu" else 0.0
+        interval = CheckpointInterval(copy_s, self._checkpoints.store_s, self._checkpoint_steps, cost_s)
         verdict = self._at_boundary(lease)
         while not run.finished:
             match verdict:
