@@ -102,6 +102,7 @@ class Scheduler:
                 ]
                 await registration.ready()
                 await stop.wait()
+                self._tell(event.DrainRequested())
                 await registration.draining()
                 for task in intake:
                     task.cancel()
@@ -228,6 +229,14 @@ class Scheduler:
                 log.info("taking over", job=record.job_id, state=record.state)
                 await self._admit(record.job_id)
 
+    async def _look_up_steps(self) -> None:
+        """Find out how far those jobs have come that were admitted before their checkpoints could be asked for."""
+        for job_id, job in list(self._jobs.items()):
+            if job.was_under_way and not job.checkpoint_step:
+                step = await self._checkpoints.newest_step(job_id)
+                if step and job.recalled(step):
+                    self._tell(event.CheckpointStored(job_id, step))
+
     async def _adopt_orphans(self) -> None:
         """Admit jobs whose record was stored but whose place in the queue was lost with their gateway."""
         while True:
@@ -254,7 +263,6 @@ class Scheduler:
                 self._tell(event.JobCancelled(change.key))
 
     async def _drain(self) -> None:
-        self._policy.draining = True
         busy = (Phase.DENOISING, Phase.DENOISED, Phase.DECODING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_s):
@@ -273,7 +281,9 @@ class Scheduler:
             self._present[member.instance] = member.incarnation
         match change:
             case MemberJoined():
-                if member.service in (Service.ENCODER, Service.DIT, Service.VAE):
+                if member.service is Service.CACHE_STORE:
+                    self._tasks.create_task(self._look_up_steps())
+                elif member.service in (Service.ENCODER, Service.DIT, Service.VAE):
                     log.info("worker joined", instance=member.instance, slot=member.slot)
                     self._workers.meetings[member.instance] = member.meeting
                     self._tasks.create_task(self._welcome(member))
@@ -281,6 +291,7 @@ class Scheduler:
                 self._tell(event.WorkerDraining(member.instance))
             case MemberLost(reason=reason):
                 log.info("member lost", instance=member.instance, reason=reason)
+                self._workers.lost(member.instance)
                 if member.service is Service.DIT:
                     # Should it be alive after all, it lets go of what others get now, and its group hears that.
                     self._tasks.create_task(self._workers.revoke_lease(member.instance, None, self._newest_epoch()))
