@@ -1,6 +1,7 @@
 """The compiled kernels against their formulas, for any shapes and runs; skipped where there is no compiler."""
 
 import random
+import sys
 
 import pytest
 import torch
@@ -54,6 +55,13 @@ def test_attention_is_the_formula(
         torch.testing.assert_close(out[row].float(), theirs, atol=1e-5 if dtype is torch.float32 else 2e-2, rtol=1e-2)
     others = [row for row in range(tokens) if row not in rows]
     assert not out[others].any()
+
+
+def test_loading_them_leaves_the_processs_arithmetic_as_it_was() -> None:
+    _kernels(torch.float32)
+    smallest_normal = torch.tensor([torch.finfo(torch.float32).tiny])
+    assert float(smallest_normal / 2) > 0
+    assert sys.float_info.min / 2 > 0
 
 
 def test_types_it_does_not_know_have_none() -> None:

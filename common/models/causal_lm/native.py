@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
+# Without the flags above: told of fast mathematics, a linker would have the whole process round tiny numbers to 0.
+_LINK_FLAGS = ("-shared", "-fopenmp")
 # Compilers choose narrower vectors than these processors have, unless told.
 _FLAGS_X86 = ("-mprefer-vector-width=512",)
 _COMPILE_TIMEOUT_S = 60.0
@@ -146,23 +148,28 @@ def _library() -> ctypes.CDLL | None:
     if compiler is None:
         return None
     flags = _FLAGS + (_FLAGS_X86 if platform.machine() == "x86_64" else ())
-    key = hashlib.sha256(_SOURCE.read_bytes() + repr(flags).encode() + _processor().encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        _SOURCE.read_bytes() + repr((flags, _LINK_FLAGS)).encode() + _processor().encode()
+    ).hexdigest()[:16]
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych" / f"kernels-{key}.so"
     try:
         if not kept.exists():
-            _compile([compiler, *flags], kept)
+            _compile(compiler, flags, kept)
         return ctypes.CDLL(str(kept))
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _compile(command: list[str], target: Path) -> None:
+def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
     """In a place of its own first, so that of several processes none loads what another has half written."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / target.name
-        command = [*command, "-o", str(built), str(_SOURCE)]
-        subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
+        object_file, built = str(Path(folder) / "kernels.o"), Path(folder) / target.name
+        for command in (
+            [compiler, *flags, "-c", str(_SOURCE), "-o", object_file],
+            [compiler, *_LINK_FLAGS, object_file, "-o", str(built)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
         built.replace(target)
 
 
