@@ -56,9 +56,9 @@ def small_model(family: str) -> PreTrainedModel:
     return model
 
 
-def causal_lm(family: str, fuse: bool = True) -> CausalLM:
+def causal_lm(family: str, fuse: bool = True, native: bool = True) -> CausalLM:
     """Ours, with the same weights."""
-    return CausalLM(copy.deepcopy(small_model(family)), fuse)
+    return CausalLM(copy.deepcopy(small_model(family)), fuse, native)
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def expected(family: str, prompt: tuple[int, ...], count: int) -> Expected:
     return Expected(tuple(tokens), tuple(logprobs.tolist()), tuple((best[:, 0] - best[:, 1]).tolist()))
 
 
+@cache
 def all_logits(family: str, tokens: tuple[int, ...]) -> Tensor:
     """[tokens, vocabulary], after each of them, from one forward pass of transformers' own."""
     with torch.inference_mode():

@@ -1,6 +1,6 @@
 """Text as it comes: no character is split, no part of a stop string is shown, nothing is lost."""
 
-import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from common.models.causal_lm import ModelLoadError, load_tokenizer
 from common.models.causal_lm.text import Detokenizer, StopStrings
 
 
@@ -21,7 +22,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     whole.decoder = decoders.ByteLevel()
     whole.add_special_tokens(["<end>"])
-    assert json.loads(whole.to_str())["model"]["type"] == "BPE"
     return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<end>")
 
 
@@ -46,6 +46,15 @@ def test_a_character_cut_off_at_the_end_is_shown_as_such(tokenizer: PreTrainedTo
 def test_special_tokens_have_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
     assert Detokenizer(tokenizer).add(tokenizer.eos_token_id) == ""
     assert Detokenizer(tokenizer, skip_special_tokens=False).add(tokenizer.eos_token_id) == "<end>"
+
+
+def test_a_published_tokenizer_is_loaded(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode("the é") == tokenizer.encode("the é")
+    assert loaded.eos_token == "<end>"
 
 
 @settings(max_examples=200, deadline=None)

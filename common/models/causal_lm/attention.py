@@ -1,8 +1,9 @@
-"""Attention of packed chunks over paged keys and values, on a CPU.
+"""Attention of packed chunks over paged keys and values; what is here is for CPUs, see ``varlen`` for GPUs.
 
 Each chunk attends to the positions before it, read from the pool, and to itself. What lies in few runs of neighbouring
 blocks is read in place, run by run; the parts are joined by their log-sum-exp (as in flash decoding). What is
-scattered over many runs is gathered first. Grouped query heads share their keys without repeating them: the key-value
+scattered over many runs is gathered first. Single tokens of all sequences go through one call of the kernel in
+``native`` where there is one. Grouped query heads share their keys without repeating them: the key-value
 heads are the kernel's batch, the heads of a group its heads (or, for a single token, its rows).
 """
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from common.models.causal_lm.batch import Batch, Segment
 from common.models.causal_lm.paging import slots_of
+from common.models.causal_lm.varlen import attend_packed
 
 # Each run costs a kernel call, as much as gathering about this many tokens in place of it would.
 _GATHER_TOKENS_PER_RUN = 192
@@ -46,31 +48,47 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, batch: Batch, 
     Returns:
         [tokens, heads * head_dim].
     """
+    if query.is_cuda and not scoring.softcap:
+        return attend_packed(query, layer, batch, scoring.scale, scoring.window)
     pool = batch.pool.layers[layer]
-    parts = []
+    if len(batch.segments) == 1 and batch.kernel is None:
+        return _attend_one(query, key, value, pool, batch.segments[0], scoring)
+    out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+    singles = batch.singles_within(scoring.window) if batch.kernel is not None and not scoring.softcap else None
+    if batch.kernel is not None and singles is not None:
+        batch.kernel(query, pool, singles.rows, singles.spans, singles.first_span, out, scoring.scale)
     for segment in batch.segments:
-        rows = slice(segment.first, segment.end)
-        if scoring.softcap:
-            part = _plainly(query[rows], pool, segment, scoring)
-        elif segment.end - segment.first == 1:
-            part = _one_token(query[segment.first], pool, segment, scoring)
-        elif scoring.window and segment.stop > scoring.window:
-            part = _windowed(query[rows], pool, segment, scoring)
-        else:
-            part = _chunk(query[rows], key[rows], value[rows], pool, segment, scoring)
-        parts.append(part)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if singles is None or segment.count > 1:
+            rows = slice(segment.first, segment.end)
+            out[rows] = _attend_one(query[rows], key[rows], value[rows], pool, segment, scoring)
+    return out
+
+
+def _attend_one(query: Tensor, key: Tensor, value: Tensor, pool: Tensor, segment: Segment, scoring: Scoring) -> Tensor:
+    """One chunk's: [n, heads, head_dim] queries and [n, kv_heads, head_dim] keys and values of its own tokens."""
+    if scoring.softcap:
+        return _plainly(query, pool, segment, scoring)
+    if segment.count == 1:
+        return _one_token(query[0], pool, segment, scoring)
+    if scoring.window and segment.stop > scoring.window:
+        return _windowed(query, pool, segment, scoring)
+    return _chunk(query, key, value, pool, segment, scoring)
 
 
 def _one_token(query: Tensor, pool: Tensor, segment: Segment, scoring: Scoring) -> Tensor:
-    """One query [heads, head_dim] over everything it sees: [1, heads * head_dim]."""
+    """One query [heads, head_dim] over everything it sees: [1, heads * head_dim].
+
+    The kernel reads keys head by head. In half precision they are first copied in the order in which they lie, which
+    made it up to twice as fast where they are not in the cache; in float32 it made it slower.
+    """
     heads, head_dim = query.shape
     kv_heads = pool.shape[2]
     grouped = query.view(kv_heads, 1, heads // kv_heads, head_dim)
     low = max(0, segment.stop - scoring.window) if scoring.window else 0
     out: Tensor | None = None
     weight: Tensor | None = None
-    for keys, values in _pieces(pool, segment, low, segment.stop, scoring.window):
+    for piece in _pieces(pool, segment, low, segment.stop, scoring.window):
+        keys, values = _heads(piece if query.dtype is torch.float32 else piece.contiguous())
         part, part_weight = _flash(grouped, keys.unsqueeze(1), values.unsqueeze(1), scale=scoring.scale)
         out, weight = (part, part_weight) if out is None else _join(out, weight, part, part_weight)
     assert out is not None
@@ -83,7 +101,8 @@ def _chunk(query: Tensor, key: Tensor, value: Tensor, pool: Tensor, segment: Seg
     keys, values = _spread(key.transpose(0, 1), grouped), _spread(value.transpose(0, 1), grouped)
     out, weight = _flash(grouped, keys, values, is_causal=True, scale=scoring.scale)
     if segment.start:
-        for before, values in _pieces(pool, segment, 0, segment.start, scoring.window):
+        for piece in _pieces(pool, segment, 0, segment.start, scoring.window):
+            before, values = _heads(piece)
             part = _flash(grouped, _spread(before, grouped), _spread(values, grouped), scale=scoring.scale)
             out, weight = _join(out, weight, *part)
     return _ungrouped(out)
@@ -110,7 +129,8 @@ def _plainly(query: Tensor, pool: Tensor, segment: Segment, scoring: Scoring) ->
 def _seen(pool: Tensor, segment: Segment, window: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values of all positions that any token of the segment sees, and who sees which: [n, positions]."""
     low = max(0, segment.start - window + 1) if window else 0
-    ((keys, values),) = _pieces(pool, segment, low, segment.stop, window, whole=True)
+    (piece,) = _pieces(pool, segment, low, segment.stop, window, whole=True)
+    keys, values = _heads(piece)
     mask = segment.masks.get(window)
     if mask is None:
         own = torch.arange(segment.start, segment.stop, device=pool.device).unsqueeze(1)
@@ -123,10 +143,8 @@ def _seen(pool: Tensor, segment: Segment, window: int, dtype: torch.dtype) -> tu
     return keys, values, mask
 
 
-def _pieces(
-    pool: Tensor, segment: Segment, low: int, high: int, window: int, whole: bool = False
-) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [kv_heads, positions, head_dim] of positions `low` to `high`, in one or several pieces."""
+def _pieces(pool: Tensor, segment: Segment, low: int, high: int, window: int, whole: bool = False) -> list[Tensor]:
+    """Keys and values [positions, 2, kv_heads, head_dim] of positions `low` to `high`, in one or several pieces."""
     spans = segment.spans.get(window)
     if spans is None:
         spans = segment.spans[window] = segment.table.spans(low, high)
@@ -134,10 +152,14 @@ def _pieces(
         slots = segment.slots.get(window)
         if slots is None:
             slots = segment.slots[window] = torch.tensor(slots_of(spans), device=pool.device)
-        gathered = [pool.index_select(0, slots)]
-    else:
-        gathered = [pool[first:end] for first, end in spans]
-    return [(piece[:, 0].transpose(0, 1), piece[:, 1].transpose(0, 1)) for piece in gathered]
+        return [pool.index_select(0, slots)]
+    return [pool[first:end] for first, end in spans]
+
+
+def _heads(piece: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values, each [kv_heads, positions, head_dim]."""
+    by_head = piece.transpose(0, 2)
+    return by_head[:, 0], by_head[:, 1]
 
 
 def _join(out: Tensor, weight: Tensor | None, other: Tensor, other_weight: Tensor) -> tuple[Tensor, Tensor]:

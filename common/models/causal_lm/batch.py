@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.models.causal_lm.errors import WrongChunkError
+from common.models.causal_lm.native import DecodeKernel
 from common.models.causal_lm.paging import BlockTable, KVPool, slots_of
 
 
@@ -48,12 +49,42 @@ class Segment:
     masks: dict[int, Tensor] = field(default_factory=dict)
 
     @property
+    def count(self) -> int:
+        return self.end - self.first
+
+    @property
     def stop(self) -> int:
         """The position after its last token."""
         return self.start + self.end - self.first
 
 
 @dataclass(frozen=True, slots=True)
+class Singles:
+    """The chunks of one token, as the decode kernel takes them: see ``DecodeKernel``."""
+
+    rows: Tensor
+    spans: Tensor
+    first_span: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Of a batch's chunks, for kernels that take all of them at once.
+
+    Attributes:
+        queries, keys: [chunks + 1] int32, where each one's tokens begin, and where what they attend to does.
+        most_queries, most_keys: of one chunk.
+        slots: [all keys], where they lie in the pool.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+    slots: Tensor
+
+
+@dataclass(slots=True)
 class Batch:
     """Chunks as tensors.
 
@@ -63,6 +94,8 @@ class Batch:
         segments: one for each chunk, in order.
         wanted: [chunks whose logits are wanted], the rows of their last tokens; None: every row, in order.
         pool: the blocks that all of this is about.
+        kernel: for chunks of one token; None: there is none.
+        lengths, singles: for kernels, from the first layer on; the latter for each width of the window.
     """
 
     input_ids: Tensor
@@ -71,9 +104,20 @@ class Batch:
     segments: list[Segment]
     wanted: Tensor | None
     pool: KVPool
+    kernel: DecodeKernel | None = None
+    lengths: Lengths | None = None
+    singles: dict[int, Singles | None] = field(default_factory=dict)
+
+    def singles_within(self, window: int) -> Singles | None:
+        """The chunks of one token, each with the last `window` positions (0: all); None if there are none."""
+        if window not in self.singles:
+            self.singles[window] = _singles(self.segments, window)
+        return self.singles[window]
 
 
-def pack(chunks: Sequence[Chunk], pool: KVPool, context: int, device: torch.device) -> Batch:
+def pack(
+    chunks: Sequence[Chunk], pool: KVPool, context: int, device: torch.device, kernel: DecodeKernel | None = None
+) -> Batch:
     """Make a batch of chunks.
 
     Args:
@@ -104,7 +148,20 @@ def pack(chunks: Sequence[Chunk], pool: KVPool, context: int, device: torch.devi
             wanted.append(len(ids) - 1)
     rows = None if len(wanted) == len(ids) else torch.tensor(wanted, dtype=torch.int64, device=device)
     packed = torch.tensor([ids, positions, slots], dtype=torch.int64, device=device)
-    return Batch(packed[0], packed[1], packed[2], segments, rows, pool)
+    return Batch(packed[0], packed[1], packed[2], segments, rows, pool, kernel)
+
+
+def _singles(segments: Sequence[Segment], window: int) -> Singles | None:
+    rows: list[int] = []
+    spans: list[tuple[int, int]] = []
+    first_span = [0]
+    for segment in segments:
+        if segment.count == 1:
+            low = max(0, segment.stop - window) if window else 0
+            rows.append(segment.first)
+            spans += segment.table.spans(low, segment.stop)
+            first_span.append(len(spans))
+    return Singles(torch.tensor(rows), torch.tensor(spans), torch.tensor(first_span)) if rows else None
 
 
 def _check(chunk: Chunk, stop: int, context: int) -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from common.models.causal_lm import interface, probe
 from common.models.causal_lm.batch import Batch, Chunk, pack
 from common.models.causal_lm.fused import FusedDecoder, can_fuse
+from common.models.causal_lm.native import DecodeKernel, decode_kernel
 from common.models.causal_lm.paging import KVLayout, KVPool
 
 
@@ -20,6 +21,7 @@ class CausalLM:
     Args:
         model: is taken over: its attention, and where it is fused its weights, belong to this object from now on.
         fuse: False: transformers' modules in any case.
+        native: False: torch's own kernels in any case.
 
     Attributes:
         layout: of its keys and values.
@@ -31,7 +33,7 @@ class CausalLM:
         UnsupportedModelError: the architecture does not fit; the message names the remedy.
     """
 
-    def __init__(self, model: PreTrainedModel, fuse: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, fuse: bool = True, native: bool = True) -> None:
         model.eval().requires_grad_(False)
         config = model.config.get_text_config()
         self.layout: KVLayout = probe.layout_of(model)
@@ -39,6 +41,8 @@ class CausalLM:
         self.vocabulary: int = config.vocab_size
         self.end_tokens: frozenset[int] = _end_tokens(model)
         self.device: torch.device = model.device
+        on_cpu = self.device.type == "cpu"
+        self._kernel: DecodeKernel | None = decode_kernel(self.layout.dtype) if native and on_cpu else None
         self._run: Callable[[Batch], Tensor]
         with torch.inference_mode():
             self._run = FusedDecoder(model) if fuse and can_fuse(model) else _Interfaced(model)
@@ -53,7 +57,7 @@ class CausalLM:
         Raises:
             WrongChunkError: a chunk that does not fit.
         """
-        return self._run(pack(chunks, pool, self.context, self.device)).float()
+        return self._run(pack(chunks, pool, self.context, self.device, self._kernel)).float()
 
 
 class _Interfaced:

@@ -153,7 +153,7 @@ def _draw(logits: Tensor, parameters: Sequence[SamplingParameters], histories: S
         [one.top_p for one in parameters],
         [one.min_p for one in parameters],
     ):
-        heights = candidates.scores.softmax(-1, dtype=torch.float64).cumsum(-1)
+        heights = candidates.scores.softmax(-1).cumsum(-1, dtype=torch.float64)
         # The last sum is 1 only up to rounding.
         wanted = (numbers[candidates.rows] * heights[:, -1]).unsqueeze(1)
         places = torch.searchsorted(heights, wanted, right=True).clamp_(max=heights.shape[1] - 1)
