@@ -147,6 +147,7 @@ def _add_profile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     profile.add_argument("--sequence", choices=("dsp", "ulysses"), default="dsp", help="how a group shares the tokens")
     profile.add_argument("--no-guidance-parallel", action="store_true", help="share out nothing but tokens")
     profile.add_argument("--alone", action="store_true", help="leave the other slots idle (default: they do the same)")
+    profile.add_argument("--in-stack", action="store_true", help="measure videos that a whole stack makes")
     profile.add_argument(
         "--rule", choices=("largest-gain", "threshold"), default="largest-gain", help="what is optimal"
     )
@@ -242,6 +243,7 @@ def _run_profile(options: argparse.Namespace) -> int:
             sequence=options.sequence,
             guidance_parallel=not options.no_guidance_parallel,
             alone=options.alone,
+            in_stack=options.in_stack,
             rule=options.rule.replace("-", "_"),
             threshold=options.threshold,
         )

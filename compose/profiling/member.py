@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.models.memory import keep_freed_memory
 from common.models.mp4 import Mp4Encoder
 from common.models.opensora.errors import ModelLoadError
 from common.models.opensora.parallel import Parallelism, ParallelSTDiT3, SequenceParallelism
@@ -168,6 +169,7 @@ def _device_name(device: torch.device) -> str:
 
 def main() -> None:
     """Answer until standard input closes."""
+    keep_freed_memory()
     # What libraries print must not come between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
