@@ -1,6 +1,7 @@
 """Paged forward passes against transformers' own, whatever the chunks, the blocks and the company."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,11 +130,22 @@ def test_a_chunk_that_does_not_fit_is_refused(chunk: Chunk, said: str) -> None:
         model.forward([chunk], KVPool(model.layout, 20))
 
 
-def test_other_architectures_are_refused_with_a_remedy() -> None:
-    size = {"vocab_size": 50, "num_hidden_layers": 2, "hidden_size": 32}
-    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(**size))
-    with pytest.raises(UnsupportedModelError, match="such as Llama"):
-        CausalLM(mamba)
+def _mamba() -> transformers.PreTrainedModel:
+    return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=50, num_hidden_layers=2, hidden_size=32))
+
+
+def _with_sinks() -> transformers.PreTrainedModel:
+    size = {"vocab_size": 50, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**size, **heads))
+
+
+@pytest.mark.parametrize(("made", "said"), [(_mamba, "Mamba"), (_with_sinks, "attends with s_aux")])
+def test_other_architectures_are_refused_with_a_remedy(
+    made: Callable[[], transformers.PreTrainedModel], said: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{said}.*such as Llama"):
+        CausalLM(made())
 
 
 def test_a_published_folder_is_loaded_as_it_is(tmp_path: Path) -> None:

@@ -51,12 +51,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, batch: Batch, 
     if query.is_cuda and not scoring.softcap:
         return attend_packed(query, layer, batch, scoring.scale, scoring.window)
     pool = batch.pool.layers[layer]
-    if len(batch.segments) == 1 and batch.kernel is None:
+    if len(batch.segments) == 1 and batch.kernels is None:
         return _attend_one(query, key, value, pool, batch.segments[0], scoring)
     out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
-    singles = batch.singles_within(scoring.window) if batch.kernel is not None and not scoring.softcap else None
-    if batch.kernel is not None and singles is not None:
-        batch.kernel(query, pool, singles.rows, singles.spans, singles.first_span, out, scoring.scale)
+    singles = batch.singles_within(scoring.window) if batch.kernels is not None and not scoring.softcap else None
+    if batch.kernels is not None and singles is not None:
+        batch.kernels.attend(query, pool, singles.rows, singles.spans, singles.first_span, out, scoring.scale)
     for segment in batch.segments:
         if singles is None or segment.count > 1:
             rows = slice(segment.first, segment.end)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.models.causal_lm.errors import WrongChunkError
-from common.models.causal_lm.native import DecodeKernel
+from common.models.causal_lm.native import Kernels
 from common.models.causal_lm.paging import BlockTable, KVPool, slots_of
 
 
@@ -60,7 +60,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Singles:
-    """The chunks of one token, as the decode kernel takes them: see ``DecodeKernel``."""
+    """The chunks of one token, as the decode kernel takes them: see ``Kernels.attend``."""
 
     rows: Tensor
     spans: Tensor
@@ -94,7 +94,7 @@ class Batch:
         segments: one for each chunk, in order.
         wanted: [chunks whose logits are wanted], the rows of their last tokens; None: every row, in order.
         pool: the blocks that all of this is about.
-        kernel: for chunks of one token; None: there is none.
+        kernels: ours; None: there are none, torch's do.
         lengths, singles: for kernels, from the first layer on; the latter for each width of the window.
     """
 
@@ -104,7 +104,7 @@ class Batch:
     segments: list[Segment]
     wanted: Tensor | None
     pool: KVPool
-    kernel: DecodeKernel | None = None
+    kernels: Kernels | None = None
     lengths: Lengths | None = None
     singles: dict[int, Singles | None] = field(default_factory=dict)
 
@@ -116,7 +116,7 @@ class Batch:
 
 
 def pack(
-    chunks: Sequence[Chunk], pool: KVPool, context: int, device: torch.device, kernel: DecodeKernel | None = None
+    chunks: Sequence[Chunk], pool: KVPool, context: int, device: torch.device, kernels: Kernels | None = None
 ) -> Batch:
     """Make a batch of chunks.
 
@@ -148,7 +148,7 @@ def pack(
             wanted.append(len(ids) - 1)
     rows = None if len(wanted) == len(ids) else torch.tensor(wanted, dtype=torch.int64, device=device)
     packed = torch.tensor([ids, positions, slots], dtype=torch.int64, device=device)
-    return Batch(packed[0], packed[1], packed[2], segments, rows, pool, kernel)
+    return Batch(packed[0], packed[1], packed[2], segments, rows, pool, kernels)
 
 
 def _singles(segments: Sequence[Segment], window: int) -> Singles | None:

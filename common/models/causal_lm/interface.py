@@ -12,7 +12,7 @@ from common.models.causal_lm.errors import UnsupportedModelError
 IMPLEMENTATION = "triptych_paged"
 
 # Arguments that change the scores in ways we do not compute.
-_UNKNOWN = ("s_aux", "position_bias", "cu_seq_lens_q", "indexer_scores")
+UNKNOWN = ("s_aux", "position_bias")
 
 
 def paged_attention(
@@ -39,9 +39,6 @@ def paged_attention(
     """
     if paged is None:
         raise UnsupportedModelError(f"{type(module).__name__} did not hand the batch on to its attention")
-    for name in _UNKNOWN:
-        if others.get(name) is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} attends with {name}, which paged attention lacks")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     own = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     store(own[1], own[2], layer, paged)

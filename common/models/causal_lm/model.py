@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from common.models.causal_lm import interface, probe
 from common.models.causal_lm.batch import Batch, Chunk, pack
 from common.models.causal_lm.fused import FusedDecoder, can_fuse
-from common.models.causal_lm.native import DecodeKernel, decode_kernel
+from common.models.causal_lm.native import Kernels, kernels
 from common.models.causal_lm.paging import KVLayout, KVPool
 
 
@@ -42,10 +42,10 @@ class CausalLM:
         self.end_tokens: frozenset[int] = _end_tokens(model)
         self.device: torch.device = model.device
         on_cpu = self.device.type == "cpu"
-        self._kernel: DecodeKernel | None = decode_kernel(self.layout.dtype) if native and on_cpu else None
+        self._kernels: Kernels | None = kernels(self.layout.dtype) if native and on_cpu else None
         self._run: Callable[[Batch], Tensor]
         with torch.inference_mode():
-            self._run = FusedDecoder(model) if fuse and can_fuse(model) else _Interfaced(model)
+            self._run = FusedDecoder(model, self._kernels) if fuse and can_fuse(model) else _Interfaced(model)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], pool: KVPool) -> Tensor:
@@ -57,7 +57,7 @@ class CausalLM:
         Raises:
             WrongChunkError: a chunk that does not fit.
         """
-        return self._run(pack(chunks, pool, self.context, self.device, self._kernel)).float()
+        return self._run(pack(chunks, pool, self.context, self.device, self._kernels)).float()
 
 
 class _Interfaced:

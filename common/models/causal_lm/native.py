@@ -1,7 +1,8 @@
-"""The decode kernel in C++, where this machine has a compiler; without one torch's own kernels do the same work.
+"""Kernels in C++, where this machine has a compiler; without one torch's own do the same work.
 
 torch has no CPU kernel for one token over paged keys: its general one reads them head by head and costs a call for each
-sequence. The source is compiled once for this very processor, in a second, and kept in the user's cache.
+sequence. And its norms and rotations are chains of small operations. The source is compiled once for this very
+processor, in two seconds, and kept in the user's cache.
 """
 
 import ctypes
@@ -11,34 +12,95 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("decode_attention.cpp")
-_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
+# Without the flags above: told of fast mathematics, a linker would have the whole process round tiny numbers to 0.
+_LINK_FLAGS = ("-shared", "-fopenmp")
 # Compilers choose narrower vectors than these processors have, unless told.
 _FLAGS_X86 = ("-mprefer-vector-width=512",)
 _COMPILE_TIMEOUT_S = 60.0
-_NAMES = {torch.float32: "attend_float32", torch.bfloat16: "attend_bfloat16"}
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_ARGUMENTS = [_pointer, _long, *[_pointer] * 5, *[_int] * 5, _long, _long, _float]
+_ARGUMENTS = {
+    "attend": [_pointer, _long, *[_pointer] * 5, *[_int] * 5, _long, _long, _float],
+    "norm": [*[_pointer] * 3, _int, _int, _float],
+    "prepare": [_pointer, _pointer, _float, *[_pointer] * 4, *[_int] * 4, _long, _long],
+}
 
 
-class DecodeKernel:
-    """Attention of single tokens, all sequences of a batch in one call."""
+class Kernels:
+    """The kernels for one type of numbers; tensors are on the CPU and of that type where nothing else is said."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
+    def __init__(self, library: ctypes.CDLL, dtype: str) -> None:
+        self._attend = self._function(library, "attend", dtype)
+        self._norm = self._function(library, "norm", dtype)
+        self._prepare = self._function(library, "prepare", dtype)
 
-    def __call__(
+    @staticmethod
+    def _function(library: ctypes.CDLL, name: str, dtype: str) -> Callable[..., None]:
+        function = getattr(library, f"{name}_{dtype}")
+        function.argtypes, function.restype = _ARGUMENTS[name], None
+        return function  # type: ignore[no-any-return]
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """Root mean square norm.
+
+        Args:
+            x: [rows, size], contiguous.
+            weight: [size] float32, contiguous.
+        """
+        out = torch.empty_like(x)
+        self._norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], epsilon)
+        return out
+
+    def prepare(
+        self,
+        heads: Tensor,
+        weight: Tensor | None,
+        epsilon: float,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        pool: Tensor,
+    ) -> None:
+        """Norm and turn queries and keys in place, and write keys and values to the pool.
+
+        Args:
+            heads: [tokens, heads + 2 * kv_heads, head_dim], contiguous: queries, keys, values.
+            weight: [heads + kv_heads, head_dim] float32, of the norm of each head; None: they are not normed.
+            cos, sin: [tokens, head_dim / 2] float32, contiguous.
+            slots: [tokens] int64.
+            pool: [slots, 2, kv_heads, head_dim], a layer of the pool.
+        """
+        kv_heads = pool.shape[2]
+        self._prepare(
+            heads.data_ptr(),
+            None if weight is None else weight.data_ptr(),
+            epsilon,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            slots.data_ptr(),
+            pool.data_ptr(),
+            heads.shape[0],
+            heads.shape[1] - 2 * kv_heads,
+            kv_heads,
+            heads.shape[2],
+            pool.stride(0),
+            pool.stride(1),
+        )
+
+    def attend(
         self, query: Tensor, pool: Tensor, rows: Tensor, spans: Tensor, first_span: Tensor, out: Tensor, scale: float
     ) -> None:
-        """Fill the rows of `out` that are meant.
+        """Attention of single tokens, of all sequences in one call: fill the rows of `out` that are meant.
 
         Args:
             query: [tokens, heads, head_dim].
@@ -53,7 +115,7 @@ class DecodeKernel:
             query = query.contiguous()
         threads = torch.get_num_threads()
         parts = kv_heads if threads > len(rows) else 1
-        self._function(
+        self._attend(
             query.data_ptr(),
             query.stride(0),
             rows.data_ptr(),
@@ -73,15 +135,11 @@ class DecodeKernel:
 
 
 @cache
-def decode_kernel(dtype: torch.dtype) -> DecodeKernel | None:
-    """The kernel for this type; None where there is none, or no compiler."""
+def kernels(dtype: torch.dtype) -> Kernels | None:
+    """Those for this type; None where there are none, or no compiler."""
     name = _NAMES.get(dtype)
     library = _library() if name else None
-    if name is None or library is None:
-        return None
-    function = getattr(library, name)
-    function.argtypes, function.restype = _ARGUMENTS, None
-    return DecodeKernel(function)
+    return Kernels(library, name) if name and library is not None else None
 
 
 @cache
@@ -90,23 +148,28 @@ def _library() -> ctypes.CDLL | None:
     if compiler is None:
         return None
     flags = _FLAGS + (_FLAGS_X86 if platform.machine() == "x86_64" else ())
-    key = hashlib.sha256(_SOURCE.read_bytes() + repr(flags).encode() + _processor().encode()).hexdigest()[:16]
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych" / f"decode_attention-{key}.so"
+    key = hashlib.sha256(
+        _SOURCE.read_bytes() + repr((flags, _LINK_FLAGS)).encode() + _processor().encode()
+    ).hexdigest()[:16]
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych" / f"kernels-{key}.so"
     try:
         if not kept.exists():
-            _compile([compiler, *flags], kept)
+            _compile(compiler, flags, kept)
         return ctypes.CDLL(str(kept))
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _compile(command: list[str], target: Path) -> None:
+def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
     """In a place of its own first, so that of several processes none loads what another has half written."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / target.name
-        command = [*command, "-o", str(built), str(_SOURCE)]
-        subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
+        object_file, built = str(Path(folder) / "kernels.o"), Path(folder) / target.name
+        for command in (
+            [compiler, *flags, "-c", str(_SOURCE), "-o", object_file],
+            [compiler, *_LINK_FLAGS, object_file, "-o", str(built)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
         built.replace(target)
 
 

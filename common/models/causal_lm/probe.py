@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from common.models.causal_lm.errors import UnsupportedModelError
+from common.models.causal_lm.interface import UNKNOWN
 from common.models.causal_lm.paging import KVLayout
 
 _IMPLEMENTATION = "triptych_probe"
@@ -68,6 +69,9 @@ def _run(model: PreTrainedModel, name: str) -> _Calls:
             raise UnsupportedModelError(f"{name} does not hand on what its attention needs: {_REMEDY}")
         if not getattr(module, "is_causal", True):
             raise UnsupportedModelError(f"{name} attends to later tokens too: {_REMEDY}")
+        unknown = [argument for argument in UNKNOWN if named.get(argument) is not None]
+        if unknown:
+            raise UnsupportedModelError(f"{name} attends with {unknown[0]}, which is not computed here: {_REMEDY}")
         calls.seen.append((int(module.layer_idx), key.shape, value.shape))  # type: ignore[arg-type]
         return torch.zeros_like(query).transpose(1, 2), None
 
