@@ -56,7 +56,10 @@ class ChatTemplate:
         try:
             # Templates ask whether these are none, so they have to be there.
             given = {"tools": None, "documents": None} | self._special | dict(arguments)
-            return self._template.render(given | {"messages": list(messages), "add_generation_prompt": True})
+            text = self._template.render(given | {"messages": list(messages), "add_generation_prompt": True})
+            # Half a character can come with the arguments; no tokenizer takes one.
+            text.encode()
+            return text
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise TemplateRefusal(str(error)[:300] or type(error).__name__) from error
 

@@ -131,6 +131,8 @@ def test_a_template_that_cannot_be_used_is_refused() -> None:
     for reach in ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"):
         with pytest.raises(TemplateRefusal):
             ChatTemplate(reach, {}).render([{"role": "user", "content": "x"}], {})
+    with pytest.raises(TemplateRefusal, match="surrogates"):
+        ChatTemplate("{{ style }}", {}).render([], {"style": "\ud800"})
     template = ChatTemplate("{{ bos_token }}{{ messages | tojson }}{{ deep | default('no') }}", {"bos_token": "<s>"})
     assert template.render([{"role": "user", "content": "é"}], {"deep": 1}) == '<s>[{"role": "user", "content": "é"}]1'
 
