@@ -35,10 +35,6 @@ FILMED = (
     "boing boing boing green ball",
     "snowball falls",
     "roter Kreis nach rechts",
-    "🟦 ⬇️",
-    "expanding purple orb",
-    "a star. it is white. it shrinks.",
-    "violet dot zooming to the right very fast!!",
 )
 """Odd ideas that films are made of."""
 
@@ -81,6 +77,7 @@ class Figures(TypedDict):
     """Everything measured, as JSON values: counts, shares by name, and the single cases."""
 
     ideas: int
+    well_typed_ideas: int
     odd_ideas: int
     talks: int
     shares: dict[str, float]
@@ -166,10 +163,14 @@ def evaluate(folder: Path, ideas: int = 1000, seed: int = 7) -> Figures:
     filmed = film(language_model, FILMED, seed)
     return {
         "ideas": len(generated),
+        "well_typed_ideas": sum(not idea.mistyped for idea in drawn),
         "odd_ideas": len(odd),
         "talks": len(talk),
         "shares": {
             "generated_right": _share([item.right for item in generated]),
+            "well_typed_right": _share(
+                [item.right for item, idea in zip(generated, drawn, strict=True) if not idea.mistyped]
+            ),
             "generated_as_expected": _share([item.as_expected is True for item in generated]),
             "generated_well_formed": _share([item.well_formed for item in generated]),
             "odd_right": _share([item.right for item in odd]),

@@ -53,9 +53,12 @@ class Stated:
 
 @dataclass(frozen=True)
 class Idea:
+    """What somebody types, what it states, and its caption; `mistyped` where a slip changed the text."""
+
     text: str
     stated: Stated
     caption: str
+    mistyped: bool
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def draw_idea(rng: np.random.Generator, held_out: bool = False) -> Idea:
     text = _fill(templates[numbers[int(rng.integers(len(numbers)))]], facts, scale, rng)
     before, frame = choose(rng, BEFORE) if rng.random() < 0.35 else ("", 0)
     after = choose(rng, AFTER) if rng.random() < 0.3 else ""
-    text = spoil(" ".join(part for part in (before, text, after) if part), rng)
+    meant = " ".join(part for part in (before, text, after) if part)
+    text = spoil(meant, rng)
     subject = _subject(facts, scale)
     noun_colour = facts.noun.colour if facts.noun and facts.noun.text in EMOJI else None
     stated = Stated(
@@ -104,7 +108,7 @@ def draw_idea(rng: np.random.Generator, held_out: bool = False) -> Idea:
         shape=subject.shape if facts.noun and facts.noun.shape else None,
         action=facts.motion.action if facts.motion else None,
     )
-    return Idea(text, stated, _caption(subject, facts, frame))
+    return Idea(text, stated, _caption(subject, facts, frame), mistyped=text != meant)
 
 
 def _draw_facts(said: str, rng: np.random.Generator) -> _Facts:

@@ -14,7 +14,7 @@ VOCABULARY = 1536
 TRAINED_TOKENS = 128
 """The longest conversation of the training, in tokens; rows of a batch are as long."""
 ROWS = 16
-STEPS = 2000
+STEPS = 1600
 MATRIX_LR, OTHER_LR = 0.02, 0.004
 AVERAGE_DECAY = 0.99
 
