@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compose.errors import OptionError, StackError
+from compose.errors import StackError
 
 if TYPE_CHECKING:
     from compose.local import StackOptions
@@ -166,7 +166,9 @@ def _add_stack_options(parser: argparse.ArgumentParser) -> None:
         help="how many of a service to run, such as dit=2 (repeatable)",
     )
     parser.add_argument("--video-model", default="demo", metavar="PATH|NAME", help="a local folder or a hub name")
-    parser.add_argument("--language-model", metavar="PATH|NAME", help="not served yet")
+    parser.add_argument(
+        "--language-model", metavar="PATH|NAME", help="a local folder, a hub name, demo (the default), or none"
+    )
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="keep jobs and videos here between runs")
     parser.add_argument("--policy", metavar="NAME", help="how slots are given out: fifo, ddit, sdop:2, ...")
     parser.add_argument("--rib", type=Path, metavar="FILE", help="what triptych profile wrote (default: the paper's)")
@@ -265,13 +267,12 @@ def _run_models(options: argparse.Namespace) -> int:
 def _stack_options(options: argparse.Namespace, host: str, port: int) -> "StackOptions":
     from compose.local import StackOptions
 
-    if options.language_model is not None:
-        raise OptionError("--language-model: language models are not served yet; leave it out")
     return StackOptions(
         host=host,
         port=port,
         replicas=dict(options.scales),
         video_model=options.video_model,
+        language_model=options.language_model,
         state_dir=options.state_dir,
         policy=options.policy,
         rib=options.rib,

@@ -20,6 +20,7 @@ from compose.supervisor import Supervisor, tail
 
 Report = Callable[[str], None]
 
+_NO_MODEL = "none"
 _PER_REPLICA = ("TRIPTYCH_INSTANCE", "TRIPTYCH_SLOT")
 
 
@@ -27,6 +28,7 @@ _PER_REPLICA = ("TRIPTYCH_INSTANCE", "TRIPTYCH_SLOT")
 class StackOptions:
     """What ``triptych up`` can be told. ``port`` 0 takes a free one; without ``state_dir`` nothing is kept.
 
+    ``language_model`` is a folder, a hub name, ``demo`` or ``none``; None leaves it to the environment.
     ``policy``, ``rib`` (a profile of this machine) and ``record`` (a file for what happened) are the scheduler's; None
     leaves each to the environment and the compose file.
     """
@@ -35,6 +37,7 @@ class StackOptions:
     port: int = 8080
     replicas: Mapping[str, int] = field(default_factory=dict)
     video_model: str = "demo"
+    language_model: str | None = None
     state_dir: Path | None = None
     policy: str | None = None
     rib: Path | None = None
@@ -146,10 +149,19 @@ def stack_variables(options: StackOptions, directory: RunDirectory, port: int) -
         "TRIPTYCH_NATS_URL": f"nats://127.0.0.1:{nats_port}",
         "TRIPTYCH_NATS_STORE": str(directory.broker_store),
         "TRIPTYCH_CACHE_DIR": str(directory.cache),
-        "TRIPTYCH_VIDEO_MODEL": model_location(options.video_model),
+        "TRIPTYCH_VIDEO_MODEL": model_location(options.video_model, "--video-model"),
         "TRIPTYCH_LOG_LEVEL": options.log_level,
+        **_language_variables(options),
         **scheduling_variables(options),
     }
+
+
+def _language_variables(options: StackOptions) -> dict[str, str]:
+    asked = options.language_model
+    name = os.environ.get("TRIPTYCH_LANGUAGE_MODEL", "demo") if asked is None else asked
+    if name in ("", _NO_MODEL):
+        return {"TRIPTYCH_LANGUAGE_MODEL": "", "TRIPTYCH_DECODE_REPLICAS": "0", "TRIPTYCH_PREFILL_REPLICAS": "0"}
+    return {"TRIPTYCH_LANGUAGE_MODEL": model_location(name, "--language-model")}
 
 
 def scheduling_variables(options: StackOptions) -> dict[str, str]:
@@ -191,7 +203,7 @@ def _environment(spec: ServiceSpec, index: int) -> dict[str, str]:
 
 def _fork_launcher(stack: StackSpec, directory: RunDirectory) -> ForkLauncher:
     """One fork server for all services that are forked, with what they have in common."""
-    forked = [spec for spec in stack.services.values() if spec.preload]
+    forked = [spec for spec in stack.services.values() if spec.preload and spec.replicas]
     environments = [set(_environment(spec, 0).items()) for spec in forked]
     common = dict(set.intersection(*environments)) if environments else {}
     preload = (
@@ -200,7 +212,7 @@ def _fork_launcher(stack: StackSpec, directory: RunDirectory) -> ForkLauncher:
     return ForkLauncher(common, preload, directory.path / "logs" / "forkserver.log")
 
 
-def model_location(name: str) -> str:
+def model_location(name: str, option: str) -> str:
     """A model that is a local folder by its full path: the services run elsewhere.
 
     Raises:
@@ -210,7 +222,7 @@ def model_location(name: str) -> str:
     if path.is_dir():
         return str(path.resolve())
     if name.startswith((".", "/", "~")):
-        raise OptionError(f"--video-model {name}: no such folder")
+        raise OptionError(f"{option} {name}: no such folder")
     return name
 
 

@@ -146,12 +146,19 @@ def seconds(text: object, where: str) -> float:
     return sum(float(number) * _UNITS_S[unit] for number, unit in _DURATION.findall(text))
 
 
+def _count(value: object, where: str) -> int:
+    """A number of replicas, also where a variable gives it. Of a service with none, nothing runs."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ComposeError(f"{where}: {value!r} is no count of replicas")
+    return value
+
+
 def _service(name: str, body: Mapping[str, Any]) -> ServiceSpec:
     deploy = _mapping(body.get("deploy", {}), f"{name}.deploy")
     _refuse_unknown(deploy, {"replicas", "restart_policy", "resources"}, f"{name}.deploy")
-    replicas = deploy.get("replicas", 1)
-    if not isinstance(replicas, int) or replicas < 1:
-        raise ComposeError(f"{name}.deploy.replicas: {replicas!r} is no count of at least 1")
+    replicas = _count(deploy.get("replicas", 1), f"{name}.deploy.replicas")
     health = body.get("healthcheck")
     return ServiceSpec(
         name=name,

@@ -169,7 +169,7 @@ class Supervisor:
             for level in self._stack.levels:
                 for name in level:
                     await self._dependencies_of(self._stack.services[name], healthy)
-                    for replica in self._of_service[name]:
+                    for replica in self._of_service.get(name, ()):
                         self._tasks.append(asyncio.create_task(self._keep(replica), name=replica.name))
                     health = self._stack.services[name].healthcheck
                     if health is not None and self._is_waited_for(name):

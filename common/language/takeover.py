@@ -56,7 +56,7 @@ class Receiving:
         outcome = "recomputed"
         try:
             outcome = await self._transfer(held, handed, deadline_s)
-        except (NotTransferred, TensorError, TimeoutError) as error:
+        except (NotTransferred, TensorError) as error:
             log.warning("keys and values not taken", sequence=held.key, source=handed.prefill, reason=str(error))
             if not await self._stepper.between(partial(self._recompute, held)):
                 outcome = "dropped"
@@ -84,13 +84,16 @@ class Receiving:
                 self._stepper.soon(partial(self._engine.allocator.release, reserved.blocks))
 
     async def _reserve(self, count: int, held: Held, deadline_s: float) -> _Reserved | None:
-        """Blocks as soon as there are enough; None once nobody wants the sequence. Raises: TimeoutError."""
-        async with asyncio.timeout_at(deadline_s):
-            while self._sequences.has(held):
-                reserved = await self._stepper.between(partial(self._allocate, count))
-                if reserved is not None:
-                    return reserved
-                await self._stepper.changed()
+        """Blocks as soon as there are enough; None once nobody wants the sequence. Raises: NotTransferred."""
+        while self._sequences.has(held):
+            reserved = await self._stepper.between(partial(self._allocate, count))
+            if reserved is not None:
+                return reserved
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    await self._stepper.changed()
+            except TimeoutError:
+                raise NotTransferred(f"no {count} blocks are free in time") from None
         return None
 
     def _allocate(self, count: int) -> _Reserved | None:

@@ -34,11 +34,12 @@ _DEADLINE_S = 30.0
 def test_the_shipped_file_describes_the_stack() -> None:
     stack = read_stack({"TRIPTYCH_NATS_PORT": "5555"})
     assert {name: spec.replicas for name, spec in stack.services.items()} == {
-        "nats": 1, "scheduler": 1, "dit": 2, "vae": 2, "encoder": 1, "cache_store": 1, "gateway": 1,
+        "nats": 1, "scheduler": 1, "dit": 2, "vae": 2, "encoder": 1, "cache_store": 1, "prefill": 0, "decode": 1,
+        "gateway": 1,
     }  # fmt: skip
     assert stack.levels[0] == ("nats",)
     assert stack.levels[-1] == ("gateway",)
-    assert set(stack.levels[1]) == {"scheduler", "dit", "vae", "encoder", "cache_store"}
+    assert set(stack.levels[1]) == {"scheduler", "dit", "vae", "encoder", "cache_store", "prefill", "decode"}
     assert "--port=5555" in stack.services["nats"].command
     assert stack.services["dit"].instances == ("dit-0", "dit-1")
     assert stack.services["dit"].environment["TRIPTYCH_SLOT"] == ""
@@ -69,7 +70,8 @@ def _write(folder: Path, text: str) -> Path:
         ("services: {a: {command: [x]}}\nnetworks: {}", "unknown networks"),
         ("services: {a: {command: x}}", "a.command: expected a list"),
         ("services: {a: {command: [x], environment: {N: 1}}}", "a.environment.N: put 1 in quotes"),
-        ("services: {a: {command: [x], deploy: {replicas: 0}}}", "a.deploy.replicas: 0"),
+        ("services: {a: {command: [x], deploy: {replicas: -1}}}", "a.deploy.replicas: -1"),
+        ("services: {a: {command: [x], deploy: {replicas: '${N:-some}'}}}", "a.deploy.replicas: 'some'"),
         ("services: {a: {command: [x], deploy: {mode: global}}}", "a.deploy: unknown mode"),
         ("services: {a: {command: [x], stop_grace_period: 10}}", "10 is no duration"),
         ("services: {a: {command: [x], depends_on: {b: {condition: service_started}}}}", "which is no service"),
@@ -130,6 +132,15 @@ def test_durations() -> None:
 # --- options -------------------------------------------------------------------------------------------------------
 
 
+def test_a_stack_without_a_language_model_has_no_instance_for_one(tmp_path: Path) -> None:
+    with run_directory(tmp_path) as directory:
+        variables = stack_variables(StackOptions(language_model="none"), directory, 8080)
+    stack = read_stack(variables)
+    assert stack.services["decode"].instances == ()
+    assert stack.services["gateway"].environment["TRIPTYCH_LANGUAGE_MODEL"] == ""
+    assert read_stack({}).services["gateway"].environment["TRIPTYCH_LANGUAGE_MODEL"] == "demo"
+
+
 def test_scaling() -> None:
     scaled = read_stack({}).scaled({"dit": 4})
     assert scaled.services["dit"].instances == ("dit-0", "dit-1", "dit-2", "dit-3")
@@ -144,7 +155,7 @@ def test_scaling() -> None:
         (["--set", "dit=many"], 2, "'dit=many' is not SERVICE=COUNT"),
         (["--set", "oven=2"], 1, "no service 'oven'; the stack has nats, scheduler"),
         (["--port", "70000"], 1, "ports go from 1 to 65535"),
-        (["--language-model", "demo"], 1, "not served yet"),
+        (["--language-model", "./no/such/folder"], 1, "--language-model ./no/such/folder: no such folder"),
         (["--video-model", "./no/such/folder"], 1, "no such folder"),
         (["--state-dir", "/proc/nowhere"], 1, "cannot keep the stack's state"),
         (["--host", "192.0.2.77"], 1, "192.0.2.77"),

@@ -37,7 +37,7 @@ DOES_FRAMES = (
     "{subject} which {verb}",
 )
 
-_VERBS: dict[Action, tuple[tuple[str, str], ...]] = {
+VERBS: dict[Action, tuple[tuple[str, str], ...]] = {
     Action.RIGHT: (
         ("moving right", "moves right"),
         ("moving to the right", "moves to the right"),
@@ -111,17 +111,17 @@ _VERBS: dict[Action, tuple[tuple[str, str], ...]] = {
         ("twirling", "twirls"),
     ),
 }
-_SHAPE_NAMES: dict[Shape, tuple[str, ...]] = {
+SHAPE_NAMES: dict[Shape, tuple[str, ...]] = {
     Shape.CIRCLE: ("circle", "circle", "circle", "disc", "ball"),
     Shape.SQUARE: ("square", "square", "square", "box"),
     Shape.TRIANGLE: ("triangle",),
     Shape.STAR: ("star",),
 }
-_COLOUR_NAMES: dict[str, tuple[str, ...]] = {
+COLOUR_NAMES: dict[str, tuple[str, ...]] = {
     "purple": ("purple", "purple", "violet"),
     "cyan": ("cyan", "cyan", "turquoise"),
 }
-_SCALE_WORDS: dict[Scale, tuple[str, ...]] = {
+SCALE_WORDS: dict[Scale, tuple[str, ...]] = {
     Scale.SMALL: ("small", "little", "tiny"),
     Scale.BIG: ("big", "large", "huge"),
 }
@@ -148,7 +148,7 @@ def wordings(action: Action, held_out: bool) -> list[Wording]:
         Wording(finite, frame, verb)
         for finite, frames in ((False, DOING_FRAMES), (True, DOES_FRAMES))
         for frame in range(len(frames))
-        for verb in range(len(_VERBS[action]))
+        for verb in range(len(VERBS[action]))
     ]
     return [wording for wording in every if wording.held_out == held_out]
 
@@ -158,7 +158,7 @@ def caption(subject: Subject, wording: Wording, rng: np.random.Generator, made_u
 
     made_up_words: how often a word without meaning stands among the others.
     """
-    verb = _VERBS[subject.action][wording.verb][wording.finite]
+    verb = VERBS[subject.action][wording.verb][wording.finite]
     frame = (DOES_FRAMES if wording.finite else DOING_FRAMES)[wording.frame]
     return frame.format(subject=_noun_phrase(subject, rng, made_up_words), verb=verb)
 
@@ -184,26 +184,27 @@ def held_out_caption(subject: Subject, rng: np.random.Generator) -> str:
 
 def plain_caption(subject: Subject) -> str:
     """The canonical sentence: "a red circle moving right"."""
-    words = [word for word in (_first(_SCALE_WORDS.get(subject.scale)), subject.colour, str(subject.shape)) if word]
-    verb = _VERBS[subject.action][0][0]
-    return " ".join((_article(words[0]), *words, verb))
+    words = [word for word in (_first(SCALE_WORDS.get(subject.scale)), subject.colour, str(subject.shape)) if word]
+    verb = VERBS[subject.action][0][0]
+    return " ".join((article(words[0]), *words, verb))
 
 
 def _noun_phrase(subject: Subject, rng: np.random.Generator, made_up_words: float) -> str:
     words: list[str] = []
     if subject.scale is not Scale.NORMAL:
-        words.append(_choose(rng, _SCALE_WORDS[subject.scale]))
+        words.append(_choose(rng, SCALE_WORDS[subject.scale]))
     if rng.random() < made_up_words:
         # A word that tells nothing, known or made up, so that the model learns to read past what it cannot know.
         made_up = "".join(rng.choice(_LETTERS, size=int(rng.integers(3, 9))))
         words.append(_choose(rng, _FILLERS) if rng.random() < 0.5 else made_up)
-    words.append(_choose(rng, _COLOUR_NAMES.get(subject.colour, (subject.colour,))))
-    words.append(_choose(rng, _SHAPE_NAMES[subject.shape]))
-    article = _article(words[0]) if rng.random() < 0.75 else "the"
-    return " ".join((article, *words))
+    words.append(_choose(rng, COLOUR_NAMES.get(subject.colour, (subject.colour,))))
+    words.append(_choose(rng, SHAPE_NAMES[subject.shape]))
+    first = article(words[0]) if rng.random() < 0.75 else "the"
+    return " ".join((first, *words))
 
 
-def _article(following: str) -> str:
+def article(following: str) -> str:
+    """The article for a noun phrase that begins with this word."""
     return "an" if following[0] in "aeiou" else "a"
 
 
