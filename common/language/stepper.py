@@ -39,7 +39,7 @@ class Stepper:
         self._lose = lose
         self._work: list[Callable[[], object]] = []
         self._asked = asyncio.Event()
-        self._changes: list[asyncio.Future[None]] = []
+        self._attempts: list[Callable[[], bool]] = []
         self._failed = 0
 
     def soon(self, work: Callable[[], object]) -> None:
@@ -65,11 +65,21 @@ class Stepper:
         self.soon(settle)
         return await asyncio.shield(result)
 
-    async def changed(self) -> None:
-        """Wait until blocks may have been given back: to the end of a step, or until something else was done."""
-        change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._changes.append(change)
-        await change
+    async def until(self, attempt: Callable[[], R | None]) -> R:
+        """Try before every step, after whatever else was done, until something comes of it; who asked first is first.
+
+        Cancelled, it is not tried again: what came of it was handed out.
+        """
+        result: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+
+        def settle() -> bool:
+            if not result.done() and (value := attempt()) is not None:
+                result.set_result(value)
+            return result.done()
+
+        self._attempts.append(settle)
+        self._asked.set()
+        return await result
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -81,12 +91,9 @@ class Stepper:
             work, self._work = self._work, []
             for one in work:
                 one()
+            self._attempts = [attempt for attempt in self._attempts if not attempt()]
             if self._engine.busy:
                 await self._step(clock())
-            changes, self._changes = self._changes, []
-            for change in changes:
-                if not change.done():
-                    change.set_result(None)
 
     async def _step(self, now_s: float) -> None:
         try:

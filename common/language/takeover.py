@@ -8,6 +8,7 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import structlog
 
@@ -85,18 +86,16 @@ class Receiving:
 
     async def _reserve(self, count: int, held: Held, deadline_s: float) -> _Reserved | None:
         """Blocks as soon as there are enough; None once nobody wants the sequence. Raises: NotTransferred."""
-        while self._sequences.has(held):
-            reserved = await self._stepper.between(partial(self._allocate, count))
-            if reserved is not None:
-                return reserved
-            try:
-                async with asyncio.timeout_at(deadline_s):
-                    await self._stepper.changed()
-            except TimeoutError:
-                raise NotTransferred(f"no {count} blocks are free in time") from None
-        return None
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                reserved = await self._stepper.until(partial(self._allocate, count, held))
+        except TimeoutError:
+            raise NotTransferred(f"{count} blocks were not free in time") from None
+        return reserved if isinstance(reserved, _Reserved) else None
 
-    def _allocate(self, count: int) -> _Reserved | None:
+    def _allocate(self, count: int, held: Held) -> _Reserved | Literal["unwanted"] | None:
+        if not self._sequences.has(held):
+            return "unwanted"
         blocks = self._engine.allocator.allocate(count)
         return None if blocks is None else _Reserved(blocks, self._engine.allocator.begin_access(blocks))
 

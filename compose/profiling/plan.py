@@ -68,7 +68,7 @@ def make_plan(options: ProfileOptions) -> Plan:
             raise OptionError(f"{name} {value}: give {least} or more")
     if not 0 < options.threshold < 1:
         raise OptionError(f"--threshold {options.threshold:g}: give a share of the step time between 0 and 1, as 0.4")
-    model = model_location(options.video_model)
+    model = model_location(options.video_model, "--video-model")
     try:
         spec = load_spec(model)
     except ModelLoadError as error:
