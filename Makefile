@@ -1,4 +1,5 @@
-# make demo   set everything up, start the stack, make one video: out/demo.mp4, out/demo.png, out/demo-timeline.html
+# make demo   set everything up, start the stack, have its language model make a caption of a terse idea and its video
+#             model the video: out/demo.mp4, out/demo.png, out/demo-timeline.html
 # make test   set everything up, then linters, types and the whole test suite
 #
 # Both need only Python 3.11 or newer, pip and make.
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # One seed, so that the demo is the same video everywhere.
-DEMO_PROMPT ?= a red circle moving right
+DEMO_PROMPT ?= ball go right, red
 DEMO_SEED ?= 1
 
 .PHONY: setup demo test lint gpu-check clean
@@ -33,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	@mkdir -p out
-	$(BIN)/triptych video "$(DEMO_PROMPT)" --seed $(DEMO_SEED) --start \
+	$(BIN)/triptych video "$(DEMO_PROMPT)" --expand --seed $(DEMO_SEED) --start \
 		-o out/demo.mp4 --sheet out/demo.png --timeline out/demo-timeline.html
 
 lint: $(INSTALLED)

@@ -82,6 +82,7 @@ def _add_up(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def _add_video(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     video = commands.add_parser("video", help="make one video from one sentence")
     video.add_argument("prompt", help="what is to be seen")
+    video.add_argument("--expand", action="store_true", help="have the language model make a caption of a terse idea")
     video.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the MP4 goes")
     video.add_argument("--size", type=size, metavar="WxH", help="in pixels")
     video.add_argument("--frames", type=int)
@@ -201,6 +202,7 @@ def _run_video(options: argparse.Namespace) -> int:
         model=options.model,
         priority=options.priority,
         deadline_s=options.deadline,
+        expand=options.expand,
     )
     stack = _stack_options(options, "127.0.0.1", 0)
     return run_video(order, options.base_url, stack if options.start else None)

@@ -45,10 +45,9 @@ class StackClient:
         """What the server says at ``path``."""
         return await self._json("GET", path)
 
-    async def create(self, fields: Mapping[str, object]) -> str:
-        """Order a video; returns its id."""
-        job: dict[str, Any] = await self._json("POST", "/v1/videos", json=dict(fields))
-        return str(job["id"])
+    async def create(self, fields: Mapping[str, object]) -> dict[str, Any]:
+        """Order a video; returns the job."""
+        return await self._json("POST", "/v1/videos", json=dict(fields))
 
     async def retrieve(self, video_id: str) -> dict[str, Any]:
         """The job as it stands."""

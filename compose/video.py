@@ -43,6 +43,7 @@ class VideoOrder:
     model: str | None = None
     priority: int | None = None
     deadline_s: float | None = None
+    expand: bool = False
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -63,6 +64,7 @@ class VideoOrder:
             "model": self.model,
             "priority": self.priority,
             "deadline": self.deadline_s,
+            "expand_prompt": self.expand or None,
         }
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -79,9 +81,11 @@ async def _video(order: VideoOrder, base_url: str, private_stack: StackOptions |
         for path in order.files:
             prepare_file(path)
         async with _server(base_url, private_stack, interruption, console) as url, StackClient(url) as client:
-            video_id = await client.create(order.fields())
-            await _follow(client, video_id, console)
-            await _bring_home(client, video_id, order)
+            job = await client.create(order.fields())
+            if order.expand:
+                report(_expansion(order.prompt, job))
+            await _follow(client, str(job["id"]), console)
+            await _bring_home(client, job, order)
     except asyncio.CancelledError:
         if not interruption.asked:
             raise
@@ -151,13 +155,24 @@ def detail_of(state: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-async def _bring_home(client: StackClient, video_id: str, order: VideoOrder) -> None:
+def _expansion(idea: str, job: dict[str, Any]) -> str:
+    """What became of the idea, for the terminal."""
+    caption = job.get("expanded_prompt")
+    if caption is None:
+        return f'"{idea}" stays as it is: the language model has no caption for it'
+    return f'"{idea}" becomes "{caption}"'
+
+
+async def _bring_home(client: StackClient, job: dict[str, Any], order: VideoOrder) -> None:
+    video_id = str(job["id"])
+    # What the video model read; without an expansion it is the prompt itself.
+    title = job.get("expanded_prompt") or order.prompt
     await client.download(video_id, order.output)
     if order.timeline is not None or order.trace is not None:
-        stories = [Story(order.prompt, await client.timeline(video_id))]
+        stories = [Story(title, await client.timeline(video_id))]
         if order.timeline is not None:
             write_page(order.timeline, stories)
         if order.trace is not None:
             write_trace(order.trace, stories)
     if order.sheet is not None:
-        await asyncio.to_thread(write_sheet, order.output, order.sheet, order.prompt)
+        await asyncio.to_thread(write_sheet, order.output, order.sheet, title)

@@ -1,7 +1,7 @@
 """Reads a request's body, whatever form it comes in, into one map of fields.
 
 JSON, ``multipart/form-data`` and ``application/x-www-form-urlencoded`` are taken. In a form every value is text, so
-numbers are read out of it; in JSON a number in quotes is refused as the wrong type.
+numbers and flags are read out of it; in JSON a number in quotes is refused as the wrong type.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ _FORMS = (_MULTIPART, "application/x-www-form-urlencoded")
 _MOST_FIELDS = 100
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20})([eE][+-]?[0-9]{1,3})?")
+_FLAGS = {"true": True, "false": False}
 _TYPES = {
     "string": "a string",
     "integer": "an integer",
@@ -36,24 +37,28 @@ _TYPES = {
 }
 
 
-async def read_fields(request: web.Request, deadline_s: float, form_numbers: frozenset[str]) -> dict[str, Any]:
-    """The body's fields. In forms, those in ``form_numbers`` are read as numbers where they look like one.
+async def read_fields(
+    request: web.Request, deadline_s: float, form_numbers: frozenset[str], form_flags: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """The body's fields. In forms, those in ``form_numbers`` are read as numbers where they look like one, those in
+    ``form_flags`` as true or false.
 
     Raises:
         ApiError: 400 not readable, 408 not sent in time, 413 too large, 415 another content type.
     """
     try:
         async with asyncio.timeout(deadline_s):
-            return await _read(request, form_numbers)
+            return await _read(request, form_numbers, form_flags)
     except TimeoutError as error:
         raise ApiError(408, f"The request body was not sent within {deadline_s:g} s.", code="body_timeout") from error
 
 
-async def _read(request: web.Request, form_numbers: frozenset[str]) -> dict[str, Any]:
+async def _read(request: web.Request, form_numbers: frozenset[str], form_flags: frozenset[str]) -> dict[str, Any]:
     content_type = request.content_type
     if content_type in _FORMS:
+        readers = dict.fromkeys(form_numbers, _number) | dict.fromkeys(form_flags, _flag)
         return {
-            name: _number(value) if name in form_numbers else value for name, value in (await _form(request)).items()
+            name: readers[name](value) if name in readers else value for name, value in (await _form(request)).items()
         }
     # What sends no type at all (aiohttp then says octet-stream) most likely sends JSON.
     if content_type in ("application/json", "application/octet-stream") or content_type.endswith("+json"):
@@ -110,6 +115,10 @@ def _number(value: object) -> object:
         if _NUMBER.fullmatch(text):
             return float(text)
     return value
+
+
+def _flag(value: object) -> object:
+    return _FLAGS.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
 def _json(data: bytes) -> dict[str, Any]:

@@ -16,6 +16,7 @@ class GatewaySettings(ServiceSettings):
     ``language_model``: a local folder, a hub name or ``demo``, of which the gateway reads tokenizer and chat template;
     empty: no language is served. At most ``max_sequences`` answers are under way at once. One waits up to ``route_s``
     seconds for an instance; after ``silence_s`` without a token its instances are asked whether they are still at it.
+    A video's prompt is to be expanded within ``expansion_s``.
     """
 
     host: str = "127.0.0.1"
@@ -31,4 +32,5 @@ class GatewaySettings(ServiceSettings):
     max_sequences: int = Field(default=1024, ge=1)
     route_s: float = Field(default=30.0, gt=0)
     silence_s: float = Field(default=2.0, gt=0)
+    expansion_s: float = Field(default=10.0, gt=0)
     drain_s: float = Field(default=10.0, ge=0)

@@ -35,6 +35,7 @@ def video(record: VideoRecord, progress: VideoProgress | None) -> Video:
         progress=percent(record.state, step, request.steps),
         model=request.model,
         prompt=request.prompt,
+        expanded_prompt=request.expanded_prompt,
         size=size_text(request.width, request.height),
         seconds=seconds_text(request.frames, request.fps),
         error=error(record),
@@ -80,7 +81,10 @@ def error(record: VideoRecord) -> VideoError | None:
     if record.failure is None:
         return VideoError(code="unknown", message="The video could not be made.")
     code = record.failure.code
-    return VideoError(code=code, message=record.failure.message, param=_PARAM_OF_CODE.get(code))
+    param = _PARAM_OF_CODE.get(code)
+    if param == "prompt" and record.request.expanded_prompt is not None:
+        param = "expand_prompt"
+    return VideoError(code=code, message=record.failure.message, param=param)
 
 
 def percent(state: VideoState, step: int, steps: int) -> int:

@@ -44,6 +44,10 @@ class CreateVideo(Schema):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     prompt: str = Field(description="What the video shows.")
+    expand_prompt: bool | None = Field(
+        default=None,
+        description="Have the stack's language model turn a terse or odd idea into a caption for the video model.",
+    )
     model: str | None = Field(default=None, description="A model of /v1/models; without it, the only one there is.")
     size: str | None = Field(default=None, description="WIDTHxHEIGHT in pixels, such as 256x256.", examples=["256x256"])
     seconds: str | int | float | None = Field(
@@ -95,7 +99,10 @@ class Video(Schema):
     status: Status
     progress: int = Field(ge=0, le=100, description="Per cent.")
     model: str
-    prompt: str
+    prompt: str = Field(description="As it was given.")
+    expanded_prompt: str | None = Field(
+        default=None, description="What the video model was given in its place, if the prompt was expanded."
+    )
     size: str
     seconds: str
     error: VideoError | None = None

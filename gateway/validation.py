@@ -47,6 +47,11 @@ def resolve(asked: CreateVideo, model: VideoModelInfo, random_seed: int, now_s: 
     )
 
 
+def longest_prompt(model: VideoModelInfo) -> int:
+    """The most characters of a prompt that may be sent to ``model``."""
+    return model.max_prompt_tokens * MAX_CHARACTERS_PER_TOKEN
+
+
 def size_text(width: int, height: int) -> str:
     return f"{width}x{height}"
 
@@ -59,7 +64,7 @@ def seconds_text(frames: int, fps: int) -> str:
 def _prompt(field: str, text: str, model: VideoModelInfo) -> str:
     if field == "prompt" and not text.strip():
         raise invalid(field, "'prompt' is empty; say what the video should show.", "empty_prompt")
-    most = model.max_prompt_tokens * MAX_CHARACTERS_PER_TOKEN
+    most = longest_prompt(model)
     if len(text) > most:
         raise invalid(
             field,

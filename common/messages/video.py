@@ -45,10 +45,12 @@ class VideoRequest(Message):
 
     Sizes in pixels, ``fps`` in frames per second. ``seed`` fixes the video: same request, same bytes. A higher
     ``priority`` goes first; ``deadline_s`` is by when it should be done, in Unix seconds. Neither changes the video.
+    ``prompt`` is as the client gave it, ``expanded_prompt`` the caption that a language model made of it, if one did.
     """
 
     model: str
     prompt: str
+    expanded_prompt: str | None = None
     negative_prompt: str = ""
     width: int
     height: int
@@ -59,6 +61,11 @@ class VideoRequest(Message):
     seed: int
     priority: int = 0
     deadline_s: float | None = None
+
+    @property
+    def caption(self) -> str:
+        """What the video model is to read."""
+        return self.prompt if self.expanded_prompt is None else self.expanded_prompt
 
 
 class VideoFile(Message):

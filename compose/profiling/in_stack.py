@@ -91,7 +91,7 @@ async def _make_one(client: StackClient, kind: VideoKind, steps: int, number: in
     asked_at_s = heard_at_s = time.time()
     size = f"{kind.width}x{kind.height}"
     fields = {"prompt": f"a red circle moving right, {number} of {steps}", "size": size, "frames": kind.frames}
-    video_id = await client.create({**fields, "steps": steps, "seed": number})
+    video_id = str((await client.create({**fields, "steps": steps, "seed": number}))["id"])
     async for progress in client.progress(video_id):
         if progress["state"] == "completed":
             heard_at_s = time.time()

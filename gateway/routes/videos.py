@@ -13,12 +13,14 @@ from gateway.bodies import parse_fields, read_fields
 from gateway.desk import place_of
 from gateway.edge import EDGE, Edge
 from gateway.errors import ApiError, invalid, try_again
+from gateway.expansion import expand
 from gateway.ledger import Place
 from gateway.routing import json_response
 from gateway.schemas import CreateVideo, Span, Timeline, Video, VideoDeleted, VideoList
 from gateway.validation import resolve
 
 _FORM_NUMBERS = frozenset({"seed", "steps", "guidance_scale", "frames", "fps", "priority", "deadline"})
+_FORM_FLAGS = frozenset({"expand_prompt"})
 _UNSUPPORTED = {
     "input_reference": "videos are made from text alone. Leave it out and describe the picture in 'prompt'.",
     "input_references": "videos are made from text alone. Leave it out and describe the picture in 'prompt'.",
@@ -37,9 +39,14 @@ async def create_video(request: web.Request) -> web.Response:
         raise try_again(
             "This server is shutting down and takes no new videos.", "draining", edge.settings.retry_after_s
         )
-    fields = await read_fields(request, edge.settings.body_deadline_s, _FORM_NUMBERS)
+    fields = await read_fields(request, edge.settings.body_deadline_s, _FORM_NUMBERS, _FORM_FLAGS)
     asked = parse_fields(CreateVideo, fields, _UNSUPPORTED)
-    resolved = resolve(asked, _model(edge, asked.model), secrets.randbelow(_RANDOM_SEEDS), time.time())
+    model = _model(edge, asked.model)
+    resolved = resolve(asked, model, secrets.randbelow(_RANDOM_SEEDS), time.time())
+    if asked.expand_prompt:
+        # Before anything is stored, so that whoever makes the video, at whatever attempt, reads the same caption.
+        caption = await expand(edge, resolved.prompt, model)
+        resolved = resolved.model_copy(update={"expanded_prompt": caption})
     record = await edge.work.finish(edge.desk.create(resolved))
     return json_response(present.video(record, None))
 

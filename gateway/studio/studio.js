@@ -25,7 +25,9 @@ async function api(path, method = "GET", body = undefined) {
 // --- the form ---
 
 async function loadModels() {
-  const data = (await api("/v1/models")).data.filter((model) => model.kind === "video");
+  const all = (await api("/v1/models")).data;
+  $("expand-line").hidden = !all.some((model) => model.kind === "language");
+  const data = all.filter((model) => model.kind === "video");
   if (data.length === models.size && data.every((model) => models.has(model.id))) return;
   models.clear();
   for (const model of data) models.set(model.id, model.video);
@@ -64,6 +66,7 @@ async function make(event) {
   complain(null);
   const asked = { prompt: $("prompt").value, model: $("model").value, size: $("size").value };
   for (const id of ["frames", "steps", "guidance_scale"]) asked[id] = Number($(id).value);
+  if ($("expand_prompt").checked && !$("expand-line").hidden) asked.expand_prompt = true;
   if ($("seed").value.trim()) asked.seed = Number($("seed").value);
   if ($("negative_prompt").value.trim()) asked.negative_prompt = $("negative_prompt").value;
   $("make").disabled = true;
@@ -151,6 +154,8 @@ function drawStage() {
   $("state").className = video.state;
   $("detail").textContent = detail(video);
   $("shown-prompt").textContent = video.prompt ?? "";
+  $("shown-caption").hidden = !video.expanded_prompt;
+  $("shown-caption").textContent = `Expanded: ${video.expanded_prompt}`;
   $("facts").textContent = facts(video);
   $("cancel").hidden = ended;
   $("download").hidden = !done;
@@ -183,7 +188,7 @@ function drawWork(video) {
     panel.classList.toggle("now", phase === at);
     panel.classList.toggle("done", phase < at);
   });
-  $("words").textContent = video.prompt ?? "";
+  $("words").textContent = video.expanded_prompt ?? video.prompt ?? "";
   $("steps-caption").textContent = video.state === "denoising" ? `Step ${video.step} of ${video.steps}` : "Steps";
   const steps = video.steps ?? 0;
   if ($("step-bar").children.length !== steps) {

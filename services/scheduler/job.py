@@ -183,7 +183,7 @@ class VideoJob:
 
     def _prompt(self) -> EncodePrompt:
         request = self.record.request
-        return EncodePrompt(job_id=self.record.job_id, prompt=request.prompt, negative_prompt=request.negative_prompt)
+        return EncodePrompt(job_id=self.record.job_id, prompt=request.caption, negative_prompt=request.negative_prompt)
 
     async def _grant_lease(self, decision: decide.GrantLease) -> None:
         """Start the job on its members; or, where it runs already, have its lease changed.
