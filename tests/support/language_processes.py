@@ -14,7 +14,7 @@ from compose.supervisor import Supervisor
 _SERVICE = """  {name}:
     command: [python, -m, services.{name}]
     environment: {{TRIPTYCH_ROLE: "{role}"}}
-    deploy: {{replicas: {replicas}, restart_policy: {{condition: any, delay: 0.1s, max_attempts: 1000, window: 1s}}}}
+    deploy: {{replicas: {replicas}, restart_policy: {{condition: any, delay: 0.1s, max_attempts: 1000, window: 1ms}}}}
     stop_grace_period: 5s
     x-preload: [common.language.serve]
 """
@@ -67,6 +67,7 @@ async def language_processes(
     forking.start()
     try:
         await supervisor.start()
+        supervisor.settled.set()
         yield Processes(supervisor)
     finally:
         await supervisor.stop()
