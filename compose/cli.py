@@ -204,7 +204,7 @@ def _run_video(options: argparse.Namespace) -> int:
         deadline_s=options.deadline,
         expand=options.expand,
     )
-    stack = _stack_options(options, "127.0.0.1", 0)
+    stack = _stack_options(options, "127.0.0.1", 0, language_model="none")
     return run_video(order, options.base_url, stack if options.start else None)
 
 
@@ -266,7 +266,10 @@ def _run_models(options: argparse.Namespace) -> int:
     return run_models(options.base_url)
 
 
-def _stack_options(options: argparse.Namespace, host: str, port: int) -> "StackOptions":
+def _stack_options(
+    options: argparse.Namespace, host: str, port: int, language_model: str | None = None
+) -> "StackOptions":
+    """``language_model`` applies where the options name none."""
     from compose.local import StackOptions
 
     return StackOptions(
@@ -274,7 +277,7 @@ def _stack_options(options: argparse.Namespace, host: str, port: int) -> "StackO
         port=port,
         replicas=dict(options.scales),
         video_model=options.video_model,
-        language_model=options.language_model,
+        language_model=options.language_model or language_model,
         state_dir=options.state_dir,
         policy=options.policy,
         rib=options.rib,

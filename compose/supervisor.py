@@ -149,13 +149,14 @@ class Supervisor:
         self._of_service: dict[str, list[Replica]] = {}
         self._environments: dict[str, Mapping[str, str]] = {}
         for spec in stack.services.values():
+            self._of_service[spec.name] = []
             for index, name in enumerate(spec.instances):
                 environment = environment_of(spec, index)
                 what = Launch(name, spec.command, environment, logs / f"{name}.log", spec.preload)
                 launcher, grace_s = launcher_of(spec), spec.stop_grace_period_s
                 replica = Replica(what, launcher, spec.restart, grace_s, self.settled, report)
                 self.replicas[name] = replica
-                self._of_service.setdefault(spec.name, []).append(replica)
+                self._of_service[spec.name].append(replica)
                 self._environments.setdefault(spec.name, environment)
 
     async def start(self) -> None:
@@ -169,7 +170,7 @@ class Supervisor:
             for level in self._stack.levels:
                 for name in level:
                     await self._dependencies_of(self._stack.services[name], healthy)
-                    for replica in self._of_service.get(name, ()):
+                    for replica in self._of_service[name]:
                         self._tasks.append(asyncio.create_task(self._keep(replica), name=replica.name))
                     health = self._stack.services[name].healthcheck
                     if health is not None and self._is_waited_for(name):

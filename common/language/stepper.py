@@ -65,21 +65,27 @@ class Stepper:
         self.soon(settle)
         return await asyncio.shield(result)
 
-    async def until(self, attempt: Callable[[], R | None]) -> R:
-        """Try before every step, after whatever else was done, until something comes of it; who asked first is first.
+    async def until(self, attempt: Callable[[], R | None], deadline_s: float) -> R | None:
+        """Try before every step until something comes of it; who asked first is first.
 
-        Cancelled, it is not tried again: what came of it was handed out.
+        None: nothing had by ``deadline_s`` (the loop's time). There is no other way to end it: what came of an attempt
+        must not get lost.
         """
-        result: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[R | None] = loop.create_future()
 
         def settle() -> bool:
-            if not result.done() and (value := attempt()) is not None:
+            if (value := attempt()) is not None or loop.time() >= deadline_s:
                 result.set_result(value)
             return result.done()
 
         self._attempts.append(settle)
         self._asked.set()
-        return await result
+        timer = loop.call_at(deadline_s, self._asked.set)
+        try:
+            return await asyncio.shield(result)
+        finally:
+            timer.cancel()
 
     async def run(self) -> None:
         """Work until cancelled."""

@@ -86,11 +86,9 @@ class Receiving:
 
     async def _reserve(self, count: int, held: Held, deadline_s: float) -> _Reserved | None:
         """Blocks as soon as there are enough; None once nobody wants the sequence. Raises: NotTransferred."""
-        try:
-            async with asyncio.timeout_at(deadline_s):
-                reserved = await self._stepper.until(partial(self._allocate, count, held))
-        except TimeoutError:
-            raise NotTransferred(f"{count} blocks were not free in time") from None
+        reserved = await self._stepper.until(partial(self._allocate, count, held), deadline_s)
+        if reserved is None:
+            raise NotTransferred(f"{count} blocks were not free in time")
         return reserved if isinstance(reserved, _Reserved) else None
 
     def _allocate(self, count: int, held: Held) -> _Reserved | Literal["unwanted"] | None:

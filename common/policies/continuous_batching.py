@@ -211,7 +211,8 @@ class ContinuousBatching:
         place = 0
         while place < len(self._running):
             sequence = self._running[place]
-            need = self._blocks_for(sequence.tokens) - sequence.blocks
+            # One that was adopted may have brought a block to spare.
+            need = max(0, self._blocks_for(sequence.tokens) - sequence.blocks)
             while need > free and self._running[-1] is not sequence:
                 free += self._preempt(self._running[-1], sequence.name, decisions)
             if need > free:

@@ -60,6 +60,7 @@ async def measure_in_stack(plan: Plan, watch: Watch) -> Measured:
             port=0,
             replicas={"dit": slots, "vae": slots},
             video_model=plan.model,
+            language_model="none",
             policy=f"sdop:{degree}",
             log_level="warning",
         )

@@ -115,7 +115,7 @@ class Generation:
         finished = False
         with self._board.line(request_id, route, len(self._generated), max_tokens) as line:
             try:
-                await self._start(route)
+                await self._start(route, line)
                 prefilled = False
                 while True:
                     step = await self._next(line)
@@ -171,7 +171,12 @@ class Generation:
             if not routed:
                 await self._work.finish(self._bus.publish(CHAT_ENDED, ChatEnded(request_id=request_id)))
 
-    async def _start(self, route: ChatRoute) -> None:
+    async def _start(self, route: ChatRoute, line: Line) -> None:
+        """Have the prefill instance begin. The line may know before its answer: by tokens, or because it is lost.
+
+        Raises:
+            Broken: it does not begin.
+        """
         request = self._request.model_copy(
             update={
                 "epoch": route.epoch,
@@ -180,8 +185,14 @@ class Generation:
                 "generated": len(self._generated),
             }
         )
+        asking = asyncio.ensure_future(
+            self._bus.request(GENERATE_TOKENS, request, route.prefill, deadline_s=_ANSWER_DEADLINE_S)
+        )
+        stirring = asyncio.ensure_future(line.stir())
         try:
-            await self._bus.request(GENERATE_TOKENS, request, route.prefill, deadline_s=_ANSWER_DEADLINE_S)
+            await asyncio.wait((asking, stirring), return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                await asking
         except NobodyThere as error:
             raise Broken("lost", f"nobody is at {route.prefill}", gone=(route.prefill,)) from error
         except RemoteFailure as refused:
@@ -191,6 +202,10 @@ class Generation:
             ) from refused
         except BusError as error:
             raise Broken("silence", f"{route.prefill} does not answer: {error}", avoid=(route.prefill,)) from error
+        finally:
+            for task in (asking, stirring):
+                task.cancel()
+            await asyncio.gather(asking, stirring, return_exceptions=True)
 
     async def _next(self, line: Line) -> Step:
         """The next tokens. In silence the instances are asked whether they are still at it.

@@ -95,6 +95,10 @@ class Line:
             self._broken = broken
             self._news.set()
 
+    async def stir(self) -> None:
+        """Wait for tokens, or for the line's end; ``next`` has them then."""
+        await self._news.wait()
+
     async def next(self, silence_s: float) -> Step | None:
         """What has come, all at once; None after ``silence_s`` seconds of nothing.
 

@@ -81,7 +81,7 @@ async def live_stack(
 ) -> AsyncIterator[LiveStack]:
     """The stack under ``policy`` with so many slots; stopped at the end."""
     command = [sys.executable, "-m", "compose.cli", "up", "--port", "0", "--log-level", "warning"]
-    command += ["--policy", policy, "--rib", str(rib), "--video-model", model]
+    command += ["--policy", policy, "--rib", str(rib), "--video-model", model, "--language-model", "none"]
     command += ["--set", f"dit={slots}", "--set", f"vae={slots}"]
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
     async with (

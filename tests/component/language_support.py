@@ -54,6 +54,14 @@ class LanguageStack:
 
         await until(ready, deadline_s=120.0)
 
+    async def lost(self, instance: str) -> None:
+        """Return once the gateway knows that it is gone."""
+
+        async def gone() -> bool:
+            return instance not in self.gateway.edge.members()
+
+        await until(gone, deadline_s=120.0)
+
 
 @contextlib.asynccontextmanager
 async def language_stack(url: str, folder: Path, **settings: Any) -> AsyncIterator[LanguageStack]:

@@ -158,3 +158,54 @@ def test_what_never_fits_is_refused() -> None:
     with pytest.raises(ValueError, match="already"):
         engine.add("a", Request((1,), 5), 0.0)
     assert len(_run(engine)["a"]) == 5
+
+
+def test_an_answer_goes_on_in_another_engine_with_the_keys_and_values_of_the_first() -> None:
+    model = causal_lm("llama")
+    prompt = PROMPTS[4]
+    first, second = (Engine(model, KVPool(model.layout, 12), chunk_tokens=16) for _ in range(2))
+    first.add("a", Request(prompt, ANSWER, GREEDY, park=True), 0.0)
+    first.add("other", Request(PROMPTS[1], 3, GREEDY), 0.0)
+    outputs = _run(first)["a"]
+    assert len(outputs) == 1 and outputs[0].finish is None and not first.busy
+    table = first.parked("a")
+    assert table is not None and first.parked("other") is None
+    blocks = second.allocator.allocate(len(table.blocks) + 1) or []
+    second.pool.blocks[blocks[: len(table.blocks)]] = first.pool.blocks[table.blocks]
+    second.adopt("a", Request(prompt, ANSWER, GREEDY, answered=(outputs[0].sampled.token,)), blocks, 0.0)
+    # In the middle, it is taken back and computed anew.
+    for _ in range(4):
+        outputs += second.step(0.0)
+    second.cancel("a", 0.0)
+    answered = tuple(output.sampled.token for output in outputs)
+    second.add("a", Request(prompt, ANSWER, GREEDY, answered=answered), 0.0)
+    _check(outputs + _run(second)["a"], "llama", prompt)
+    first.cancel("a", 0.0)
+    for engine in (first, second):
+        assert engine.allocator.free_blocks == 12
+
+
+def test_a_step_that_failed_leaves_an_engine_that_can_go_on() -> None:
+    model = causal_lm("llama")
+    engine = Engine(model, KVPool(model.layout, 12))
+    engine.add("parked", Request(PROMPTS[0], 2, GREEDY, park=True), 0.0)
+    _run(engine)
+    engine.add("lost", Request(PROMPTS[2], ANSWER, GREEDY), 0.0)
+    layers, engine.pool.layers = engine.pool.layers, []
+    with pytest.raises(IndexError):
+        engine.step(0.0)
+    engine.pool.layers = layers
+    assert engine.abandon() == ["lost"]
+    assert engine.parked("parked") is not None and engine.allocator.held_blocks == 1
+    engine.add("lost", Request(PROMPTS[2], ANSWER, GREEDY), 0.0)
+    _check(_run(engine)["lost"], "llama", PROMPTS[2])
+
+
+def test_steps_without_a_free_block_are_stalled() -> None:
+    model = causal_lm("llama")
+    engine = Engine(model, KVPool(model.layout, 4))
+    held = engine.allocator.allocate(4) or []
+    engine.add("a", Request(PROMPTS[1], 3, GREEDY), 0.0)
+    assert engine.step(0.0) == [] and engine.stalled
+    engine.allocator.release(held)
+    assert len(engine.step(0.0)) == 1 and not engine.stalled

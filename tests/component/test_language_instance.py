@@ -7,6 +7,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from common.bus.nats_bus import NatsBus
+from common.messages.chat import TokensGenerated
+from common.messages.subjects import TOKENS_GENERATED
 from tests.component.language_support import gathered, known_prompts, language_stack, shown
 from tests.support.language import text_of
 from tests.support.language_instance import language_instance
@@ -99,3 +102,30 @@ async def test_what_cannot_be_answered_is_refused(nats_server: NatsServer, model
         with pytest.raises(openai.BadRequestError, match="128"):
             await stack.client.completions.create(model=stack.model, prompt=[1] * 100, max_tokens=100)
         await served.settled()
+
+
+async def test_a_step_is_one_message_and_one_that_fails_costs_no_stream(nats_server: NatsServer, model: Path) -> None:
+    prompts = known_prompts(model)
+    told: list[TokensGenerated] = []
+    async with (
+        await NatsBus.connect(nats_server.url, name="listener") as bus,
+        language_stack(nats_server.url, model) as stack,
+        language_instance(nats_server.url, "decode-0", model) as broken,
+    ):
+        await bus.subscribe(TOKENS_GENERATED, told.append, "gateway-0")
+        await stack.served("decode-0")
+        answers = await gathered(*(stack.text(prompt) for prompt in prompts))
+        assert answers == [shown(expected) for expected in prompts.values()]
+        assert max(len(news.sequences) for news in told) > 1
+        for news in told:
+            assert len({sequence.request_id for sequence in news.sequences}) == len(news.sequences)
+        async with language_instance(nats_server.url, "decode-1", model):
+            await stack.served("decode-1")
+            pool = broken.model.engine.pool
+            layers, pool.layers = pool.layers, []
+            prompt, expected = next(iter(prompts.items()))
+            assert await stack.text(prompt) == shown(expected)
+            pool.layers = layers
+            await broken.settled()
+        await stack.lost("decode-1")
+        assert await stack.text(prompt) == shown(expected)

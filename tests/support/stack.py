@@ -93,7 +93,7 @@ class Stack:
         while time.monotonic() < deadline_s:
             with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
                 members = self.json("GET", "/v1/cluster")["members"]
-                if sum(member["state"] == "ready" for member in members) >= 8:
+                if sum(member["state"] == "ready" for member in members) >= 9:
                     return
             time.sleep(0.05)
         raise AssertionError("the stack did not become whole again")

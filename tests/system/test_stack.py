@@ -41,7 +41,18 @@ LOST = 3
 # Videos that are disturbed beside those of the tests' own, at a random step; ``TRIPTYCH_TEST_SEED`` repeats a draw.
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "1"))
 SEED = int(os.environ.get("TRIPTYCH_TEST_SEED", "0")) or time.time_ns() % 10**9
-VICTIMS = ("dit-0", "scheduler-0", "vae-0", "nats-0", "dit-1", "encoder-0", "vae-1", "cache_store-0", "gateway-0")
+VICTIMS = (
+    "dit-0",
+    "scheduler-0",
+    "vae-0",
+    "nats-0",
+    "dit-1",
+    "encoder-0",
+    "vae-1",
+    "cache_store-0",
+    "gateway-0",
+    "decode-0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -370,3 +381,22 @@ def test_nothing_is_left_and_what_was_stored_stays(tmp_path: Path, long_video: t
         logs = "".join(log.read_text() for log in (tmp_path / "logs").glob("dit-*.log"))
     resumed = re.findall(r'"going on from a checkpoint".* step=(\d+)', logs)
     assert [int(step) >= seen - LOST for step in resumed] == [True], resumed
+
+
+CAPTIONS = {"ball go right, red": "a red ball going right", "star spin green": "a green star spinning"}
+
+
+def test_chats_beside_videos_outlive_their_instance(stack: Stack) -> None:
+    with openai.OpenAI(base_url=f"{stack.base_url}/v1", api_key="none", max_retries=0) as client:
+        model = next(model.id for model in client.models.list() if "language" in model.id)
+        for killed in (False, True):
+            for idea, caption in CAPTIONS.items():
+                chunks = client.chat.completions.create(
+                    model=model, messages=[{"role": "user", "content": idea}], temperature=0, stream=True
+                )
+                text = ""
+                for chunk in chunks:
+                    if killed and not text:
+                        stack.process_of("decode-0").kill()
+                    text += chunk.choices[0].delta.content or ""
+                assert text == caption

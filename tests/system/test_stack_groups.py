@@ -18,7 +18,7 @@ LONG = 40  # steps: enough for a kill to fall into the middle, and for a worker 
 # Videos that are disturbed beside those of the tests' own, at a random step; ``TRIPTYCH_TEST_SEED`` repeats a draw.
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "1"))
 SEED = int(os.environ.get("TRIPTYCH_TEST_SEED", "0")) or time.time_ns() % 10**9
-VICTIMS = ("dit-1", "scheduler-0", "vae-0", "nats-0", "dit-0", "encoder-0", "vae-1", "cache_store-0")
+VICTIMS = ("dit-1", "scheduler-0", "vae-0", "nats-0", "dit-0", "encoder-0", "vae-1", "cache_store-0", "decode-0")
 
 
 @pytest.fixture(scope="module")

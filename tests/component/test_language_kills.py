@@ -1,0 +1,68 @@
+"""Instances die in mid-stream, at any moment: the streams go on elsewhere, and nobody sees a seam.
+
+``TRIPTYCH_TEST_KILLS`` says how many die in each test.
+"""
+
+import asyncio
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.component.language_support import known_prompts, language_stack, shown
+from tests.support.language_model import write_language_model
+from tests.support.language_processes import language_processes
+from tests.support.nats_server import NatsServer
+
+KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "3"))
+CLIENTS = 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_language_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize(
+    ("prefills", "role", "victims"),
+    [(0, "fused", ("decode-0", "decode-1")), (2, "decode", ("prefill-0", "decode-0", "prefill-1", "decode-1"))],
+    ids=["fused", "apart"],
+)
+async def test_streams_outlive_their_instances(
+    nats_server: NatsServer, model: Path, tmp_path: Path, prefills: int, role: str, victims: tuple[str, ...]
+) -> None:
+    chance = random.Random(KILLS)
+    prompts = known_prompts(model)
+    killed = asyncio.Event()
+    answered = 0
+
+    async with (
+        language_processes(nats_server.url, model, tmp_path, prefills, 2, role) as processes,
+        language_stack(nats_server.url, model, silence_s=0.5) as stack,
+    ):
+        await stack.served(*victims)
+
+        async def client() -> None:
+            nonlocal answered
+            while not killed.is_set():
+                prompt = chance.choice(list(prompts))
+                assert await stack.text(prompt) == shown(prompts[prompt])
+                answered += 1
+
+        async def killer() -> None:
+            for number in range(KILLS):
+                # One at a time: where all are gone, streams wait for as long as a gateway has patience.
+                await stack.served(*victims)
+                before = answered
+                async with asyncio.timeout(120):
+                    while answered < before + CLIENTS:  # noqa: ASYNC110 - clients at their work
+                        await asyncio.sleep(chance.uniform(0.0, 0.02))
+                await processes.kill(victims[number % len(victims)])
+            killed.set()
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(CLIENTS):
+                tasks.create_task(client())
+            tasks.create_task(killer())
+    assert answered >= KILLS * CLIENTS
