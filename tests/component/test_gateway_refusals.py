@@ -63,6 +63,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], int, str, str, str]] = [
     ({"prompt": "x", "priority": "high"}, 400, "invalid_type", "priority", "must be an integer"),
     ({"prompt": "x", "deadline": -1}, 400, "invalid_value", "deadline", "above 0"),
     ({"prompt": "x", "deadline": "soon"}, 400, "invalid_type", "deadline", "must be a number"),
+    ({"prompt": "x", "expand_prompt": "yes"}, 400, "invalid_type", "expand_prompt", "must be true or false"),
+    ({"prompt": "x", "expand_prompt": True}, 400, "no_language_model", "expand_prompt", "start the stack with one"),
     ({"prompt": "x", "steps": 10**400}, 400, "unsupported_steps", "steps", "from 1 to 50"),
     ({"prompt": "x", "sise": "64x64"}, 400, "unknown_field", "sise", "Did you mean 'size'?"),
     ({"prompt": "x", "Prompt": "x"}, 400, "unknown_field", "Prompt", "Did you mean 'prompt'?"),

@@ -22,6 +22,8 @@ import pytest
 from PIL import Image
 
 from common.messages.video import VideoTimeline
+from common.models.demo.clips import Action, Shape
+from common.models.demo.reading import read_caption
 from compose.launch import PACKAGE_ROOT
 from services.dit.checkpoints import STORE_DEADLINE_S
 from tests.support.stack import (
@@ -192,10 +194,10 @@ def test_a_cancelled_video_ends(stack: Stack, made: bytes, request_fields: dict[
     assert stack.completed(stack.order(**request_fields)) == made
 
 
-def _video(stack: Stack, *options: str) -> subprocess.CompletedProcess[str]:
+def _video(stack: Stack, *options: str, prompt: str = PROMPT) -> subprocess.CompletedProcess[str]:
     """``triptych video`` against the running stack."""
     return subprocess.run(
-        [sys.executable, "-m", "compose.cli", "video", PROMPT, "--base-url", stack.base_url, *options],
+        [sys.executable, "-m", "compose.cli", "video", prompt, "--base-url", stack.base_url, *options],
         cwd=PACKAGE_ROOT,
         capture_output=True,
         text=True,
@@ -218,6 +220,30 @@ def test_the_command_line_brings_video_sheet_and_timeline_home(
     assert page.count('<g class="span step') == request_fields["steps"]
     assert page.count('<g class="span encode') == page.count('<g class="span decode') == 1
     assert not list(tmp_path.glob("out/.*"))
+
+
+def test_an_idea_is_expanded_before_its_video_is_made(
+    stack: Stack, tmp_path: Path, request_fields: dict[str, Any]
+) -> None:
+    idea = {**request_fields, "prompt": "ball go right, red", "expand_prompt": True}
+    film = stack.completed(video_id := stack.order(**idea))
+    video = stack.json("GET", f"/v1/videos/{video_id}")
+    caption = video["expanded_prompt"]
+    subject = read_caption(caption)
+    assert video["prompt"] == idea["prompt"]
+    assert subject is not None
+    assert (subject.colour, subject.shape, subject.action) == ("red", Shape.CIRCLE, Action.RIGHT)
+    listed = stack.json("GET", "/v1/videos?limit=1")["data"][0]
+    assert (listed["prompt"], listed["expanded_prompt"]) == (idea["prompt"], caption)
+    assert stack.completed(stack.order(**idea)) == film, "the same idea with the same seed"
+    assert stack.completed(stack.order(**{**request_fields, "prompt": caption})) == film, "what was read is the caption"
+
+    options = [f"--{name}={request_fields[name]}" for name in ("size", "frames", "fps", "steps", "seed")]
+    made_here = tmp_path / "a.mp4"
+    finished = _video(stack, "-o", str(made_here), "--expand", *options, prompt=str(idea["prompt"]))
+    assert finished.returncode == 0, finished.stderr
+    assert f'"{idea["prompt"]}" becomes "{caption}"' in finished.stderr
+    assert made_here.read_bytes() == film
 
 
 def test_the_command_line_reports_a_refusal_in_one_line(stack: Stack, tmp_path: Path) -> None:

@@ -71,6 +71,27 @@ def test_priority_and_deadline_are_kept_and_shown() -> None:
     assert present.video(record(VideoState.QUEUED), None).deadline_at is None
 
 
+def test_a_record_shows_the_idea_and_what_was_made_of_it() -> None:
+    stored = record(VideoState.QUEUED)
+    expanded = stored.request.model_copy(update={"expanded_prompt": "a red ball going right"})
+    shown = present.video(stored.model_copy(update={"request": expanded}), None)
+    assert (shown.prompt, shown.expanded_prompt) == (stored.request.prompt, "a red ball going right")
+    assert expanded.caption == "a red ball going right"
+    assert present.video(stored, None).expanded_prompt is None
+    assert stored.request.caption == stored.request.prompt
+    assert b"expanded_prompt" not in stored.pack(), "what is not expanded reads as it did before there was the field"
+
+
+def test_a_caption_that_is_too_long_is_no_fault_of_the_prompt() -> None:
+    failed = record(VideoState.FAILED).model_copy(
+        update={"failure": Failure(stage=Stage.ENCODER, code="prompt_too_long", message="too long")}
+    )
+    expanded = failed.request.model_copy(update={"expanded_prompt": "a very long caption"})
+    for request, param in ((failed.request, "prompt"), (expanded, "expand_prompt")):
+        error = present.error(failed.model_copy(update={"request": request}))
+        assert error is not None and error.param == param
+
+
 def test_the_document_says_what_priority_and_deadline_may_be() -> None:
     fields = openapi.describe(ROUTES, "Triptych", "1")["components"]["schemas"]["CreateVideo"]["properties"]
     assert (fields["priority"]["minimum"], fields["priority"]["maximum"]) == (-100, 100)
