@@ -108,7 +108,7 @@ def test_one_ready_line(stack: Stack) -> None:
     assert stack.json("GET", "/readyz")["status"] == "ready"
     members = {member["instance"] for member in stack.json("GET", "/v1/cluster")["members"]}
     workers = {"encoder-0", "dit-0", "dit-1", "vae-0", "vae-1"}
-    assert members == {"gateway-0", "scheduler-0", "cache_store-0"} | workers
+    assert members == {"gateway-0", "scheduler-0", "cache_store-0", "decode-0"} | workers
 
 
 def test_every_listener_is_on_loopback(stack: Stack) -> None:
