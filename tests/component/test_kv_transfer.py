@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.bus.errors import RemoteFailure
 from common.bus.nats_bus import NatsBus
 from common.language.blocks import checksum
 from common.messages.chat import (
@@ -188,7 +187,7 @@ async def _check(played: PlayedPrefill, decode: Watched, outcome: str, handed: T
 async def test_every_transfer_ends_taken_or_recomputed(nats_server: NatsServer, model: Path) -> None:
     async with (
         played_prefill(nats_server.url, model) as played,
-        language_instance(nats_server.url, "decode-0", model, DECODE, transfer_s=5.0) as decode,
+        language_instance(nats_server.url, "decode-0", model, DECODE, transfer_s=30.0) as decode,
     ):
         refs, value = _exported(played)
         await _check(played, decode, "taken", played.offer("whole", refs, value))
@@ -215,16 +214,12 @@ async def test_every_transfer_ends_taken_or_recomputed(nats_server: NatsServer, 
         await _check(played, decode, "recomputed", played.offer("part", refs[:2], value))
 
 
-async def test_what_was_cancelled_is_not_taken_over(nats_server: NatsServer, model: Path) -> None:
+async def test_what_is_cancelled_on_its_way_is_dropped(nats_server: NatsServer, model: Path) -> None:
     async with (
         played_prefill(nats_server.url, model) as played,
         language_instance(nats_server.url, "decode-0", model, DECODE, kv_bytes=8 * BLOCK_BYTES) as decode,
     ):
-        await played.bus.publish(CANCEL_GENERATION, CancelGeneration(request_id="before", epoch=1), "decode-0")
         refs, value = _exported(played)
-        async with asyncio.timeout(WAIT_S):
-            with pytest.raises(RemoteFailure, match="cancelled"):
-                await played.bus.request(TAKE_OVER, played.offer("before", refs, value), "decode-0", deadline_s=WAIT_S)
         # No room yet: it waits, and is cancelled meanwhile.
         taken = decode.books.allocate(8) or []
         offering = asyncio.create_task(
