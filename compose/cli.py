@@ -204,7 +204,8 @@ def _run_video(options: argparse.Namespace) -> int:
         deadline_s=options.deadline,
         expand=options.expand,
     )
-    stack = _stack_options(options, "127.0.0.1", 0, language_model="none")
+    # One plain video has no use for language.
+    stack = _stack_options(options, "127.0.0.1", 0, language_model=None if options.expand else "none")
     return run_video(order, options.base_url, stack if options.start else None)
 
 

@@ -27,6 +27,7 @@ from common.models.demo.reading import read_caption
 from compose.launch import PACKAGE_ROOT
 from services.dit.checkpoints import STORE_DEADLINE_S
 from tests.support.stack import (
+    START_S,
     VIDEO_MODEL,
     VIDEO_S,
     Stack,
@@ -244,6 +245,23 @@ def test_an_idea_is_expanded_before_its_video_is_made(
     assert finished.returncode == 0, finished.stderr
     assert f'"{idea["prompt"]}" becomes "{caption}"' in finished.stderr
     assert made_here.read_bytes() == film
+
+
+def test_one_command_starts_a_stack_expands_an_idea_and_makes_its_video(tmp_path: Path) -> None:
+    film = tmp_path / "a.mp4"
+    command = [sys.executable, "-m", "compose.cli", "video", "ball go right, red", "--expand", "--start"]
+    finished = subprocess.run(
+        [*command, "--video-model", VIDEO_MODEL, "--steps", "6", "-o", str(film)],
+        cwd=PACKAGE_ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=START_S + VIDEO_S,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert '"ball go right, red" becomes "a red ' in finished.stderr
+    assert _read(film.read_bytes())[0] > 1
 
 
 def test_the_command_line_reports_a_refusal_in_one_line(stack: Stack, tmp_path: Path) -> None:
