@@ -42,9 +42,8 @@ from common.policies.state import Job, Phase
 # The part of all videos that may be late, and how many of the last ones the reference's tail is taken from.
 LATE_SHARE = 0.01
 WINDOW = 400
-# What is due when: the reference's latency with this many times the video's own time, times this.
+# How many times its own time a video takes in the reference.
 OWN_TIMES = 1.1
-TAIL = 1.05
 # Passed over, a video is due after so many times as long.
 PATIENCE = 5.0
 # How much more a second counts for a video that is late.
@@ -164,7 +163,7 @@ class Elastic(ElasticBooks):
     def _due_s(self, job: Job) -> float:
         if job.deadline_s is not None:
             return job.deadline_s
-        return job.arrival_s + TAIL * self._tail.seconds * (PATIENCE if job.job_id in self._passed_over else 1.0)
+        return job.arrival_s + self._tail.seconds * (PATIENCE if job.job_id in self._passed_over else 1.0)
 
     def _latest_start(self, job: Job) -> float:
         """From when on it just ends when due, on as many GPUs as it would get now but at most B."""
@@ -341,7 +340,10 @@ class Elastic(ElasticBooks):
             job = self.state.jobs[event.job_id]
             profile = self.rib.profile(job.kind)
             work_s = self._work_of[event.job_id]
-            own_s = (job.steps - job.step) * profile.step_s[self.best_degree(job)] + profile.decode_s
+            # On as many GPUs as it would get now, but at least half of B and at most B.
+            best = self.best_degree(job)
+            degree = min(best, max(best // 2, self._degree(job.kind, self._price)))
+            own_s = (job.steps - job.step) * profile.step_s[degree] + profile.decode_s
             self._rate.arrived(work_s, now_s)
             self._tail.arrived(work_s, OWN_TIMES * own_s, max(1, len(self.state.slots)), now_s)
             self._may_be_late += LATE_SHARE

@@ -8,7 +8,7 @@ from common.messages.cluster import Service
 from common.policies import decisions as decide
 from common.policies import events as event
 from common.policies.demand import ArrivalRate, ReferenceTail
-from common.policies.elastic import LATE_SHARE, PATIENCE, TAIL, WINDOW, Elastic
+from common.policies.elastic import LATE_SHARE, PATIENCE, WINDOW, Elastic
 from common.policies.state import Phase
 from tests.support.policies import LARGE, MIDDLE, SMALL, arrive, cluster, leases
 
@@ -83,7 +83,7 @@ def due_after(policy: Elastic, seconds: float, may_be_late: float = 0.0) -> None
     """As after many videos that first come, first served would have had done in ``seconds``; so many may be late."""
     policy._tail = ReferenceTail(LATE_SHARE, WINDOW)
     for _ in range(WINDOW):
-        policy._tail.arrived(0.0, seconds / TAIL, 1, 0.0)
+        policy._tail.arrived(0.0, seconds, 1, 0.0)
     policy._may_be_late = may_be_late
 
 
