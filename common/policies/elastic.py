@@ -26,7 +26,6 @@ How near this comes to its goal, no worse than any other policy in mean and p99,
 """
 
 import math
-from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import ClassVar
 
@@ -62,17 +61,6 @@ MOST_LOAD = 0.98
 MARGIN_STEPS = 4.0
 
 _WAITS = (Phase.WAITING, Phase.ENCODING, Phase.ENCODED, Phase.PARKED)
-
-
-@dataclass(slots=True)
-class _Candidate:
-    """A running video that could have more GPUs of its server."""
-
-    job: Job
-    degree: int
-    wanted: int
-    left: float
-    saved_s_per_gpu: float
 
 
 class Elastic(ElasticBooks):
@@ -257,38 +245,6 @@ class Elastic(ElasticBooks):
                 break
             missing -= self._take_from(job, f"{late.job_id} is late", decisions)
         return missing <= 0
-
-    def _fill(self, server: int, now_s: float, decisions: list[Decision]) -> None:
-        """Nobody waits: double the group of the server that saves most for each GPU, for as long as one can be."""
-        placement = self.state.placement
-        free = placement.servers[server].free.bit_count()
-        candidates = []
-        for job in self._on_server[server].values():
-            degree = len(job.lease)
-            if degree > free or job.parking or job.leaving:
-                continue
-            left = self._steps_left(job, now_s) - 1.0
-            saved_s = self._saved_by_doubling(job, degree, left)
-            if saved_s > 0.0:
-                candidates.append(_Candidate(job, degree, self._degree(job.kind, 0.0), left, saved_s / degree))
-        grown: dict[str, _Candidate] = {}
-        while free and candidates:
-            best = max(candidates, key=lambda candidate: (candidate.saved_s_per_gpu, candidate.job.job_id))
-            if best.degree > free or best.degree >= best.wanted or best.saved_s_per_gpu <= 0.0:
-                candidates.remove(best)
-                continue
-            free -= best.degree
-            best.degree *= 2
-            grown[best.job.job_id] = best
-            best.saved_s_per_gpu = self._saved_by_doubling(best.job, best.degree, best.left) / best.degree
-        for candidate in grown.values():
-            self._grow(candidate.job, candidate.degree, "GPUs would idle, and they save it most", decisions)
-
-    def _grow(self, job: Job, degree: int, why: str, decisions: list[Decision]) -> None:
-        more = self.state.placement.growth(job.lease, degree)
-        if more:
-            slots = (job.lease[0], *sorted(job.lease[1:] + more))
-            decisions.append(self.change_lease(job, slots, f"{why}: {len(job.lease)} -> {len(slots)} GPUs"))
 
     # --- taking ---------------------------------------------------------------------------------------------------
 

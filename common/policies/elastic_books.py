@@ -1,7 +1,8 @@
-"""The books of the policy ``elastic``: what work there is, and from which running videos GPUs may be taken."""
+"""What the policy ``elastic`` keeps books of, work and the running videos that GPUs may be taken from; and its moves."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from common.policies.decisions import Decision, GrantLease, ParkJob
 from common.policies.job_queue import JobQueue
@@ -11,8 +12,19 @@ from common.policies.rib import NOISE, Rib, VideoKind
 from common.policies.state import Job, Phase
 
 
+@dataclass(slots=True)
+class _Candidate:
+    """A running video that could have more GPUs of its server."""
+
+    job: Job
+    degree: int
+    wanted: int
+    left: float
+    saved_s_per_gpu: float
+
+
 class ElasticBooks(Policy):
-    """Leaves open who gets what. Work is in GPU-seconds on one GPU; where a video stands follows from its last step."""
+    """Leaves open who gets what while videos wait. Work is in seconds on one GPU."""
 
     def __init__(self, first_epoch: int = 1, rib: Rib | None = None, placement: Placement | None = None) -> None:
         super().__init__(first_epoch, rib, placement)
@@ -86,6 +98,38 @@ class ElasticBooks(Policy):
         narrow, wide = step_s[degree], step_s[2 * degree]
         saved_s = left * (narrow - wide)
         return saved_s if narrow - wide > NOISE * narrow and saved_s > narrow else 0.0
+
+    def _fill(self, server: int, now_s: float, decisions: list[Decision]) -> None:
+        """Nobody waits: double the group of the server that saves most for each GPU, for as long as one can be."""
+        placement = self.state.placement
+        free = placement.servers[server].free.bit_count()
+        candidates = []
+        for job in self._on_server[server].values():
+            degree = len(job.lease)
+            if degree > free or job.parking or job.leaving:
+                continue
+            left = self._steps_left(job, now_s) - 1.0
+            saved_s = self._saved_by_doubling(job, degree, left)
+            if saved_s > 0.0:
+                candidates.append(_Candidate(job, degree, self._degree(job.kind, 0.0), left, saved_s / degree))
+        grown: dict[str, _Candidate] = {}
+        while free and candidates:
+            best = max(candidates, key=lambda candidate: (candidate.saved_s_per_gpu, candidate.job.job_id))
+            if best.degree > free or best.degree >= best.wanted or best.saved_s_per_gpu <= 0.0:
+                candidates.remove(best)
+                continue
+            free -= best.degree
+            best.degree *= 2
+            grown[best.job.job_id] = best
+            best.saved_s_per_gpu = self._saved_by_doubling(best.job, best.degree, best.left) / best.degree
+        for candidate in grown.values():
+            self._grow(candidate.job, candidate.degree, "GPUs would idle, and they save it most", decisions)
+
+    def _grow(self, job: Job, degree: int, why: str, decisions: list[Decision]) -> None:
+        more = self.state.placement.growth(job.lease, degree)
+        if more:
+            slots = (job.lease[0], *sorted(job.lease[1:] + more))
+            decisions.append(self.change_lease(job, slots, f"{why}: {len(job.lease)} -> {len(slots)} GPUs"))
 
     # --- kept up to date ------------------------------------------------------------------------------------------
 
