@@ -1,4 +1,4 @@
-"""What the policy ``elastic`` keeps books of, work and the running videos that GPUs may be taken from; and its moves."""
+"""What the policy ``elastic`` keeps books of, work and the running videos that GPUs may be taken from; its moves."""
 
 import math
 from collections.abc import Mapping
