@@ -1,6 +1,7 @@
 """The ``triptych`` command. What a command needs is imported when it runs, so that ``--help`` answers at once."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,17 @@ def size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def finite(text: str) -> float:
+    """A number that JSON can say, so neither ``nan`` nor ``inf``."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, such as 2.5")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="triptych", description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -74,12 +86,12 @@ def _add_video(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     video.add_argument("--frames", type=int)
     video.add_argument("--fps", type=int)
     video.add_argument("--steps", type=int, help="denoising steps")
-    video.add_argument("--guidance-scale", type=float)
+    video.add_argument("--guidance-scale", type=finite)
     video.add_argument("--negative-prompt", help="what is not to be seen")
     video.add_argument("--seed", type=int, help="the same seed gives the same video")
     video.add_argument("--model", help="where the stack serves more than one")
     video.add_argument("--priority", type=int, metavar="N", help="-100 to 100; what waits with a higher one goes first")
-    video.add_argument("--deadline", type=float, metavar="SECONDS", help="from now, by when it should be done")
+    video.add_argument("--deadline", type=finite, metavar="SECONDS", help="from now, by when it should be done")
     video.add_argument("--sheet", type=Path, metavar="PNG", help="write a contact sheet of the frames too")
     video.add_argument("--timeline", type=Path, metavar="HTML", help="write which slot did which step of it too")
     video.add_argument("--trace", type=Path, metavar="JSON", help="the same for chrome://tracing and Perfetto")
@@ -120,6 +132,7 @@ def _add_profile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     profile.add_argument("--sequence", choices=("dsp", "ulysses"), default="dsp", help="how a group shares the tokens")
     profile.add_argument("--no-guidance-parallel", action="store_true", help="share out nothing but tokens")
     profile.add_argument("--alone", action="store_true", help="leave the other slots idle (default: they do the same)")
+    profile.add_argument("--in-stack", action="store_true", help="measure videos that a whole stack makes")
     profile.add_argument(
         "--rule", choices=("largest-gain", "threshold"), default="largest-gain", help="what is optimal"
     )
@@ -201,6 +214,7 @@ def _run_profile(options: argparse.Namespace) -> int:
             sequence=options.sequence,
             guidance_parallel=not options.no_guidance_parallel,
             alone=options.alone,
+            in_stack=options.in_stack,
             rule=options.rule.replace("-", "_"),
             threshold=options.threshold,
         )

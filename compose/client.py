@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import aiohttp
 
@@ -51,7 +52,7 @@ class StackClient:
 
     async def retrieve(self, video_id: str) -> dict[str, Any]:
         """The job as it stands."""
-        return await self._json("GET", f"/v1/videos/{video_id}")
+        return await self._json("GET", _path(video_id))
 
     async def videos(self) -> AsyncIterator[dict[str, Any]]:
         """Every job, the newest first."""
@@ -66,18 +67,18 @@ class StackClient:
 
     async def cancel(self, video_id: str) -> None:
         """Ask for an end to the job."""
-        await self._json("POST", f"/v1/videos/{video_id}/cancel")
+        await self._json("POST", f"{_path(video_id)}/cancel")
 
     async def timeline(self, video_id: str) -> VideoTimeline:
         """Which slot did which part of the job."""
-        body = await self._json("GET", f"/v1/videos/{video_id}/timeline")
+        body = await self._json("GET", f"{_path(video_id)}/timeline")
         return VideoTimeline.model_validate({"job_id": body["id"], "spans": body["spans"]})
 
     async def progress(self, video_id: str) -> AsyncIterator[dict[str, Any]]:
         """Every progress report until the job has ended. A stream that breaks off is taken up again."""
         while True:
             with contextlib.suppress(aiohttp.ClientPayloadError, TimeoutError):
-                async with self._request("GET", f"/v1/videos/{video_id}/events") as response:
+                async with self._request("GET", f"{_path(video_id)}/events") as response:
                     async for report in _events(response):
                         yield report
             if VideoState((await self.retrieve(video_id))["state"]).terminal:
@@ -88,7 +89,7 @@ class StackClient:
         """Write the finished file to ``target``, which appears only once it is whole."""
         partial = target.with_name(f".{target.name}.part")
         try:
-            async with self._request("GET", f"/v1/videos/{video_id}/content") as response:
+            async with self._request("GET", f"{_path(video_id)}/content") as response:
                 with partial.open("wb") as file:
                     async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
                         file.write(chunk)
@@ -120,6 +121,11 @@ class StackClient:
             raise ServerError(f"no server answers at {self._base_url}; start one with: triptych up") from error
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
             raise ServerError(f"{self._base_url} is no address of a server, such as http://127.0.0.1:8080") from error
+
+
+def _path(video_id: str) -> str:
+    """Where a video is; whatever was given as its id stays one part of the path."""
+    return f"/v1/videos/{quote(video_id, safe='')}"
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:

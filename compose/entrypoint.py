@@ -2,7 +2,8 @@
 
 Docker Compose tells a container neither its service nor its replica's number, but its network's name server does:
 the container's own address resolves back to ``project-service-number.network``. Environment variables of ours that
-compose.yaml leaves empty (``TRIPTYCH_INSTANCE``, ``TRIPTYCH_SLOT``) are filled in from there.
+compose.yaml leaves empty (``TRIPTYCH_INSTANCE``, ``TRIPTYCH_SLOT``) are filled in from there, and
+``TRIPTYCH_MEETING_HOST`` with that address.
 """
 
 import os
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 _PER_REPLICA = ("TRIPTYCH_INSTANCE", "TRIPTYCH_SLOT")
+_ADDRESS = "TRIPTYCH_MEETING_HOST"
 # Compose separates by hyphens, and services' names have none; its first generation separated by underscores.
 _REPLICA = re.compile(r"(?:(?:.*-)?([a-z0-9_]+)-|(?:.*_)?([a-z0-9]+)_)(\d+)")
 
@@ -34,11 +36,15 @@ def replica_of(container_name: str) -> tuple[str, int]:
     return match[1] or match[2], int(match[3]) - 1
 
 
-def filled(environment: dict[str, str], container_name: Callable[[], str]) -> dict[str, str]:
+def filled(
+    environment: dict[str, str], container_name: Callable[[], str], address: Callable[[], str]
+) -> dict[str, str]:
     """``environment`` with what compose.yaml left empty filled in for this replica.
 
-    ``container_name`` is asked only where something is empty.
+    ``container_name``, and ``address`` at which other containers reach this one, are asked only where one is missing.
     """
+    if environment.get(_ADDRESS) == "":
+        environment = environment | {_ADDRESS: address()}
     empty = [name for name in _PER_REPLICA if environment.get(name) == ""]
     if not empty:
         return environment
@@ -47,8 +53,12 @@ def filled(environment: dict[str, str], container_name: Callable[[], str]) -> di
     return environment | {name: values[name] for name in empty}
 
 
+def _own_address() -> str:
+    return socket.gethostbyname(socket.gethostname())
+
+
 def _own_name() -> str:
-    return socket.gethostbyaddr(socket.gethostbyname(socket.gethostname()))[0]
+    return socket.gethostbyaddr(_own_address())[0]
 
 
 def main() -> None:
@@ -56,7 +66,7 @@ def main() -> None:
     if len(sys.argv) < 2:
         raise SystemExit("usage: python -m compose.entrypoint COMMAND ...")
     try:
-        environment = filled(dict(os.environ), _own_name)
+        environment = filled(dict(os.environ), _own_name, _own_address)
     except (OSError, ReplicaError) as error:
         raise SystemExit(f"cannot tell which replica this is: {error}") from error
     os.execvpe(sys.argv[1], sys.argv[1:], environment)

@@ -74,7 +74,7 @@ async def running_stack(
     read_stack({}, options.compose_file).scaled(options.replicas)
     port = free_port(options.host) if options.port == 0 else checked_port(options.host, options.port)
     with run_directory(options.state_dir) as directory:
-        stack = read_stack(_variables(options, directory, port), options.compose_file).scaled(options.replicas)
+        stack = read_stack(stack_variables(options, directory, port), options.compose_file).scaled(options.replicas)
         forking = _fork_launcher(stack, directory)
         executing = CommandLauncher()
 
@@ -131,12 +131,13 @@ def _late(supervisor: Supervisor, missing: set[str], timeout_s: float) -> str:
     return f"not ready after {timeout_s:g} s: waiting for {', '.join(sorted(missing)) or 'the gateway'}.{log}"
 
 
-def _variables(options: StackOptions, directory: RunDirectory, port: int) -> dict[str, str]:
+def stack_variables(options: StackOptions, directory: RunDirectory, port: int) -> dict[str, str]:
     """What the compose file's variables stand for here; the caller's own environment may set any other."""
     nats_port = free_port("127.0.0.1")
     return {
-        # Loopback for the tensors too, unless the caller knows better.
+        # Loopback for the tensors too, and for DiT workers that share a video, unless the caller knows better.
         "TRIPTYCH_UCX_NET_DEVICES": "lo",
+        "TRIPTYCH_MEETING_HOST": "127.0.0.1",
         **os.environ,
         "TRIPTYCH_HOST": options.host,
         "TRIPTYCH_PORT": str(port),

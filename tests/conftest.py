@@ -2,11 +2,15 @@
 
 import asyncio
 import inspect
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support.nats_server import NatsServer, nats_server_process
+
+# What tests compare to the bit is made on one kind of device, also where there is a GPU; tests of GPUs say so.
+os.environ.setdefault("TRIPTYCH_DEVICE", "cpu")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -124,6 +124,11 @@ class JobCancelled:
     job_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """The scheduler is to end: what runs goes on to its end, and nothing new is started any more."""
+
+
 Event = (
     WorkerJoined
     | WorkerDraining
@@ -137,4 +142,5 @@ Event = (
     | DecodingFinished
     | AttemptFailed
     | JobCancelled
+    | DrainRequested
 )

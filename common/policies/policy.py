@@ -27,6 +27,7 @@ from common.policies.events import (
     CheckpointStored,
     DecodingFinished,
     DenoisingFinished,
+    DrainRequested,
     Event,
     JobArrived,
     JobCancelled,
@@ -94,6 +95,7 @@ class Policy(ABC):
             DecodingFinished: self._decoding_finished,
             AttemptFailed: self._attempt_failed,
             JobCancelled: self._cancelled,
+            DrainRequested: self._drain_requested,
         }
 
     # --- what policies decide differently -------------------------------------------------------------------------
@@ -120,10 +122,7 @@ class Policy(ABC):
     # --- events in, decisions out ---------------------------------------------------------------------------------
 
     def handle(self, event: Event, now_s: float) -> list[Decision]:
-        """Take in one event; returns what to do, in order. Events of an overtaken attempt or epoch change nothing.
-
-        While ``draining`` is set, what runs goes on to its end and nothing new is started.
-        """
+        """Take in one event; returns what to do, in order. Events of an overtaken attempt or epoch change nothing."""
         decisions = self._handlers[type(event)](event, now_s)
         if decisions is None:
             return []
@@ -225,6 +224,12 @@ class Policy(ABC):
         job.decoder = slot.vae
         return StartDecoding(job.job_id, job.epoch, slot.vae, slot.number, reason)
 
+    # --- the scheduler itself -------------------------------------------------------------------------------------
+
+    def _drain_requested(self, event: DrainRequested, now_s: float) -> list[Decision] | None:
+        self.draining = True
+        return None
+
     # --- workers --------------------------------------------------------------------------------------------------
 
     def _worker_joined(self, event: WorkerJoined, now_s: float) -> list[Decision] | None:
@@ -246,24 +251,28 @@ class Policy(ABC):
     def _go_on_without(self, job: Job, lost: str, now_s: float) -> list[Decision]:
         """Those left of a group have the latent of the last step (brief, section 6): only the step under way is lost.
 
-        The largest power of two of them goes on, the old master first if it is one of them. Nothing if there is none
-        left, or if no step was done yet on which all of them were.
+        The largest power of two of them goes on. It is led by the old master if that is one of them, else by one that
+        has the latent already; they go on too if they were to be parked. Nothing if nobody has the latent.
         """
-        if job.phase is not Phase.DENOISING or job.parking or job.step <= job.from_step:
+        if job.phase is not Phase.DENOISING or job.step <= job.from_step:
             return []
         known = dict(zip(job.lease, job.members, strict=True))
         alive = [
             number for number in job.active if (known.get(number) or self.state.slots[number].dit) not in (None, lost)
         ]
+        alive.sort(key=lambda number: number not in job.holders)
         size = power_of_two_within(len(alive))
-        if not size:
+        if not size or alive[0] not in job.holders:
             return []
         slots = tuple(alive[:size])
         leaving = tuple(alive[size:])
+        if job.parking:
+            self._unpark(job)
         self._hold(job, slots + leaving)
         job.leaving = self._members(leaving, job)
         job.members = self._members(slots, job)
         job.lease = job.active = slots
+        job.holders = tuple(number for number in slots if number in job.holders)
         job.epoch = self._take_epoch()
         job.step_at_s = now_s
         reason = f"{lost} was lost; {size} of its group still have the latent after step {job.step}"
@@ -306,10 +315,15 @@ class Policy(ABC):
             job.step = event.step
         job.step_at_s = now_s
         job.encoder = None
+        if event.epoch == job.settled_epoch:
+            job.holders = job.active
         if job.settled_epoch == job.epoch or (event.next_epoch or event.epoch) != job.epoch:
             return None
         frees = bool(job.leaving) or len(job.slots) > len(job.lease)
         self._settle(job)
+        # Who joins has the latent once a step was done together, and who leaves drops it.
+        here = job.active if event.epoch == job.epoch else job.holders
+        job.holders = tuple(number for number in here if number in job.active)
         return [] if frees else None
 
     def _settle(self, job: Job) -> None:
@@ -320,16 +334,23 @@ class Policy(ABC):
         job.settled_epoch = job.epoch
         job.last_step = job.step
 
+    def _unpark(self, job: Job) -> None:
+        """It was to be parked, and goes on running instead."""
+        job.parking = False
+
     def _parked(self, event: JobParked, now_s: float) -> list[Decision] | None:
         job = self._running(event.job_id, event.epoch)
-        if job is None or not job.parking:
+        if job is None:
             return None
+        # Its leader, or whoever was to go on without it, may have heard of a loss only after it had been parked.
+        reason = "parked before it heard of the loss"
+        decisions: list[Decision] = [] if job.parking else [RevokeLease(job.job_id, job.epoch, job.members, reason)]
         self._end_of_denoising(job)
         self._hold(job, ())
         job.members = ()
         job.step = job.checkpoint = event.step
         self._move(job, Phase.PARKED)
-        return []
+        return decisions
 
     def _checkpoint_stored(self, event: CheckpointStored, now_s: float) -> list[Decision] | None:
         job = self.state.jobs.get(event.job_id)
@@ -355,6 +376,7 @@ class Policy(ABC):
         job.parking = False
         job.leaving = ()
         job.active = ()
+        job.holders = ()
 
     def _decoding_finished(self, event: DecodingFinished, now_s: float) -> list[Decision] | None:
         job = self.state.jobs.get(event.job_id)
@@ -381,8 +403,11 @@ class Policy(ABC):
         return job
 
     def _retry(self, job: Job, reason: str) -> list[Decision]:
-        if job.attempt >= MAX_ATTEMPTS:
-            return self._give_up(job, f"{reason}, and that was attempt {job.attempt} of {MAX_ATTEMPTS}")
+        if job.checkpoint > job.secured:
+            # It gets on: only attempts that came to nothing count.
+            job.secured, job.forgiven = job.checkpoint, job.attempt
+        elif job.attempt - job.forgiven >= MAX_ATTEMPTS:
+            return self._give_up(job, f"{reason}, after {MAX_ATTEMPTS} attempts without progress")
         decisions = self._release(job, reason)
         job.step = job.checkpoint
         self._move(job, Phase.WAITING)

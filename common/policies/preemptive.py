@@ -74,6 +74,11 @@ class Preemptive(Ddit):
             self._slots_to_come += len(slots) - len(job.slots)
         super()._hold(job, slots)
 
+    def _unpark(self, job: Job) -> None:
+        self._slots_to_come -= len(job.slots)
+        super()._unpark(job)
+        self._last.push(job, (job.priority, -self.running_rank(job, job.step_at_s)))
+
     def _end_of_denoising(self, job: Job) -> None:
         if job.parking:
             self._slots_to_come -= len(job.slots)

@@ -27,10 +27,12 @@ class Job:
 
     ``slots`` are held by it now, the master first; ``lease`` are those of the newest lease and ``active`` those that
     the step under way runs on. They differ between a change of the lease and the step boundary at which it takes
-    effect; ``leaving`` are the workers on held slots that the newest lease no longer has. ``checkpoint`` is the newest
+    effect; ``leaving`` are the workers on held slots that the newest lease no longer has. ``holders`` are those of
+    ``active`` whose workers are known to have the latent after ``step``. ``checkpoint`` is the newest
     step whose latent lies in the cache store, ``from_step`` the one at which the denoising under way began.
     ``last_step`` is DDiT's: the step at which the newest lease took effect.
-    ``step_at_s`` is when ``step`` was done, or when the lease was granted.
+    ``step_at_s`` is when ``step`` was done, or when the lease was granted. ``secured`` is the checkpoint with which an
+    attempt was last lost that had come further than those before it, and ``forgiven`` the number of that attempt.
     """
 
     job_id: str
@@ -50,10 +52,13 @@ class Job:
     priority: int = 0
     deadline_s: float | None = None
     checkpoint: int = 0
+    secured: int = 0
+    forgiven: int = 0
     first_epoch: int = 0
     settled_epoch: int = 0
     lease: tuple[int, ...] = ()
     active: tuple[int, ...] = ()
+    holders: tuple[int, ...] = ()
     leaving: tuple[str, ...] = ()
     from_step: int = 0
     parking: bool = False

@@ -87,17 +87,23 @@ class LeaseHolder(Generic[Work]):
         self._work_off = work_off
         self._fence = Fence()
         self._work: Work | None = None
+        self._last: Work | None = None
         self._asked = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
 
     async def grant(self, work: Work) -> Acknowledged:
-        """Take work, unless something newer has been seen. It replaces older work where that can stop."""
+        """Take work, unless something newer has been seen. It replaces older work where that can stop.
+
+        Work that comes again, its answer having been lost, changes nothing.
+        """
+        if work == self._last:
+            return Acknowledged()
         try:
             self._fence.admit(work.job_id, work.epoch)
         except StaleEpoch as stale:
             raise Refusal(self._reporter.failure("stale_epoch", str(stale), retryable=True)) from stale
-        self._work = work
+        self._work = self._last = work
         self.idle.clear()
         self._asked.set()
         return Acknowledged()

@@ -178,8 +178,9 @@ class MembershipView:
             slept_from_s = time.monotonic()
             await asyncio.sleep(period_s)
             now_s = time.monotonic()
-            if now_s - slept_from_s > 2 * period_s:
-                # It was this process that stood still: the others' life signs wait unread, so none is late.
+            if now_s - slept_from_s > 2 * period_s or not self._bus.connected:
+                # It was this process that stood still, or was cut off: the others' life signs cannot be heard, so none
+                # is late.
                 self._heard_s = {name: (life, now_s) for name, (life, _) in self._heard_s.items()}
             self._update()
 

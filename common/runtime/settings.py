@@ -1,7 +1,7 @@
 """Settings every service shares, read once from the environment at start-up. A bad value stops the start."""
 
 import socket
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -38,11 +38,15 @@ class ServiceSettings(BaseSettings):
 class WorkerSettings(ServiceSettings):
     """What the processes that run a model need beside.
 
+    ``precision``: of the model's weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU. What travels between
+    the phases is float32 either way.
+
     ``drain_s``: how long work under way may go on after the process was asked to stop.
     """
 
     video_model: str = "demo"
     device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = Field(default=1, ge=1)
     drain_s: float = Field(default=10.0, ge=0)
 

@@ -75,7 +75,7 @@ async def serve_worker(
     settings: WorkerSettings,
     stop: asyncio.Event,
     service: Service,
-    load: Callable[[VideoModelSpec, torch.device], Model],
+    load: Callable[[VideoModelSpec, torch.device, torch.dtype], Model],
     make: Callable[[Equipment, Model], Worker],
     meeting: str = "",
 ) -> None:
@@ -86,6 +86,7 @@ async def serve_worker(
     keep_freed_memory()
     instance = settings.instance_of(service)
     device = choose_device(settings)
+    dtype = choose_precision(settings, device)
     try:
         spec = load_spec(settings.video_model)
     except ModelLoadError as error:
@@ -97,10 +98,11 @@ async def serve_worker(
         async with Registration(bus, settings, service, str(device)) as registration:
             started_s = time.monotonic()
             try:
-                model = await compute.run(load, spec, device)
+                model = await compute.run(load, spec, device, dtype)
             except ModelLoadError as error:
                 raise CannotServe(f"video model: {error}") from error
-            log.info("model loaded", instance=instance, device=str(device), seconds=time.monotonic() - started_s)
+            seconds = time.monotonic() - started_s
+            log.info("model loaded", instance=instance, device=str(device), precision=str(dtype), seconds=seconds)
             worker = make(Equipment(instance, settings.slot, device, bus, tensors, compute), model)
             subscriptions = [*await worker.listen(), await bus.serve(PING, _answer, instance)]
             working = asyncio.create_task(worker.run(), name="work")
@@ -140,6 +142,13 @@ def choose_device(settings: WorkerSettings) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", (settings.slot or 0) % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def choose_precision(settings: WorkerSettings, device: torch.device) -> torch.dtype:
+    """What the settings name; otherwise float32 on a CPU, and on a GPU bfloat16, as the models were published."""
+    if settings.precision != "auto":
+        return torch.float32 if settings.precision == "float32" else torch.bfloat16
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def model_info(spec: VideoModelSpec) -> VideoModelInfo:

@@ -13,6 +13,7 @@ from common.policies.rib import DegreeRule, Rib, WrongRib
 from compose.errors import StartError
 from compose.files import prepare_file, write_whole
 from compose.profiling.crew import crew_of
+from compose.profiling.in_stack import check_in_stack, measure_in_stack
 from compose.profiling.measure import Measured, measure
 from compose.profiling.plan import Plan, ProfileOptions, make_plan
 from compose.profiling.table import milliseconds, table
@@ -29,6 +30,8 @@ def run_profile(options: ProfileOptions) -> int:
         StartError: a process could not measure.
     """
     prepare_file(options.output)
+    if options.in_stack:
+        check_in_stack(options)
     plan = make_plan(options)
     try:
         measured = asyncio.run(_measure(plan))
@@ -54,6 +57,8 @@ async def _measure(plan: Plan) -> Measured:
         def watch(what: str, done: int, of: int) -> None:
             progress.update(task, description=what, completed=done, total=of)
 
+        if plan.options.in_stack:
+            return await measure_in_stack(plan, watch)
         async with crew_of(plan) as crew:
             return await measure(plan, crew, Path(folder), watch)
 
@@ -67,6 +72,9 @@ def _notes(plan: Plan, measured: Measured, rib: Rib) -> str:
     if measured.device == "cpu" and measured.slots * options.threads > cores:
         report(f"triptych: {measured.slots} slots share {cores} cores, so that their times are those of a crowd")
     encode_s = next(iter(measured.profiles.values())).encode_s
+    if options.in_stack:
+        rest = f"{milliseconds(encode_s)} of a video without a slot"
+        return f"{measured.slots} slots of a stack, all at work; {rest}; optimal by {rule}"
     return (
         f"{measured.slots} slots of {measured.device}, {busy}; a group shares {form}{options.sequence}; "
         f"text encoder {milliseconds(encode_s)}; optimal by {rule}"

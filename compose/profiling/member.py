@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.models.memory import keep_freed_memory
 from common.models.mp4 import Mp4Encoder
 from common.models.opensora.errors import ModelLoadError
 from common.models.opensora.parallel import Parallelism, ParallelSTDiT3, SequenceParallelism
@@ -26,7 +27,7 @@ from common.models.opensora.spec import load_spec
 from common.parallel.errors import GroupBroken
 from common.parallel.groups import Groups
 from common.runtime.settings import SettingsError, WorkerSettings, load_settings
-from common.runtime.worker import choose_device
+from common.runtime.worker import choose_device, choose_precision
 
 Part = TypeVar("Part")
 
@@ -44,6 +45,7 @@ class Member:
         self._name = settings.instance
         self._spec = load_spec(settings.video_model)
         self._device = choose_device(settings)
+        self._dtype = choose_precision(settings, self._device)
         on_gpu = self._device.type == "cuda"
         self._groups = Groups(
             self._name,
@@ -63,15 +65,15 @@ class Member:
 
     def encode(self, repeats: int, warm_up: int, path: str) -> dict[str, Any]:
         """Encode one prompt; the embeddings go to ``path``, for all members."""
-        encoder = PromptEncoder(self._spec, self._device)
+        encoder = PromptEncoder(self._spec, self._device, self._dtype)
         seconds = [self._timed(lambda: encoder.encode([PROMPT])) for _ in range(warm_up + repeats)]
         save_file({"text": encoder.encode([PROMPT])[0].cpu().clone()}, path)
         return {"seconds": seconds[warm_up:]}
 
     def load(self) -> dict[str, Any]:
         """Make denoiser and decoder ready."""
-        self._denoiser = Denoiser(self._spec, self._device)
-        self._decoder = FrameDecoder(self._spec, self._device)
+        self._denoiser = Denoiser(self._spec, self._device, self._dtype)
+        self._decoder = FrameDecoder(self._spec, self._device, self._dtype)
         return {}
 
     def step(
@@ -167,6 +169,7 @@ def _device_name(device: torch.device) -> str:
 
 def main() -> None:
     """Answer until standard input closes."""
+    keep_freed_memory()
     # What libraries print must not come between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

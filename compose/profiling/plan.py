@@ -21,7 +21,8 @@ class ProfileOptions:
 
     Without ``slots``: as many as this machine has GPUs, or without any as ``triptych up`` starts. Without ``sizes``
     and ``frames``: all that the model makes. ``alone``: the slots that do not measure are idle meanwhile; otherwise
-    they do the same, which is what a step takes on a busy machine. ``sequence`` and ``guidance_parallel``: how a group
+    they do the same, which is what a step takes on a busy machine. ``in_stack``: measure videos that
+    a whole stack makes, see ``compose.profiling.in_stack``. ``sequence`` and ``guidance_parallel``: how a group
     shares a step, see ``common.models.opensora.parallel``.
     """
 
@@ -37,6 +38,7 @@ class ProfileOptions:
     sequence: str = "dsp"
     guidance_parallel: bool = True
     alone: bool = False
+    in_stack: bool = False
     rule: str = DegreeRule.LARGEST_GAIN.value
     threshold: float = 0.4
 

@@ -17,7 +17,8 @@ def table(rib: Rib, tokens: Mapping[VideoKind, int]) -> str:
         ]
         size = f"{kind.width}x{kind.height}"
         optimal = str(rib.optimal_degree(kind))
-        rows.append([size, str(kind.frames), str(tokens[kind]), *steps, optimal, milliseconds(profile.decode_s)])
+        count = str(tokens.get(kind, "-"))
+        rows.append([size, str(kind.frames), count, *steps, optimal, milliseconds(profile.decode_s)])
     return "\n".join(_aligned(rows))
 
 

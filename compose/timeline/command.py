@@ -82,5 +82,6 @@ def detail_of(video: dict[str, Any]) -> str:
     if video.get("priority"):
         parts.append(f"priority {video['priority']}")
     if video.get("deadline_at") is not None:
-        parts.append(f"deadline after {video['deadline_at'] - video['created_at']:.0f} s")
+        # A video's creation is told in whole seconds, rounded down, so that up to one too many lies between the two.
+        parts.append(f"deadline after {int(video['deadline_at'] - video['created_at'] + 1e-3)} s")
     return ", ".join(parts)

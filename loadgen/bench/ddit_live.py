@@ -2,7 +2,8 @@
 
 Every round is one seed's Poisson arrivals, run under each policy on a fresh stack whose slots have one thread each,
 the order changing from round to round. A latency runs from the moment a video is asked for until the client hears that
-it is completed. The policies decide by a profile that is measured first, on this machine.
+it is completed. The policies decide by a profile that is measured first, on this machine. ``--continue`` adds rounds to
+those of an earlier run, by its profile and setting: what is said at the end is said of all of them.
 """
 
 import argparse
@@ -25,20 +26,12 @@ from loadgen.bench.live import live_stack
 from loadgen.bench.parity import parities
 from loadgen.bench.process import ROOT, BenchmarkError, located
 from loadgen.bench.rounds import Readings, comparison, lines
+from loadgen.bench.series import Series, WrongSeries, read_series
 from loadgen.random_model import save_random_model
 from loadgen.simulator.outcome import summary
-from loadgen.workloads import (
-    MIXES,
-    Mix,
-    Pattern,
-    UnknownMix,
-    Workload,
-    WrongMix,
-    make_workload,
-    mix_named,
-    saturation_rate,
-)
+from loadgen.workloads import MIXES, UnknownMix, Workload, WrongMix, mix_named
 
+_PROFILE = ("--in-stack", "--repeats", "10")
 _POLICIES = ("sdop:1", "sdop:2", "ddit", "elastic")
 
 
@@ -49,7 +42,7 @@ class WrongArgument(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
     parser.add_argument("--policy", nargs="+", metavar="NAME", help=f"(default: {' '.join(_POLICIES)})")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="to run now (default %(default)s)")
     parser.add_argument("--requests", type=int, default=16, metavar="N", help="of a round (default %(default)s)")
     parser.add_argument("--load", type=float, default=0.6, help="share of saturation (default %(default)s)")
     parser.add_argument("--mix", default="even", metavar="NAME", help=f"of {', '.join(MIXES)} (default %(default)s)")
@@ -61,19 +54,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rib", type=Path, metavar="FILE", help="a profile of this machine (default: measured first)")
     parser.add_argument("--parity", action="store_true", help="compare with the simulator")
+    parser.add_argument(
+        "--continue",
+        type=Path,
+        metavar="OUT",
+        dest="earlier",
+        help="go on with the rounds of an earlier run's --json; of the options, only --rounds and --parity count then",
+    )
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """What all rounds have in common."""
+    """What a stack is started with."""
 
-    policies: tuple[str, ...]
-    rib: Rib
     rib_file: Path
     model: str
     slots: int
-    rate: float
-    workloads: tuple[Workload, ...]
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
@@ -82,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         _check(options)
         with TemporaryDirectory(prefix="ddit-live-") as folder:
             return asyncio.run(_run(options, Path(folder)))
-    except (WrongArgument, WrongMix, WrongRib, UnknownMix, UnknownPolicy, BenchmarkError) as error:
+    except (WrongArgument, WrongMix, WrongRib, WrongSeries, UnknownMix, UnknownPolicy, BenchmarkError) as error:
         raise SystemExit(f"loadgen bench ddit-live: {error}") from None
     except (aiohttp.ClientError, TimeoutError) as error:
         what = f"{type(error).__name__} {error}".strip()
@@ -90,50 +86,74 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
 
 async def _run(options: argparse.Namespace, folder: Path) -> dict[str, object]:
-    setting = await _setting(options, folder)
-    print("\n".join(_heading(setting, options)))
-    latencies: dict[str, list[list[float]]] = {policy: [] for policy in setting.policies}
-    for number, workload in enumerate(setting.workloads):
-        for policy in _turn(setting.policies, number):
-            latencies[policy].append(await _measure(policy, workload, setting))
-            whole = summary(np.asarray(latencies[policy][-1]))
-            place = f"round {number + 1} of {options.rounds}, {policy}"
+    if options.earlier is not None:
+        series, readings = read_series(options.earlier)
+    else:
+        series, readings = await _new_series(options, folder)
+    setting = await _setting(series, folder)
+    before = readings.count
+    print(_heading(series, options.rounds))
+    for number in range(before, before + options.rounds):
+        workload = series.workload(number)
+        latencies = {}
+        for policy in series.turn(number):
+            latencies[policy] = await _measure(policy, workload, setting)
+            whole = summary(np.asarray(latencies[policy]))
+            place = f"round {number + 1}, seed {series.first_seed + number}, {policy}"
             print(f"  {place}: mean {whole['mean']:.2f} s, p99 {whole['p99']:.2f} s", flush=True)
-    readings = Readings(latencies)
+        readings = readings.with_round(latencies)
+    print(f"{readings.count} rounds, {before} of them from before")
     print("\n".join(lines(readings)))
-    result = _result(setting, options, readings)
+    result = _result(series, readings)
     if options.parity:
-        found = parities(latencies, setting.workloads, setting.rib, setting.slots)
+        workloads = [series.workload(number) for number in range(readings.count)]
+        found = parities(readings.rounds, workloads, series.rib, series.slots)
         print("\n".join(parity.text for parity in found))
         result["parity"] = [parity.as_dict() for parity in found]
     return result
 
 
-async def _setting(options: argparse.Namespace, folder: Path) -> _Setting:
-    """The model, the profile, the rate and the requests of every round."""
-    if options.video_model is None:
-        model = str(await asyncio.to_thread(save_random_model, folder / "model"))
+async def _new_series(options: argparse.Namespace, folder: Path) -> tuple[Series, Readings]:
+    """By the options, without a round yet; the profile is measured where none is given."""
+    model = located(options.video_model) if options.video_model is not None else ""
+    policies = _policies(options.policy)
+    if options.rib is not None:
+        rib_file = options.rib
     else:
-        model = located(options.video_model)
-    rib_file = options.rib.resolve() if options.rib is not None else await _profile(model, options.slots, folder)
-    rib = Rib.from_json(rib_file.read_text(encoding="utf-8"))
-    kinds = tuple(rib.profiles)
-    # An even mix is one of any number of kinds.
-    mix = Mix("even", (1.0,) * len(kinds)) if options.mix == "even" else mix_named(options.mix)
-    rate = options.load * saturation_rate(rib, kinds, mix, options.slots, options.steps)
-    workloads = tuple(
-        make_workload(kinds, mix, Pattern.POISSON, rate, options.requests, seed, options.steps)
-        for seed in range(options.first_seed, options.first_seed + options.rounds)
+        rib_file = await _profile(model or str(_random_model(folder)), options.slots, folder)
+    series = Series(
+        policies=policies,
+        rib=Rib.from_json(rib_file.read_text(encoding="utf-8")),
+        model=model,
+        slots=options.slots,
+        steps=options.steps,
+        requests=options.requests,
+        load=options.load,
+        mix=options.mix,
+        first_seed=options.first_seed,
     )
-    return _Setting(_policies(options.policy), rib, rib_file, model, options.slots, rate, workloads)
+    return series, Readings({policy: [] for policy in policies})
+
+
+async def _setting(series: Series, folder: Path) -> _Setting:
+    model = series.model or str(await asyncio.to_thread(_random_model, folder))
+    rib_file = folder / "rib-of-the-series.json"
+    rib_file.write_text(series.rib.to_json(), encoding="utf-8")
+    return _Setting(rib_file, model, series.slots)
+
+
+def _random_model(folder: Path) -> Path:
+    """Always the same weights."""
+    model = folder / "model"
+    return model if model.exists() else save_random_model(model)
 
 
 async def _profile(model: str, slots: int, folder: Path) -> Path:
-    """The RIB file that ``triptych profile`` writes here."""
+    """The RIB file that ``triptych profile`` writes here: of a stack at work, as policies run in one."""
     target = folder / "rib.json"
     command = [sys.executable, "-m", "compose.cli", "profile", "--video-model", model, "--output", str(target)]
     process = await asyncio.create_subprocess_exec(
-        *command, "--slots", str(slots), cwd=ROOT, env=_environment(), stdin=DEVNULL
+        *command, *("--slots", str(slots), *_PROFILE), cwd=ROOT, env=_environment(), stdin=DEVNULL
     )
     if await process.wait():
         raise BenchmarkError("the machine could not be profiled; the reason stands above")
@@ -144,12 +164,6 @@ async def _measure(policy: str, workload: Workload, setting: _Setting) -> list[f
     async with live_stack(policy, setting.rib_file, setting.model, setting.slots, _environment()) as stack:
         await stack.warm_up(workload, setting.slots)
         return await stack.run(workload)
-
-
-def _turn(policies: Sequence[str], number: int) -> list[str]:
-    """Who begins changes from round to round."""
-    first = number % len(policies)
-    return [*policies[first:], *policies[:first]]
 
 
 def _policies(asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -166,26 +180,27 @@ def _policies(asked: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(there)
 
 
-def _heading(setting: _Setting, options: argparse.Namespace) -> list[str]:
-    kinds = ", ".join(f"{kind.width}x{kind.height}" for kind in setting.rib.profiles)
-    return [
-        f"{options.rounds} rounds of {options.requests} videos of {options.steps} steps, {setting.rate:.3f} a second "
-        f"({options.load:g} of saturation) on {setting.slots} slots, mix {options.mix} of {kinds}"
-    ]
+def _heading(series: Series, rounds: int) -> str:
+    kinds = ", ".join(f"{kind.width}x{kind.height}" for kind in series.rib.profiles)
+    return (
+        f"{rounds} rounds of {series.requests} videos of {series.steps} steps, {series.rate:.3f} a second "
+        f"({series.load:g} of saturation) on {series.slots} slots, mix {series.mix} of {kinds}"
+    )
 
 
-def _result(setting: _Setting, options: argparse.Namespace, readings: Readings) -> dict[str, object]:
+def _result(series: Series, readings: Readings) -> dict[str, object]:
     runs = [
         {
             "policy": policy,
-            "rate": setting.rate,
-            "load": options.load,
-            "mix": options.mix,
-            "gpus": setting.slots,
-            "seed": options.first_seed + number,
-            "requests": options.requests,
+            "rate": series.rate,
+            "load": series.load,
+            "mix": series.mix,
+            "gpus": series.slots,
+            "seed": series.first_seed + number,
+            "requests": series.requests,
             "completed": len(latencies),
             "latency_s": summary(np.asarray(latencies)),
+            "latencies_s": list(latencies),
         }
         for policy, rounds in readings.rounds.items()
         for number, latencies in enumerate(rounds)
@@ -197,9 +212,10 @@ def _result(setting: _Setting, options: argparse.Namespace, readings: Readings) 
             "simulated": False,
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "rib": setting.rib.to_json(),
-            "steps": options.steps,
+            "rib": series.rib.to_json(),
+            "steps": series.steps,
         },
+        "series": series.as_dict(),
         "runs": runs,
         "comparisons": [
             comparison(readings, ours, theirs) for index, ours in enumerate(policies) for theirs in policies[:index]

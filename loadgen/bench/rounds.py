@@ -42,6 +42,15 @@ class Readings:
 
     rounds: Mapping[str, Sequence[Sequence[float]]]
 
+    @property
+    def count(self) -> int:
+        """How many rounds there are, of each policy as many."""
+        return len(next(iter(self.rounds.values())))
+
+    def with_round(self, latencies: Mapping[str, Sequence[float]]) -> "Readings":
+        """These, and one more round of every policy."""
+        return Readings({policy: [*rounds, latencies[policy]] for policy, rounds in self.rounds.items()})
+
     def pooled(self, policy: str) -> dict[str, float]:
         """``mean p50 p90 p99 max`` over all rounds."""
         return summary(np.concatenate([np.asarray(latencies) for latencies in self.rounds[policy]]))

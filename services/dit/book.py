@@ -42,6 +42,7 @@ class LeaseBook:
 
     instance: str
     _fence: Fence = field(default_factory=Fence)
+    _last: Lease | None = None
     _granted: dict[int, Lease] = field(default_factory=dict)
     _line: tuple[str, int] = ("", 0)  # the newest line's job, and its first epoch
     _concluded: bool = False  # whether the newest line's job is done here
@@ -57,9 +58,10 @@ class LeaseBook:
         Raises:
             StaleEpoch: it is older than something seen already, or was revoked before it came.
         """
-        if self._granted.get(lease.epoch) == lease:
+        if lease in (self._last, self._granted.get(lease.epoch)):
             return
         self._fence.admit(lease.job_id, lease.epoch)
+        self._last = lease
         elsewhere = self._concluded and lease.leader != self.instance
         if lease.text is not None or lease.job_id != self._line[0] or elsewhere:
             self._line, self._concluded = (lease.job_id, lease.epoch), False
@@ -129,7 +131,7 @@ class LeaseBook:
             if self._fence.void(lease.job_id, epoch):
                 continue
             if lease.leader == self.instance:
-                if broken is None or lease.text is not None or set(lease.members) < set(broken.members):
+                if broken is None or lease.text is not None or set(broken.members) - set(lease.members):
                     return lease
             elif self._called == (lease.job_id, epoch):
                 return lease

@@ -86,7 +86,8 @@ class CheckpointWriter:
     """Brings snapshots to the cache store: one at a time, of each job the newest.
 
     A store takes less than the K steps to the next one, so that nothing waits. While the cache store is away or slow,
-    snapshots replace each other here; a store that fails costs a log line. ``store_s``: what the last one took.
+    snapshots replace each other here; a store that fails costs a log line. ``store_s``: what the last one took;
+    ``least_store_s``: the quickest one, since whatever disturbs one is not its own cost. Both are 0 before the first.
     """
 
     def __init__(self, bus: Bus, tensors: Tensors) -> None:
@@ -96,6 +97,7 @@ class CheckpointWriter:
         self._offered = asyncio.Event()
         self._failing = False
         self.store_s = 0.0
+        self.least_store_s = 0.0
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -145,6 +147,7 @@ class CheckpointWriter:
         try:
             answer = await self._ask(snapshot)
             self.store_s = time.monotonic() - started_s
+            self.least_store_s = min(self.store_s, self.least_store_s or self.store_s)
             if answer.stored:
                 stored = CheckpointStored(job_id=snapshot.job_id, epoch=snapshot.epoch, step=snapshot.step)
                 await self._bus.publish(CHECKPOINT_STORED, stored, snapshot.job_id)

@@ -25,12 +25,12 @@ FREE_DEADLINE_S = 60.0
 class Rest:
     """A job that this worker can neither go on with nor forget yet.
 
-    ``led``: whether it was the leader; ``broken``: whether the group fell apart, so that only a lease that heals will
-    do; ``until_s``: on the event loop's clock.
+    ``owed``: whether the scheduler has to hear of it if no lease comes; ``broken``: whether the group fell apart, so
+    that only a lease that heals will do; ``until_s``: on the event loop's clock.
     """
 
     lease: Lease
-    led: bool
+    owed: bool
     broken: bool
     until_s: float
 
@@ -74,16 +74,16 @@ class LeaseDesk:
         await self._tell()
 
     async def next(self, rest: Rest | None) -> Lease | None:
-        """The lease to begin with, once there is one. None: the time of ``rest`` is over, or it was taken away."""
+        """The lease to begin with, once there is one. None: ``rest``'s time is over, or nobody waits for it."""
         broken = rest.lease if rest is not None and rest.broken else None
         deadline_s = None if rest is None else rest.until_s
         try:
             async with asyncio.timeout_at(deadline_s), self._news:
                 while (lease := self.book.waiting(broken)) is None:
-                    if rest is not None and self.book.void(rest.lease):
-                        return None
-                    if rest is None or not rest.led:
+                    if rest is None or not rest.owed:
                         self.idle.set()
+                    elif self.book.void(rest.lease):
+                        return None
                     await self._news.wait()
         except TimeoutError:
             return None

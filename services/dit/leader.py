@@ -13,6 +13,7 @@ import torch
 from common.bus.errors import BusError
 from common.bus.port import Bus
 from common.messages.subjects import DENOISING_FINISHED, GROUP_CALLED, JOB_PARKED, STEP_FINISHED
+from common.messages.tensors import TensorRef
 from common.messages.video import DenoisingFinished, GroupCalled, JobParked, Lease, StepFinished
 from common.parallel.errors import GroupBroken
 from common.runtime.leases import LeaseLost, Reporter
@@ -53,6 +54,7 @@ class Leader:
         self._checkpoints = checkpoints
         self._reporter = reporter
         self._latent_lease_s = settings.latent_lease_s
+        self._handed_over: tuple[Lease, TensorRef] | None = None
         self._checkpoint_steps = None if settings.checkpoint_steps == "auto" else settings.checkpoint_steps
 
     async def lead(self, lease: Lease) -> None:
@@ -73,11 +75,20 @@ class Leader:
             await self._fail(self._desk.current, "denoising_failed", str(error), retryable=False)
 
     async def _is_at_hand(self, lease: Lease) -> bool:
-        """Have the video between two steps: from the start, or from what this worker kept when its group broke."""
+        """Have the video between two steps: from the start, or from what this worker has kept of it.
+
+        What it has from before it was taken away is as good as a checkpoint: the same steps give the same latent.
+        """
+        held = self._member.held_of(lease)
         if lease.text is not None:
-            self._member.drop()
-            self._member.held = await self._starter.start(lease, lease.text)
-        elif self._member.held is None or self._member.held.job_id != lease.job_id:
+            resume_at = lease.resume.step if lease.resume is not None else 0
+            if held is None or held.run.steps_done <= resume_at:
+                self._member.drop()
+                self._member.held = await self._starter.start(lease, lease.text)
+            else:
+                log.info("going on from what was kept", job=lease.job_id, step=held.run.steps_done)
+                await self._starter.decline(lease)
+        elif held is None:
             await self._fail(lease, "latent_lost", "the latent of the steps done is gone here", retryable=True)
             return False
         await self._gather(lease, lease.members[1:])
@@ -87,7 +98,9 @@ class Leader:
     async def _denoise(self, lease: Lease) -> None:
         run = self._member.run
         copy_s = await self._compute.run(copy_cost_s, run.latent)
-        interval = CheckpointInterval(copy_s, self._checkpoints.store_s, self._checkpoint_steps)
+        # On a CPU the store and the broker work on the cores that the steps are made on.
+        cost_s = self._checkpoints.least_store_s if run.latent.device.type == "cpu" else 0.0
+        interval = CheckpointInterval(copy_s, self._checkpoints.store_s, self._checkpoint_steps, cost_s)
         verdict = self._at_boundary(lease)
         while not run.finished:
             match verdict:
@@ -110,6 +123,9 @@ class Leader:
             # Not for a lease that was revoked meanwhile: a job that has ended would leave a checkpoint behind.
             if latent is not None and not self._desk.book.void(lease):
                 self._checkpoints.offer(Snapshot(lease.job_id, lease.epoch, run.steps_done, latent))
+        if len(lease.members) > 1:
+            # The others are let go now: from here on only the checkpoint is left if this worker dies.
+            await self._checkpoints.caught_up()
         self._desk.book.conclude()
         self._member.drop()
         await self._hand_over(lease, run.latent)
@@ -180,6 +196,13 @@ class Leader:
         except LeaseLost:
             await self._tensors.release(ref)
             raise
+        self._handed_over = (lease, ref)
+
+    async def release_void(self) -> None:
+        """Forget a final latent that nobody will fetch any more, its lease having been revoked since."""
+        if self._handed_over is not None and self._desk.book.void(self._handed_over[0]):
+            await self._tensors.release(self._handed_over[1])
+            self._handed_over = None
 
     async def _fail(self, lease: Lease, code: str, message: str, *, retryable: bool) -> None:
         """Leave the group, if there is one, and tell the scheduler."""

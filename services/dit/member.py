@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from common.messages.video import Lease
+from common.messages.video import Lease, VideoRequest
 from common.models.opensora.join_state import JoinState, share_state
 from common.models.opensora.parallel import Parallelism, ParallelSTDiT3
 from common.models.opensora.pipeline import Denoiser, DenoisingRun
@@ -30,14 +30,13 @@ class HeldVideo:
     """A video between two steps, with what it takes to hand it to others. ``run`` alone changes."""
 
     job_id: str
+    request: VideoRequest
     run: DenoisingRun
     text: Tensor
     negative: Tensor | None
-    fps: float
-    frames: int
 
     def state(self) -> JoinState:
-        return JoinState.of(self.run, self.text, self.negative, fps=self.fps, frames=self.frames)
+        return JoinState.of(self.run, self.text, self.negative, fps=self.request.fps, frames=self.request.frames)
 
 
 class GroupMember:
@@ -64,6 +63,11 @@ class GroupMember:
     @property
     def run(self) -> DenoisingRun:
         return self.video.run
+
+    def held_of(self, lease: Lease) -> HeldVideo | None:
+        """What this worker has of the lease's job, if anything."""
+        held = self.held
+        return held if held is not None and (held.job_id, held.request) == (lease.job_id, lease.request) else None
 
     def drop(self) -> None:
         """Forget the video; the group is left as all others leave it."""
@@ -102,8 +106,8 @@ class GroupMember:
         self._group = group
         steps_done = group.agree(0)
         if steps_done == _SHARE:
-            self._take(lease.job_id, share_state(group, 0, None))
-        elif self.held is None or self.held.job_id != lease.job_id or self.held.run.steps_done != steps_done:
+            self._take(lease, share_state(group, 0, None))
+        elif (held := self.held_of(lease)) is None or held.run.steps_done != steps_done:
             self.close()
             raise GroupBroken(lease.members, f"this member does not have the latent after step {steps_done}")
 
@@ -137,11 +141,11 @@ class GroupMember:
             self.run.step(self._parallel.on(self._group, self._parallelism))
         return word
 
-    def _take(self, job_id: str, state: JoinState) -> None:
+    def _take(self, lease: Lease, state: JoinState) -> None:
         """What the leader gave is the truth. What this worker had prepared for the same video stays of use."""
-        if self.held is not None and self.held.job_id == job_id:
+        if self.held_of(lease) is not None:
             self.run.latent = state.latent.to(self._denoiser.device)
             self.run.steps_done = state.steps_done
             return
         run = state.resume(self._denoiser)
-        self.held = HeldVideo(job_id, run, state.text, state.negative, state.fps, state.frames)
+        self.held = HeldVideo(lease.job_id, lease.request, run, state.text, state.negative)

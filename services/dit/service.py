@@ -59,12 +59,13 @@ class DitWorker:
             tasks.create_task(self._checkpoints.run(), name="checkpoints")
 
     async def finish(self) -> None:
-        """The lease under way is done, its checkpoint is stored, and the VAE has fetched its latent."""
+        """The lease under way is done, its checkpoint is stored, and the VAE has fetched its latent, if it is to."""
         await self._desk.idle.wait()
         await self._checkpoints.idle.wait()
         # Looked at, not waited for: this happens once in a process's life, and the port promises no event for it.
-        while self._tensors.exported_count:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        while self._tensors.exported_count:
+            await self._leader.release_void()
+            await asyncio.sleep(0.02)
 
     async def _work(self) -> None:
         rest: Rest | None = None
@@ -85,9 +86,11 @@ class DitWorker:
             if led:
                 await self._leader.lead(lease)
             elif await self._follower.follow(lease):
-                return self._rest(led, broken=False)
+                return self._rest(owed=False, broken=False)
         except LeaseLost:
+            # A scheduler that has just started takes everything back, and soon grants the same again.
             log.info("work let go", job=lease.job_id, epoch=lease.epoch)
+            return self._rest(owed=False, broken=False)
         except GroupBroken as broken:
             return await self._left_over(led, broken)
         self._member.drop()
@@ -95,7 +98,7 @@ class DitWorker:
 
     async def _left_over(self, led: bool, broken: GroupBroken) -> Rest | None:
         """A group fell apart. Those left of it have the latent of the last whole step (DDiT, section 6)."""
-        rest = self._rest(led, broken=True)
+        rest = self._rest(owed=led, broken=True)
         lease = rest.lease
         log.warning("group broken", job=lease.job_id, epoch=lease.epoch, reason=broken.reason)
         report = GroupLost(
@@ -108,14 +111,14 @@ class DitWorker:
         await self._bus.publish(GROUP_LOST, report, lease.job_id)
         return rest if led or self._member.held is not None else None
 
-    def _rest(self, led: bool, broken: bool) -> Rest:
+    def _rest(self, owed: bool, broken: bool) -> Rest:
         until_s = asyncio.get_running_loop().time() + self._regroup_s
-        return Rest(self._desk.current, led, broken, until_s)
+        return Rest(self._desk.current, owed, broken, until_s)
 
     async def _give_up(self, rest: Rest) -> None:
         """Nobody has asked for what was left of a job; the job goes on from its checkpoint."""
         self._member.drop()
-        if not rest.led:
+        if not rest.owed:
             return
         message = "the group fell apart and no lease came for those who are left"
         try:

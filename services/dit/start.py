@@ -51,7 +51,14 @@ class JobStarter:
             latent=latent,
             steps_done=lease.resume.step if lease.resume is not None and latent is not None else 0,
         )
-        return HeldVideo(lease.job_id, run, text, negative, request.fps, request.frames)
+        return HeldVideo(lease.job_id, request, run, text, negative)
+
+    async def decline(self, lease: Lease) -> None:
+        """Have what a lease that starts refers to forgotten where it lies: nobody will fetch it."""
+        refs = [lease.text, lease.negative, lease.resume.latent if lease.resume is not None else None]
+        for ref in refs:
+            if ref is not None:
+                await self._tensors.release(ref)
 
     async def _resumed(self, lease: Lease) -> torch.Tensor | None:
         """The checkpoint's latent; None where there is none that fits, so that the job begins again."""

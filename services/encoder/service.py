@@ -1,6 +1,7 @@
 """The encoder process: prompts in, text embeddings out, kept here until their DiT worker fetches them."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 
@@ -20,6 +21,9 @@ from services.encoder.batcher import PromptBatcher
 from services.encoder.config import EncoderSettings
 
 log = structlog.get_logger()
+
+# Who was granted a lease fetches its embeddings at once; what lies here longer belongs to no job that starts soon.
+FETCHED_WITHIN_S = 1.0
 
 
 class EncoderWorker:
@@ -41,10 +45,14 @@ class EncoderWorker:
         await self._batcher.run()
 
     async def finish(self) -> None:
-        """Nothing waits to be encoded, and everything encoded has been fetched."""
-        # Looked at, not waited for: this happens once in a process's life, and the port promises no event for it.
-        while not self._batcher.idle or self._tensors.exported_count:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        """Nothing waits to be encoded, and what was encoded has been fetched by whoever starts with it now."""
+        # Looked at, not waited for: this happens once in a process's life, and the ports promise no event for it.
+        while not self._batcher.idle:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FETCHED_WITHIN_S):
+                while self._tensors.exported_count:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
 
     async def _answer(self, request: EncodePrompt) -> PromptEncoded:
         self._refuse_too_long("prompt", request.prompt)

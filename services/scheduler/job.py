@@ -81,6 +81,18 @@ class VideoJob:
     def record(self) -> VideoRecord:
         return self._keeper.record
 
+    @property
+    def was_under_way(self) -> bool:
+        """Whether steps of it may have been done already, and none is being done now."""
+        return self._leased and not self._running
+
+    def recalled(self, step: int) -> bool:
+        """A checkpoint of ``step`` steps was found; whether that is news."""
+        if not self.was_under_way or self.checkpoint_step:
+            return False
+        self.step = self.checkpoint_step = step
+        return True
+
     def submit(self, decision: decide.Decision) -> None:
         """Queue a decision; the queue is bounded by the policy, which decides a handful per attempt."""
         self._decisions.put_nowait(decision)
@@ -110,8 +122,7 @@ class VideoJob:
                 case decide.GrantLease():
                     await self._grant_lease(decision)
                 case decide.ParkJob():
-                    self._running = False
-                    await self._workers.park(decision)
+                    self._telling = asyncio.create_task(self._park(decision), name="park")
                 case decide.StartDecoding():
                     await self._start_decoding(decision)
                 case decide.RequeueJob(reason=reason):
@@ -213,17 +224,23 @@ class VideoJob:
             self._failed(str(error), True, attempt)
 
     async def _change_lease(self, lease: Lease) -> None:
+        await self._tell_until_heard("lease not changed", lease.epoch, lambda: self._workers.grant(lease))
+
+    async def _park(self, decision: decide.ParkJob) -> None:
+        await self._tell_until_heard("not parked", decision.epoch, lambda: self._workers.park(decision))
+
+    async def _tell_until_heard(self, otherwise: str, epoch: int, tell: Callable[[], Awaitable[None]]) -> None:
         """Tell the members until all have heard. The job goes on meanwhile, and if it comes to nothing, as it was."""
         while True:
             try:
-                await self._workers.grant(lease)
+                await tell()
                 return
             except (NobodyThere, RemoteFailure) as error:
                 # One is gone, which the policy has been told; or has seen something newer, and so will the policy.
-                log.warning("lease not changed", job=lease.job_id, epoch=lease.epoch, reason=str(error))
+                log.warning(otherwise, job=self.record.job_id, epoch=epoch, reason=str(error))
                 return
             except BusError as error:
-                log.warning("lease not changed yet", job=lease.job_id, epoch=lease.epoch, reason=str(error))
+                log.warning(f"{otherwise} yet", job=self.record.job_id, epoch=epoch, reason=str(error))
             await asyncio.sleep(CHANGE_PAUSE_S)
 
     async def _resume_point(self) -> Checkpoint | None:
@@ -251,8 +268,9 @@ class VideoJob:
         ]
 
     def parked(self, step: int) -> None:
-        """The latent after ``step`` lies in the cache store."""
+        """The latent after ``step`` lies in the cache store, and nobody works on the job."""
         self.step = self.checkpoint_step = step
+        self._running = False
 
     async def _start_decoding(self, decision: decide.StartDecoding) -> None:
         await self._keeper.move(VideoState.DECODING, time.time())

@@ -51,6 +51,8 @@ log = structlog.get_logger()
 TAKE_DEADLINE_S = 2.0
 ORPHAN_CHECK_S = 10.0
 EPOCHS_PER_LIFE = 1 << 32
+# Steps of so long are told together: each report wakes broker, gateway and client, on a CPU at the steps' cost.
+STEPS_TOGETHER_S = 0.1
 
 
 class Scheduler:
@@ -80,6 +82,7 @@ class Scheduler:
         self._room = asyncio.Event()
         self._progress = ProgressReporter(policy)
         self._dirty = asyncio.Event()
+        self._steps_due: asyncio.TimerHandle | None = None
 
     async def run(self, registration: Registration, stop: asyncio.Event) -> None:
         """Serve until ``stop``; then let what runs come to its end, within the drain time."""
@@ -99,6 +102,7 @@ class Scheduler:
                 ]
                 await registration.ready()
                 await stop.wait()
+                self._tell(event.DrainRequested())
                 await registration.draining()
                 for task in intake:
                     task.cancel()
@@ -136,6 +140,13 @@ class Scheduler:
                 self._tasks.create_task(self._checkpoints.drop(happened.job_id))
         if len(self._policy.state.jobs) < self._settings.max_admitted:
             self._room.set()
+        if not isinstance(happened, event.StepFinished | event.CheckpointStored):
+            self._dirty.set()
+        elif self._steps_due is None:
+            self._steps_due = asyncio.get_running_loop().call_later(STEPS_TOGETHER_S, self._tell_steps)
+
+    def _tell_steps(self) -> None:
+        self._steps_due = None
         self._dirty.set()
 
     # --- jobs coming in -------------------------------------------------------------------------------------------
@@ -218,6 +229,14 @@ class Scheduler:
                 log.info("taking over", job=record.job_id, state=record.state)
                 await self._admit(record.job_id)
 
+    async def _look_up_steps(self) -> None:
+        """Find out how far those jobs have come that were admitted before their checkpoints could be asked for."""
+        for job_id, job in list(self._jobs.items()):
+            if job.was_under_way and not job.checkpoint_step:
+                step = await self._checkpoints.newest_step(job_id)
+                if step and job.recalled(step):
+                    self._tell(event.CheckpointStored(job_id, step))
+
     async def _adopt_orphans(self) -> None:
         """Admit jobs whose record was stored but whose place in the queue was lost with their gateway."""
         while True:
@@ -244,7 +263,6 @@ class Scheduler:
                 self._tell(event.JobCancelled(change.key))
 
     async def _drain(self) -> None:
-        self._policy.draining = True
         busy = (Phase.DENOISING, Phase.DENOISED, Phase.DECODING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_s):
@@ -263,7 +281,9 @@ class Scheduler:
             self._present[member.instance] = member.incarnation
         match change:
             case MemberJoined():
-                if member.service in (Service.ENCODER, Service.DIT, Service.VAE):
+                if member.service is Service.CACHE_STORE:
+                    self._tasks.create_task(self._look_up_steps())
+                elif member.service in (Service.ENCODER, Service.DIT, Service.VAE):
                     log.info("worker joined", instance=member.instance, slot=member.slot)
                     self._workers.meetings[member.instance] = member.meeting
                     self._tasks.create_task(self._welcome(member))
@@ -271,6 +291,7 @@ class Scheduler:
                 self._tell(event.WorkerDraining(member.instance))
             case MemberLost(reason=reason):
                 log.info("member lost", instance=member.instance, reason=reason)
+                self._workers.lost(member.instance)
                 if member.service is Service.DIT:
                     # Should it be alive after all, it lets go of what others get now, and its group hears that.
                     self._tasks.create_task(self._workers.revoke_lease(member.instance, None, self._newest_epoch()))

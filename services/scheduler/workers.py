@@ -6,7 +6,7 @@ from typing import Any
 
 import structlog
 
-from common.bus.errors import BusError, NobodyThere
+from common.bus.errors import BusError, BusUnavailable, DeadlineExceeded, NobodyThere
 from common.bus.port import Bus
 from common.messages.cluster import Ping
 from common.messages.subjects import (
@@ -31,6 +31,9 @@ ENCODE_DEADLINE_S = 60.0
 # A worker that joins a group answers when it is free, which may take the step of a job that was taken from it.
 JOIN_DEADLINE_S = 65.0
 PING_DEADLINE_S = 1.0
+# A broker that is started again takes what was asked, or the answer, with it: asked again after so long, then after
+# twice that, and so on. Workers take everything twice.
+PATIENCE_S = 2.0
 
 
 class Workers:
@@ -43,7 +46,14 @@ class Workers:
         """doubt: told of a worker that is not there."""
         self._bus = bus
         self._doubt = doubt
+        self._asked: dict[str, set[asyncio.Timeout]] = {}
         self.meetings: dict[str, str] = {}
+
+    def lost(self, instance: str) -> None:
+        """It is gone: who waits for its answer gets `NobodyThere` now, not at the deadline."""
+        now_s = asyncio.get_running_loop().time()
+        for until_lost in self._asked.pop(instance, ()):
+            until_lost.reschedule(now_s)
 
     async def encode(self, request: EncodePrompt, instance: str) -> PromptEncoded:
         return await self._ask(ENCODE_PROMPT, request, instance, ENCODE_DEADLINE_S)
@@ -82,7 +92,7 @@ class Workers:
         """
         try:
             revoke = RevokeLease(job_id=job_id, epoch=epoch)
-            await self._bus.request(REVOKE_LEASE, revoke, instance, deadline_s=CONTROL_DEADLINE_S)
+            await self._ask_until_answered(REVOKE_LEASE, revoke, instance, CONTROL_DEADLINE_S)
         except BusError as error:
             log.info("lease not revoked", instance=instance, job=job_id, reason=str(error))
 
@@ -90,7 +100,7 @@ class Workers:
         """Have a VAE worker drop the decoding of ``job_id`` (None: of any job) up to ``epoch``."""
         try:
             cancel = CancelDecoding(job_id=job_id, epoch=epoch)
-            await self._bus.request(CANCEL_DECODING, cancel, instance, deadline_s=CONTROL_DEADLINE_S)
+            await self._ask_until_answered(CANCEL_DECODING, cancel, instance, CONTROL_DEADLINE_S)
         except BusError as error:
             log.info("decoding not cancelled", instance=instance, job=job_id, reason=str(error))
 
@@ -111,11 +121,35 @@ class Workers:
         instance: str,
         deadline_s: float = CONTROL_DEADLINE_S,
     ) -> Reply:
+        until_lost = asyncio.timeout(None)
+        asked = self._asked.setdefault(instance, set())
         try:
-            return await self._bus.request(subject, request, instance, deadline_s=deadline_s)
+            async with until_lost:
+                asked.add(until_lost)
+                try:
+                    return await self._ask_until_answered(subject, request, instance, deadline_s)
+                finally:
+                    asked.discard(until_lost)
+        except TimeoutError:
+            raise NobodyThere(f"{instance} was lost while it was asked") from None
         except NobodyThere:
             self._doubt(instance)
             raise
+
+    async def _ask_until_answered(
+        self, subject: RequestSubject[Request, Reply], request: Request, instance: str, deadline_s: float
+    ) -> Reply:
+        loop = asyncio.get_running_loop()
+        ends_s = loop.time() + deadline_s
+        patience_s = PATIENCE_S
+        while True:
+            left_s = ends_s - loop.time()
+            try:
+                return await self._bus.request(subject, request, instance, deadline_s=min(patience_s, left_s))
+            except (DeadlineExceeded, BusUnavailable):
+                if left_s <= patience_s:
+                    raise
+            patience_s *= 2
 
 
 async def _together(requests: Iterable[Coroutine[Any, Any, object]]) -> None:

@@ -19,7 +19,7 @@ from compose.entrypoint import ReplicaError, filled, replica_of
 from compose.errors import ComposeError, CrashLoopError, OptionError, StartError
 from compose.interpolation import interpolate
 from compose.launch import PACKAGE_ROOT, CommandLauncher, ForkLauncher, Launch
-from compose.local import checked_port, free_port
+from compose.local import StackOptions, checked_port, free_port, stack_variables
 from compose.logs import LogFollower
 from compose.rundir import run_directory, sweep
 from compose.spec import read_stack, seconds
@@ -42,11 +42,18 @@ def test_the_shipped_file_describes_the_stack() -> None:
     assert "--port=5555" in stack.services["nats"].command
     assert stack.services["dit"].instances == ("dit-0", "dit-1")
     assert stack.services["dit"].environment["TRIPTYCH_SLOT"] == ""
+    assert stack.services["dit"].environment["TRIPTYCH_MEETING_HOST"] == "", "each container's own address"
     assert stack.services["dit"].environment["TRIPTYCH_NATS_URL"] == "nats://nats:4222"
     assert "TRIPTYCH_SLOT" not in stack.services["encoder"].environment
     assert "common.runtime.worker" in stack.services["dit"].preload
     assert stack.services["gateway"].preload == ()
     assert stack.services["cache_store"].environment["TRIPTYCH_CACHE_DIR"] == "/var/lib/cache_store"
+
+
+def test_processes_of_one_machine_meet_on_loopback(tmp_path: Path) -> None:
+    with run_directory(tmp_path) as directory:
+        stack = read_stack(stack_variables(StackOptions(), directory, 8080))
+    assert stack.services["dit"].environment["TRIPTYCH_MEETING_HOST"] == "127.0.0.1"
 
 
 def _write(folder: Path, text: str) -> Path:
@@ -186,12 +193,14 @@ def test_a_container_finds_out_which_replica_it_is(name: str, replica: tuple[str
 
 
 def test_the_entry_point_fills_in_what_is_empty() -> None:
-    given = {"TRIPTYCH_INSTANCE": "", "TRIPTYCH_SLOT": "", "OTHER": ""}
-    assert filled(given, lambda: "t-dit-3.net") == {"TRIPTYCH_INSTANCE": "dit-2", "TRIPTYCH_SLOT": "2", "OTHER": ""}
+    given = {"TRIPTYCH_INSTANCE": "", "TRIPTYCH_SLOT": "", "TRIPTYCH_MEETING_HOST": "", "OTHER": ""}
+    assert filled(given, lambda: "t-dit-3.net", lambda: "172.18.0.5") == {
+        "TRIPTYCH_INSTANCE": "dit-2", "TRIPTYCH_SLOT": "2", "TRIPTYCH_MEETING_HOST": "172.18.0.5", "OTHER": "",
+    }  # fmt: skip
     with pytest.raises(ReplicaError, match="set TRIPTYCH_INSTANCE"):
-        filled(given, lambda: "a1b2c3d4e5f6")
-    settled = {"TRIPTYCH_INSTANCE": "dit-7"}
-    assert filled(settled, lambda: "nonsense") == settled
+        filled(given, lambda: "a1b2c3d4e5f6", lambda: "172.18.0.5")
+    settled = {"TRIPTYCH_INSTANCE": "dit-7", "TRIPTYCH_MEETING_HOST": "10.0.0.1"}
+    assert filled(settled, lambda: "nonsense", lambda: "nonsense") == settled
 
 
 # --- the run directory ---------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ async def test_members_come_and_go_and_jobs_are_parked_and_taken_away(model: Pat
         await is_parked_and_resumed(stage, expected, ("dit-2",), ("dit-3",))
         await is_parked_and_resumed(stage, expected, ("dit-1", "dit-3"), ("dit-0", "dit-1", "dit-2", "dit-3"))
         await is_taken_away(stage, expected)
+        await is_taken_back_and_granted_again(stage, expected)
         assert stage.failures == [] and stage.lost == []
 
 
@@ -117,6 +118,19 @@ async def is_taken_away(stage: DenoisingStage, expected: torch.Tensor) -> None:
     latent = await stage.finished(following)
     # The step under way when the leader heard of it, and one whose report crossed the revocation.
     assert len(stage.steps[lease.epoch]) <= heard + 2
+    same(latent, expected)
+
+
+async def is_taken_back_and_granted_again(stage: DenoisingStage, expected: torch.Tensor) -> None:
+    """As a scheduler does that starts anew; its leader still has the latent, and no checkpoint is needed."""
+    lease = await stage.start_job(("dit-0", "dit-1"), REQUEST, "taken_back")
+    await some_steps(stage, lease)
+    for instance in WORKERS:
+        await stage.workers.revoke_lease(instance, None, lease.epoch)
+    again = await stage.start_job(("dit-0", "dit-2"), REQUEST, "taken_back")
+    latent = await stage.finished(again)
+    done = stage.steps[lease.epoch][-1]
+    assert stage.steps[again.epoch] == list(range(done + 1, STEPS + 1)), "no step is done again"
     same(latent, expected)
 
 

@@ -22,7 +22,7 @@ def profile(*arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
@@ -47,6 +47,17 @@ def test_the_profile_of_this_machine_is_what_the_scheduler_reads(model: Path, tm
     assert first.split()[:3] == ["32x32", "13", "64"] and second.split()[:3] == ["48x32", "13", "96"]
     assert "2 slots of cpu, all slots at work" in notes and path == str(target)
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_videos_of_a_whole_stack_are_measured_too(model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "rib.json"
+    options = ["--in-stack", "--slots", "1", "--size", "32x32", "--frames", "13", "--repeats", "2", "--warm-up", "1"]
+    done = profile("--video-model", str(model), *options, "-o", str(target))
+    assert done.returncode == 0, done.stderr
+    rib = Rib.from_json(target.read_text())
+    profiled = rib.profiles[KIND]
+    assert rib.degrees == (1,) and "1 slots of a stack, all at work" in done.stdout
+    assert all(0 < seconds < 60 for seconds in (*profiled.step_s.values(), profiled.decode_s, profiled.encode_s))
 
 
 def test_a_process_that_cannot_measure_says_why_in_one_line(model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import pytest
+
 from common.bus.nats_bus import NatsBus
 from common.messages.cache import DropTensor, FindTensor, TensorFound
 from common.messages.cluster import Service
@@ -40,7 +42,7 @@ class PlayedCacheStore:
     async def find(self, request: FindTensor) -> TensorFound:
         self.asked.append(request)
         if self.silent:
-            await asyncio.sleep(WAIT_S)
+            await asyncio.sleep(10 * WAIT_S)
         step = self.steps.get(request.key)
         ref = LATENT if step is not None and request.uses else None
         return TensorFound(key=request.key, tensor_version=step, tensor=ref)
@@ -127,8 +129,7 @@ async def test_a_silent_cache_store_costs_a_moment_and_no_job(nats_server: NatsS
         lease = await play.dit.next_lease()
         await checkpoint(play, store, lease, 1)
         await play.dit.fail(lease, "tensor_not_fetched", retryable=True)
-        async with asyncio.timeout(5.0):
-            again = await play.dit.leases.get()
+        again = await play.dit.next_lease()
         assert again.resume is None
         # It begins again, and says so.
         await heard.until(lambda last: (last.state, last.step) == (VideoState.DENOISING, 0))
@@ -137,7 +138,10 @@ async def test_a_silent_cache_store_costs_a_moment_and_no_job(nats_server: NatsS
         await play.reaches("video_a", VideoState.COMPLETED)
 
 
-async def test_a_cache_store_that_is_being_started_again_is_waited_for(nats_server: NatsServer) -> None:
+async def test_a_cache_store_that_is_being_started_again_is_waited_for(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.scheduler.checkpoints.RESTART_S", 10 * WAIT_S)
     url = nats_server.url
     async with stage(url) as play:
         async with cache_store(url) as store:
@@ -172,6 +176,29 @@ async def test_a_new_scheduler_knows_how_far_a_job_has_come(nats_server: NatsSer
         await heard.until(lambda last: last.step == 2)
         assert {progress.step for progress in heard.all} == {1, 2}
         assert store.dropped == []
+
+
+async def test_how_far_a_job_has_come_is_known_as_soon_as_the_cache_store_is_back(nats_server: NatsServer) -> None:
+    """The whole stack was started again, and the scheduler was there first."""
+    url = nats_server.url
+    async with stage(url) as play:
+        async with cache_store(url) as store:
+            await play.submit("video_a")
+            lease = await play.dit.next_lease()
+            await play.dit.do_step(lease, 1)
+            await checkpoint(play, store, lease, 1)
+        await play.scheduler.kill()
+        await play.dit.leave()
+        heard = Heard()
+        await play.bus.subscribe(VIDEO_PROGRESS, heard)
+        play.scheduler.start()
+        await heard.until(lambda last: last.step == 0)
+        settings = ServiceSettings(nats_url=url, instance="cache_store-0", heartbeat_s=0.1)
+        async with cache_store(url) as store, Registration(play.bus, settings, Service.CACHE_STORE) as registration:
+            store.steps[checkpoint_key("video_a")] = 1
+            await registration.ready()
+            await heard.until(lambda last: last.step == 1)
+            assert heard.all[-1].degree_of_parallelism == 0, "nobody works on it yet"
 
 
 async def test_a_cancelled_jobs_checkpoint_is_dropped(nats_server: NatsServer) -> None:

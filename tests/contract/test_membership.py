@@ -79,6 +79,21 @@ async def test_silence_is_a_loss_and_a_life_sign_brings_the_member_back(nats_ser
         await registration.__aexit__(None, None, None)
 
 
+async def test_while_there_is_no_broker_nobodys_silence_counts(nats_server: NatsServer) -> None:
+    async with (
+        watching(nats_server.url, timeout_s=3.0) as watcher,
+        await NatsBus.connect(nats_server.url, name="dit-0") as bus,
+        Registration(bus, settings(nats_server.url), Service.DIT) as registration,
+    ):
+        await registration.ready()
+        assert isinstance(await watcher.next(), MemberJoined)
+        await nats_server.kill()
+        await asyncio.sleep(3.5)
+        await nats_server.start()
+        await registration.draining()
+        assert isinstance(await watcher.next(), MemberDraining), "the first news since it joined"
+
+
 async def test_another_life_under_the_same_name_is_a_loss_at_once(nats_server: NatsServer) -> None:
     async with (
         watching(nats_server.url, timeout_s=60.0) as watcher,

@@ -2,26 +2,23 @@
 
 import asyncio
 import contextlib
-import os
-import signal
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from common.bus.errors import KeyMissing
 from common.bus.nats_bus import NatsBus
-from common.messages.cluster import MemberState
+from common.messages.cluster import Member
 from common.messages.failures import Acknowledged
 from common.messages.subjects import (
     CHECKPOINT_STORED,
     DENOISING_FINISHED,
     GROUP_LOST,
     JOB_PARKED,
-    MEMBERS,
     PARK_JOB,
     PHASE_FAILED,
     REVOKE_LEASE,
@@ -42,20 +39,17 @@ from common.messages.video import (
     VideoRequest,
 )
 from common.tensors.ucx import UcxTensors
-from compose.launch import ForkLauncher, Launch, Running
 from services.scheduler.checkpoints import Checkpoints
 from services.scheduler.workers import Workers
 from tests.support.nats_server import NatsServer, running_nats_server
-
-WAIT_S = 60.0
-_PRELOAD = ("common.runtime.worker", "common.models.opensora.pipeline")
+from tests.support.processes import WAIT_S, Processes
 
 
-class DenoisingStage:
+class DenoisingStage(Processes):
     """Starts, kills and asks the processes, and hears what they report."""
 
     def __init__(self, server: NatsServer, bus: NatsBus, tensors: UcxTensors, model: Path, folder: Path) -> None:
-        self.bus = bus
+        super().__init__(server, bus, model, folder)
         self.tensors = tensors
         self.checkpoints = Checkpoints(bus, lambda: False)
         self.workers = Workers(bus, lambda instance: None)
@@ -67,57 +61,14 @@ class DenoisingStage:
         self.stored: dict[str, list[int]] = defaultdict(list)
         self.latents: asyncio.Queue[DenoisingFinished] = asyncio.Queue(100)
         self.failures: list[PhaseFailed] = []
-        self._folder = folder
-        self._environment = os.environ | {
-            "TRIPTYCH_NATS_URL": server.url,
-            "TRIPTYCH_VIDEO_MODEL": str(model),
-            "TRIPTYCH_CACHE_DIR": str(folder / "cache"),
-            "OMP_NUM_THREADS": "1",
-        }
-        self._launcher = ForkLauncher(self._environment, _PRELOAD, folder / "forkserver.log")
-        self._running: dict[str, Running] = {}
         self._epoch = int(time.time() * 1000)
         self._news = asyncio.Event()
 
-    # --- processes ------------------------------------------------------------------------------------------------
-
-    async def start(self, instance: str, **settings: str) -> None:
-        """Start a process, unless it runs; it is not waited for."""
-        running = self._running.get(instance)
-        if running is not None and not running.ended.done():
-            return
-        service, _, slot = instance.rpartition("-")
-        environment = self._environment | {"TRIPTYCH_INSTANCE": instance, "TRIPTYCH_SLOT": slot} | settings
-        command = ("python", "-m", f"services.{service}")
-        launch = Launch(instance, command, environment, self.log(instance), _PRELOAD)
-        self._running[instance] = await self._launcher.launch(launch)
-
-    async def ready(self, *instances: str) -> None:
-        """Return once the newest life of each takes work."""
-        async with asyncio.timeout(WAIT_S):
-            for instance in instances:
-                while not await self._is_ready(instance):  # noqa: ASYNC110 - asked once and again, briefly
-                    await asyncio.sleep(0.02)
-
-    async def _is_ready(self, instance: str) -> bool:
-        with contextlib.suppress(KeyMissing):
-            member = (await self.bus.get(MEMBERS, instance)).value
-            self.workers.meetings[instance] = member.meeting
-            return member.pid == self._running[instance].pid and member.state is MemberState.READY
-        return False
-
-    async def kill(self, instance: str) -> None:
-        self._running[instance].signal(signal.SIGKILL)
-        await asyncio.wait_for(asyncio.shield(self._running[instance].ended), WAIT_S)
-
-    def signal(self, instance: str, number: signal.Signals) -> None:
-        self._running[instance].signal(number)
-
-    async def ended(self, instance: str) -> int:
-        return await asyncio.wait_for(asyncio.shield(self._running[instance].ended), WAIT_S)
-
-    def log(self, instance: str) -> Path:
-        return self._folder / f"{instance}.log"
+    async def ready(self, *instances: str) -> dict[str, Member]:
+        """Return once the newest life of each takes work; where its groups meet is known then."""
+        members = await super().ready(*instances)
+        self.workers.meetings |= {instance: member.meeting for instance, member in members.items()}
+        return members
 
     # --- the scheduler's part -------------------------------------------------------------------------------------
 
@@ -155,10 +106,11 @@ class DenoisingStage:
 
     async def park(self, lease: Lease) -> JobParked:
         """Have a job parked; its report."""
+        before = len(self.parked)
         await self.bus.request(
             PARK_JOB, ParkJob(job_id=lease.job_id, epoch=lease.epoch), lease.leader, deadline_s=WAIT_S
         )
-        await self.until(lambda: any(report.job_id == lease.job_id for report in self.parked))
+        await self.until(lambda: len(self.parked) > before)
         return self.parked[-1]
 
     async def revoke(self, lease: Lease) -> None:
@@ -178,10 +130,10 @@ class DenoisingStage:
             if report.epoch == lease.epoch:
                 return await self.tensors.fetch(report.latent, deadline_s=WAIT_S)
 
-    def longest_pause_s(self, lease: Lease) -> float:
-        """The longest time between the end of a step and the start of the next."""
+    def median_pause_s(self, lease: Lease) -> float:
+        """The median time between the end of a step and the start of the next."""
         reports = self._reports[lease.epoch]
-        return max(later.started_at_s - sooner.ended_at_s for sooner, later in pairwise(reports))
+        return median(later.started_at_s - sooner.ended_at_s for sooner, later in pairwise(reports))
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Return once ``holds`` does, looking whenever something was reported."""
@@ -200,15 +152,10 @@ class DenoisingStage:
             await self.bus.subscribe(STEP_FINISHED, self._stepped),
             await self.bus.subscribe(CHECKPOINT_STORED, self._checkpointed),
         ]
-        self._launcher.start()
         try:
-            yield
+            async with self.running():
+                yield
         finally:
-            for running in self._running.values():
-                running.signal(signal.SIGKILL)
-            for running in self._running.values():
-                await running.ended
-            await self._launcher.close()
             for subscription in subscriptions:
                 await subscription.stop()
 

@@ -106,11 +106,11 @@ class Stack:
 
 @contextlib.contextmanager
 def running_stack(*options: str) -> Iterator[Stack]:
-    """``triptych up`` on a free port while the block runs."""
+    """``triptych up`` on a free port while the block runs, with a checkpoint after each step."""
     process = subprocess.Popen(
         [sys.executable, "-m", "compose.cli", "up", "--port", "0", "--video-model", VIDEO_MODEL, *options],
         cwd=PACKAGE_ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRIPTYCH_CHECKPOINT_STEPS": "1"},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 from common.bus.nats_bus import NatsBus
 from common.bus.port import Bus, Subscription
+from common.messages.base import Message
 from common.messages.cluster import Ping, Service
 from common.messages.failures import Acknowledged, Failure, Stage
 from common.messages.subjects import (
@@ -65,6 +66,7 @@ class PlayedWorker:
         self.decodings: asyncio.Queue[DecodeVideo] = asyncio.Queue(100)
         self.cancelled: asyncio.Queue[CancelDecoding] = asyncio.Queue(100)
         self.encoded: list[str] = []
+        self._asked: list[Message] = []
         # Cleared by a test, this worker is busy: it answers to no lease before it is set again.
         self.free = asyncio.Event()
         self.free.set()
@@ -108,13 +110,21 @@ class PlayedWorker:
         now_s = time.time()
         return PromptEncoded(job_id=request.job_id, text=self.ref(1), started_at_s=now_s, ended_at_s=now_s)
 
+    def _is_new(self, request: Message) -> bool:
+        """What the scheduler asks again, because no answer has come yet, is one thing to do."""
+        new = request not in self._asked
+        self._asked.append(request)
+        return new
+
     async def _lease(self, lease: Lease) -> Acknowledged:
-        self.leases.put_nowait(lease)
+        if self._is_new(lease):
+            self.leases.put_nowait(lease)
         await asyncio.wait_for(self.free.wait(), WAIT_S)
         return Acknowledged()
 
     async def _park(self, request: ParkJob) -> Acknowledged:
-        self.parks.put_nowait(request)
+        if self._is_new(request):
+            self.parks.put_nowait(request)
         return Acknowledged()
 
     async def _pinged(self, _: Ping) -> Acknowledged:
@@ -123,16 +133,17 @@ class PlayedWorker:
     async def _revoke(self, request: RevokeLease) -> Acknowledged:
         if request.job_id is None:
             self.welcomed.set()
-        else:
+        elif self._is_new(request):
             self.revoked.put_nowait(request)
         return Acknowledged()
 
     async def _decode(self, work: DecodeVideo) -> Acknowledged:
-        self.decodings.put_nowait(work)
+        if self._is_new(work):
+            self.decodings.put_nowait(work)
         return Acknowledged()
 
     async def _cancel(self, request: CancelDecoding) -> Acknowledged:
-        if request.job_id is not None:
+        if request.job_id is not None and self._is_new(request):
             self.cancelled.put_nowait(request)
         return Acknowledged()
 

@@ -27,3 +27,7 @@ def test_policies_run_on_the_live_stack_and_in_the_simulator(
     assert [(parity["policy"], parity["measure"]) for parity in result["parity"]] == [
         ("sdop:1", "mean"), ("sdop:1", "p99"),
     ]  # fmt: skip
+    # One round more, by the setting of the first.
+    assert main(["bench", "ddit-live", "--continue", str(out), "--rounds", "1", "--json", str(out)]) == 0
+    assert "2 rounds, 1 of them from before" in capsys.readouterr().out
+    assert [run["seed"] for run in json.loads(out.read_text())["runs"]] == [0, 1]

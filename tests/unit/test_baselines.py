@@ -164,6 +164,26 @@ def test_a_job_that_ends_before_it_is_parked_is_decoded() -> None:
     assert list(leases(policy.handle(event.DecodingFinished("long", epoch), 1.5))) == ["short"]
 
 
+@pytest.mark.parametrize("name", ["srtf", "elastic"])
+def test_those_left_of_a_group_that_was_to_be_parked_go_on(name: str) -> None:
+    policy = cluster(make_policy(name), 4)
+    arrive(policy, "long", LARGE, 0.0)
+    job = policy.state.jobs["long"]
+    policy.handle(event.StepFinished("long", job.epoch, 1), 0.3)
+    park = policy.park_job(job, "for the test")
+    (grant, *_) = policy.handle(event.WorkerLost("dit-0"), 0.5)
+    assert isinstance(grant, decide.GrantLease) and (grant.leader, grant.from_step) == ("dit-1", 1)
+    assert (job.phase, job.parking, job.attempt) == (Phase.DENOISING, False, 1)
+    # The lost one had parked it after all: the heirs' step, if there was one, is done again.
+    decisions = policy.handle(event.JobParked("long", park.epoch, 2), 0.6)
+    assert isinstance(decisions[0], decide.RevokeLease) and decisions[0].members == grant.members
+    again = [one for one in decisions if isinstance(one, decide.GrantLease)]
+    assert [(one.job_id, one.from_step) for one in again] == [("long", 2)]
+    policy.handle(event.DenoisingFinished("long", again[0].epoch), 9.0)
+    policy.handle(event.DecodingFinished("long", again[0].epoch), 9.5)
+    assert policy.state.jobs == {} and policy.state.placement.free_count == 3
+
+
 @pytest.mark.parametrize("name", ["ddit", "srtf", "elastic", "fifo", "sdop:1", "dpci"])
 def test_a_higher_priority_goes_first_whatever_the_policy(name: str) -> None:
     policy = cluster(make_policy(name), 1)

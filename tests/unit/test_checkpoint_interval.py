@@ -27,6 +27,15 @@ def test_no_smaller_interval_would_do(copy_s: float, step_s: float) -> None:
     assert interval.every == 1 or copy_s > COST_SHARE * (interval.every - 1) * step_s * (1 - 1e-8)
 
 
+@pytest.mark.parametrize(("store_cost_s", "step_s", "every"), [(0.0, 0.02, 1), (0.01, 0.02, 10), (0.01, 0.5, 1)])
+def test_what_a_store_takes_from_the_steps_is_at_most_a_twentieth(
+    store_cost_s: float, step_s: float, every: int
+) -> None:
+    interval = CheckpointInterval(0.0, store_s=0.01, store_cost_s=store_cost_s)
+    interval.step_took(step_s)
+    assert interval.every == every
+
+
 def test_every_so_many_steps_one_is_due() -> None:
     interval = CheckpointInterval(copy_s=0.003)
     due = [step for step in range(1, 13) if interval.step_took(0.1)]

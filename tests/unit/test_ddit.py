@@ -248,6 +248,23 @@ def test_those_left_of_a_group_go_on_when_a_member_is_lost() -> None:
     assert policy.state.jobs["large"].step == 3
 
 
+def test_a_master_lost_while_its_group_grows_is_followed_by_one_that_has_the_latent() -> None:
+    policy = cluster(Ddit(), 4)
+    arrive(policy, "middle", MIDDLE)
+    arrive(policy, "large", LARGE)
+    step(policy, "large", 1)
+    denoise(policy, "middle")
+    decode(policy, "middle")
+    job = policy.state.jobs["large"]
+    assert (job.active, job.lease) == ((2, 3), (2, 0, 1, 3))
+    # The report of its last step on two slots; those who join are called now.
+    policy.handle(event.StepFinished("large", job.settled_epoch, 2, next_epoch=job.epoch), 12.0)
+    assert (job.active, job.holders) == ((2, 0, 1, 3), (2, 3))
+    (grant,) = policy.handle(event.WorkerLost("dit-2"), 13.0)
+    assert isinstance(grant, decide.GrantLease)
+    assert (grant.slots, grant.leader) == ((3, 0), "dit-3")
+
+
 def test_a_group_that_has_not_done_a_step_starts_again_when_a_member_is_lost() -> None:
     policy = cluster(Ddit(), 4)
     arrive(policy, "large", LARGE)

@@ -174,7 +174,7 @@ def test_a_failure_that_repeats_ends_the_job() -> None:
         decisions = policy.handle(event.AttemptFailed("a", attempt, "boom", retryable=True), 2.0)
         assert kinds(decisions) == ["RequeueJob", "StartEncoding"]
     (end,) = policy.handle(event.AttemptFailed("a", MAX_ATTEMPTS, "boom", retryable=True), 3.0)
-    assert isinstance(end, decide.FailJob) and "attempt 5 of 5" in end.reason
+    assert isinstance(end, decide.FailJob) and "5 attempts without progress" in end.reason
 
 
 def test_a_final_failure_ends_the_job_at_once_and_attempts_before_a_restart_count() -> None:
@@ -185,10 +185,23 @@ def test_a_final_failure_ends_the_job_at_once_and_attempts_before_a_restart_coun
     assert kinds(policy.handle(event.AttemptFailed("b", MAX_ATTEMPTS, "boom", retryable=True), 4.0)) == ["FailJob"]
 
 
+def test_only_attempts_that_come_to_nothing_are_counted() -> None:
+    policy = cluster(slots=1)
+    policy.handle(event.JobArrived("a", 1.0, 64, 64, 16, 20, attempt=0), 1.0)
+    for attempt in range(1, 2 * MAX_ATTEMPTS):
+        policy.handle(event.PromptEncoded("a", attempt), 2.0)
+        policy.handle(event.CheckpointStored("a", attempt), 3.0)
+        assert "FailJob" not in kinds(policy.handle(event.AttemptFailed("a", attempt, "boom", retryable=True), 4.0))
+    for attempt in range(2 * MAX_ATTEMPTS, 3 * MAX_ATTEMPTS):
+        assert policy.state.jobs["a"].attempt == attempt
+        decisions = policy.handle(event.AttemptFailed("a", attempt, "boom", retryable=True), 5.0)
+    assert kinds(decisions)[-1] == "FailJob"
+
+
 def test_while_draining_nothing_new_starts_and_what_runs_is_decoded() -> None:
     policy = cluster(slots=2)
     grant = start(policy, "a", 1.0)
-    policy.draining = True
+    assert policy.handle(event.DrainRequested(), 1.5) == []
     assert arrive(policy, "b", 2.0) == []
     assert kinds(policy.handle(event.DenoisingFinished("a", grant.epoch), 3.0)) == ["StartDecoding"]
 

@@ -113,6 +113,13 @@ def test_after_a_break_only_a_lease_that_heals_will_do() -> None:
     healing = change(3, "w0")
     book.grant(healing)
     assert book.waiting(lease) == healing
+    book = LeaseBook("w1")
+    book.grant(lease)
+    book.begin(lease)
+    # The leader died on its way to a wider group, with some that were to join it.
+    joined = change(3, "w1", "w2")
+    book.grant(joined)
+    assert book.waiting(lease) == joined
     book = leading(lease)
     anew = start(4, "w0", "w1")
     book.grant(anew)
@@ -153,5 +160,8 @@ def test_a_lease_that_comes_twice_changes_nothing_and_an_old_one_is_refused() ->
     book.grant(lease)
     book.grant(lease)
     assert book.waiting() == lease
+    book.begin(lease)
+    book.grant(lease)
+    assert book.waiting() is None, "its answer was lost, and it is at work under it"
     with pytest.raises(StaleEpoch):
         book.grant(start(4, "w0"))

@@ -1,13 +1,16 @@
 """``loadgen bench ddit-live`` without its stack: ratios, verdicts, parity, and one clear line for mistakes."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from common.policies.rib import KindProfile, Rib, VideoKind
 from loadgen.__main__ import benchmarks, main
-from loadgen.bench.ddit_live import _turn
 from loadgen.bench.parity import Parity, parities, simulated
 from loadgen.bench.rounds import Ratio, Readings, comparison, lines, spread
+from loadgen.bench.series import Series, WrongSeries, read_series
 from loadgen.workloads import Workload
 
 KIND = VideoKind(64, 64, 16)
@@ -62,10 +65,36 @@ def test_the_lines_compare_each_with_each_and_with_the_better_static_choice() ->
 
 
 def test_everybody_begins_once() -> None:
-    policies = ("a", "b", "c")
-    assert [_turn(policies, number) for number in range(4)] == [
+    series = Series(("a", "b", "c"), RIB, "", 2, 10, 4, 0.6, "even", 7)
+    assert [series.turn(number) for number in range(4)] == [
         ["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"],
     ]  # fmt: skip
+
+
+def test_a_series_goes_on_where_it_ended(tmp_path: Path) -> None:
+    series = Series(("ddit", "sdop:1"), RIB, "", 2, 10, 2, 0.6, "even", 7)
+    rounds = {"ddit": [[1.0, 2.0]], "sdop:1": [[3.0, 4.0]]}
+    runs = [
+        {"policy": policy, "seed": 7 + number, "latencies_s": latencies}
+        for policy, all_of_it in rounds.items()
+        for number, latencies in enumerate(all_of_it)
+    ]
+    file = tmp_path / "out.json"
+    file.write_text(json.dumps({"series": series.as_dict(), "runs": runs}))
+    again, readings = read_series(file)
+    assert (again, readings.rounds, readings.count) == (series, rounds, 1)
+    more = readings.with_round({"ddit": [5.0], "sdop:1": [6.0]})
+    assert more.rounds == {"ddit": [[1.0, 2.0], [5.0]], "sdop:1": [[3.0, 4.0], [6.0]]} and readings.count == 1
+    first, second = series.workload(0), again.workload(1)
+    assert len(first) == len(second) == 2 and list(first.arrival_s) != list(second.arrival_s)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"series": {"rib": {}}, "runs": []}'])
+def test_a_file_that_is_no_series_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "out.json"
+    file.write_text(content)
+    with pytest.raises(WrongSeries, match="was not written by ddit-live --json"):
+        read_series(file)
 
 
 def test_the_simulator_answers_for_the_same_requests() -> None:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from common.messages.video import TimelineSpan, VideoTimeline
 from common.policies.rib import DegreeRule, Rib, VideoKind, paper_rib
 from compose.cli import main
 from compose.errors import OptionError
+from compose.profiling.in_stack import readings_of
 from compose.profiling.plan import ProfileOptions, degrees_of, make_plan, slots_of, teams_of
 from compose.profiling.table import milliseconds, table
 
@@ -33,6 +35,8 @@ def test_only_what_was_asked_for_is_measured() -> None:
         (["--warm-up", "-1"], "--warm-up -1: give 0 or more"),
         (["--threads", "0"], "--threads 0: give 1 or more"),
         (["--threshold", "1.5"], "--threshold 1.5: give a share of the step time between 0 and 1"),
+        (["--in-stack", "--alone"], "--in-stack measures what triptych up starts"),
+        (["--in-stack", "--threads", "2"], "--in-stack measures what triptych up starts"),
         (["--size", "65x65"], "--size 65x65: triptych-demo makes 64x64, 96x64, 64x96, 128x128"),
         (["--frames", "17"], "--frames 17: triptych-demo makes 16, 32"),
         (["--video-model", "./nowhere"], "--video-model ./nowhere: no such folder"),
@@ -96,3 +100,25 @@ def test_milliseconds_have_three_digits() -> None:
     assert [milliseconds(value) for value in (0.0012345, 0.012345, 0.12345, 12.345)] == [
         "1.23 ms", "12.3 ms", "123 ms", "12345 ms",
     ]  # fmt: skip
+
+
+def test_a_finished_video_shows_what_its_steps_and_the_rest_of_it_took() -> None:
+    def span(
+        phase: str, started_at_s: float, ended_at_s: float, step: int | None = None, slot: int = 0
+    ) -> TimelineSpan:
+        return TimelineSpan(
+            instance="x",
+            slot=slot,
+            phase=phase,
+            step=step,
+            degree_of_parallelism=2,
+            started_at_s=started_at_s,
+            ended_at_s=ended_at_s,
+        )
+
+    steps = [span("step", 10.5 + step, 11.25 + step, step, slot) for step in (1, 2, 3) for slot in (0, 1)]
+    spans = (span("encode", 10.25, 10.5), *steps, span("decode", 14.5, 16.25))
+    readings = readings_of(VideoTimeline(job_id="video", spans=spans), asked_at_s=10.0, heard_at_s=16.5)
+    assert readings.step_s == (1.0, 1.0)
+    # From the last step's end at 14.25; before the first step 1.5 s, and a quarter after the file was stored.
+    assert (readings.decode_s, readings.rest_s) == (2.0, 1.75)

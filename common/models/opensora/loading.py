@@ -60,6 +60,15 @@ def save_vae(model: OpenSoraVAE, folder: Path, dtype: torch.dtype | None = None)
     _save(model, model.config.to_dict(), folder, dtype)
 
 
+def cast_weights(model: Model, dtype: torch.dtype) -> Model:
+    """Give a model its weights in `dtype`, in place, as far as loading it would."""
+    with torch.no_grad():
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            if value.is_floating_point():
+                value.data = value.data.to(_stored_type(name, dtype))
+    return model
+
+
 def fetch(location: str | Path, config_only: bool = False) -> Path:
     """The local folder of a model part: itself, or a hub repository's files, downloaded once."""
     folder = Path(location)
@@ -103,11 +112,14 @@ def _load(
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"{file}: not a readable safetensors file ({error})") from error
         for name, value in part.items():
-            cast = value.is_floating_point()
-            weights[name] = value.to(torch.float32 if name in _KEEP_FLOAT32 else dtype) if cast else value
+            weights[name] = value.to(_stored_type(name, dtype)) if value.is_floating_point() else value
     _check_keys(folder, model.state_dict(), weights)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
+
+
+def _stored_type(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if name in _KEEP_FLOAT32 else dtype
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -260,7 +260,11 @@ class STDiT3(nn.Module):
     def conditions(self, timestep: Tensor, fps: Tensor | float, frame_mask: Tensor | None = None) -> StepConditions:
         """Timesteps [B] and frame rate as the blocks want them."""
         batch = timestep.shape[0]
-        rate = torch.as_tensor(fps, dtype=torch.float32, device=timestep.device).reshape(-1)
+        if isinstance(fps, Tensor):
+            rate = fps.to(timestep.device, torch.float32).reshape(-1)
+        else:
+            # Written by the device itself: a number that is copied there waits for all that is queued.
+            rate = torch.full((1,), fps, dtype=torch.float32, device=timestep.device)
         rate_embedding = self.fps_embedder(rate)
         rate_embedding = rate_embedding.repeat(batch // rate.shape[0], 1)
         embedding = self.t_embedder(timestep) + rate_embedding

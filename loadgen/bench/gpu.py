@@ -1,0 +1,212 @@
+"""Open-Sora 1.2 at its published size on one GPU: time, memory and share of the matrix rate, step and decoding.
+
+Weights are random and nothing is fetched. For each size it measures one guided step and the decoding of one video, as
+the models are and compiled. What the card could do at best is measured in the same run, by products of large matrices.
+``--device cpu --tiny`` takes the same way in seconds; its figures say nothing.
+"""
+
+import argparse
+import contextlib
+import gc
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch._inductor.utils import fresh_cache
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from loadgen.gpu.measure import Failed, Reading, measure
+from loadgen.gpu.rates import data_sheet_flops, matrix_flops
+from loadgen.gpu.setups import (
+    PUBLISHED,
+    TINY,
+    Decoding,
+    GuidedStep,
+    Setup,
+    compile_transformer,
+    compile_vae,
+    random_transformer,
+    random_vae,
+)
+from loadgen.gpu.table import Decode, Rates, Step
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_ATTENTION = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+class WrongArgument(ValueError):
+    """An argument that makes no sense here; the message says what to change."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's own options."""
+    parser.add_argument("--size", nargs="+", metavar="NAME", help=f"of {', '.join(PUBLISHED.sizes)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="readings of each (default %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="calls before them (default %(default)s)")
+    parser.add_argument("--device", default="cuda", metavar="NAME", help="(default %(default)s)")
+    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the weights (default %(default)s)")
+    parser.add_argument("--attention", choices=("auto", *_ATTENTION), default="auto", help="torch's kernel to prefer")
+    parser.add_argument("--not-compiled", action="store_true", help="leave the compiled half out")
+    parser.add_argument("--backend", metavar="NAME", help="what compiles (default inductor; on a CPU aot_eager)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny likeness instead of the published size")
+
+
+def run(options: argparse.Namespace) -> dict[str, object]:
+    """Measure, print line by line, and return what ``--json`` writes."""
+    try:
+        bench = _Bench.of(options)
+    except WrongArgument as error:
+        raise SystemExit(f"loadgen bench gpu: {error}") from None
+    torch.manual_seed(1)
+    with _preferring(options.attention):
+        return bench.run()
+
+
+@dataclass(frozen=True)
+class _Bench:
+    setup: Setup
+    sizes: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+    warm_up: int
+    repeats: int
+    attention: str
+    backend: str | None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "_Bench":
+        """Raises WrongArgument."""
+        setup = TINY if options.tiny else PUBLISHED
+        for name, least in (("repeats", 1), ("warm_up", 0)):
+            if getattr(options, name) < least:
+                raise WrongArgument(f"--{name.replace('_', '-')} {getattr(options, name)}: give {least} or more")
+        for size in options.size or ():
+            if size not in setup.sizes:
+                raise WrongArgument(f"--size {size}: give some of {', '.join(setup.sizes)}")
+        device = _device(options.device)
+        # What inductor makes for a CPU takes minutes of a C++ compiler.
+        backend = options.backend or ("aot_eager" if device.type == "cpu" else "inductor")
+        if backend not in torch.compiler.list_backends(exclude_tags=()):
+            raise WrongArgument(f"--backend {backend}: give one of {', '.join(torch.compiler.list_backends())}")
+        return cls(
+            setup=setup,
+            sizes=tuple(dict.fromkeys(options.size or setup.sizes)),
+            device=device,
+            dtype=_DTYPES[options.dtype],
+            warm_up=options.warm_up,
+            repeats=options.repeats,
+            attention=options.attention,
+            backend=None if options.not_compiled else backend,
+        )
+
+    @property
+    def card(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU ({platform.machine()})"
+
+    def run(self) -> dict[str, object]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        print(f"{self.setup.name}, {dtype}, {self.attention} attention, on {self.card}, torch {torch.__version__}")
+        rates = Rates(
+            matrix_flops(self.device, self.dtype, self.warm_up, self.repeats),
+            data_sheet_flops(self.card) if self.dtype is torch.bfloat16 else None,
+        )
+        print(rates.text())
+        print(f"\none guided step of {self.setup.frames} frames, {self.setup.text_tokens} text tokens\n{Step.HEAD}")
+        steps = list(self._steps(rates))
+        print(f"\none video decoded\n{Decode.HEAD}")
+        decodes = list(self._decodes())
+        return {
+            "benchmark": "gpu",
+            "environment": {
+                "device": self.card,
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "dtype": dtype,
+                "attention": self.attention,
+                "backend": self.backend,
+                "model": self.setup.name,
+                "text_tokens": self.setup.text_tokens,
+                "matrix_flops_per_s": vars(rates),
+            },
+            "runs": [*(step.as_dict() for step in steps), *(decode.as_dict() for decode in decodes)],
+        }
+
+    def _steps(self, rates: Rates) -> Iterator[Step]:
+        model = random_transformer(self.setup, self.device, self.dtype)
+        readings = self._both_ways(
+            lambda size: GuidedStep(self.setup, size, model, self.device),
+            lambda backend: compile_transformer(model, backend),
+        )
+        for size, compiled, outcome in readings:
+            step = Step(self.setup, size, compiled, outcome, rates)
+            print(step.line(), flush=True)
+            yield step
+
+    def _decodes(self) -> Iterator[Decode]:
+        vae = random_vae(self.setup, self.device, self.dtype)
+        readings = self._both_ways(
+            lambda size: Decoding(self.setup, size, vae, self.device), lambda backend: compile_vae(vae, backend)
+        )
+        for size, compiled, outcome in readings:
+            decode = Decode(self.setup, size, compiled, outcome)
+            print(decode.line(), flush=True)
+            yield decode
+
+    def _both_ways(
+        self, make: Callable[[str], Callable[[], object]], compile_model: Callable[[str], None]
+    ) -> Iterator[tuple[str, bool, Reading | Failed]]:
+        """Every size as the model is, then compiled."""
+        for size in self.sizes:
+            yield size, False, self._measured(make, size)
+        if self.backend is None:
+            return
+        compile_model(self.backend)
+        for size in self.sizes:
+            # For this size alone, with nothing kept of what was compiled before: what compiling costs is a figure too.
+            torch.compiler.reset()
+            with fresh_cache():
+                yield size, True, self._measured(make, size)
+        # What was compiled holds on to weights, which would count as memory of what is measured next.
+        torch.compiler.reset()
+
+    def _measured(self, make: Callable[[str], Callable[[], object]], size: str) -> Reading | Failed:
+        if self.device.type == "cuda":
+            # Nothing that is left of the size before shall count as this one's memory.
+            gc.collect()
+            torch.cuda.empty_cache()
+        return measure(make(size), self.device, self.warm_up, self.repeats)
+
+
+def _device(name: str) -> torch.device:
+    """Raises WrongArgument."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise WrongArgument(f"--device {name}: give cuda, cuda:1, ... or cpu") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise WrongArgument(f"--device {name}: give cuda, cuda:1, ... or cpu")
+    if not torch.cuda.is_available():
+        raise WrongArgument(
+            "torch sees no GPU here, so that nothing was measured; on a machine with one, install a torch that is "
+            "built for it (--device cpu --tiny takes the same way on a CPU)"
+        )
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise WrongArgument(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
+    torch.cuda.set_device(device)
+    return device
+
+
+def _preferring(attention: str) -> contextlib.AbstractContextManager[object]:
+    """That kernel wherever it fits, another elsewhere: none but the last two takes the heads of the autoencoder."""
+    if attention == "auto":
+        return contextlib.nullcontext()
+    others = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    chosen = _ATTENTION[attention]
+    return sdpa_kernel([chosen, *(other for other in others if other is not chosen)], set_priority=True)
