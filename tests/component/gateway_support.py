@@ -114,7 +114,7 @@ class Stack:
         await self.bus.publish(VIDEO_PROGRESS, progress, job_id)
 
     async def complete(self, job_id: str, data: bytes) -> VideoRecord:
-        """Carry the job from the queue to its end with ``data`` as its file."""
+        """Carry the job from the queue to its end with ``data`` as its file, until the gateway has heard of it."""
         await self.move(job_id, VideoState.ENCODING, VideoState.DENOISING, VideoState.DECODING)
         stored = await self.bus.put_object(VIDEO_FILES, f"{job_id}/1.mp4", data)
         span = TimelineSpan(
@@ -128,7 +128,14 @@ class Stack:
         )
         await self.bus.put(VIDEO_TIMELINES, job_id, VideoTimeline(job_id=job_id, spans=(span,)))
         file = VideoFile(object_name=stored.name, size_bytes=stored.size_bytes, sha256=stored.sha256)
-        return await self.move(job_id, VideoState.COMPLETED, file=file)
+        record = await self.move(job_id, VideoState.COMPLETED, file=file)
+        await until(lambda: self._lists_completed(job_id))
+        return record
+
+    async def _lists_completed(self, job_id: str) -> bool:
+        """One video is read from the broker, the list is what the gateway has been told so far."""
+        _, body = await self.call("GET", "/v1/videos", params={"limit": 100})
+        return any(video["id"] == job_id and video["status"] == "completed" for video in body.get("data", ()))
 
     async def fail(self, job_id: str, failure: Failure) -> VideoRecord:
         return await self.move(job_id, VideoState.FAILED, failure=failure)
