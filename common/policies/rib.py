@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 NOISE = 0.03
 DEFAULT_THRESHOLD = 0.4
@@ -31,9 +31,11 @@ class DegreeRule(StrEnum):
     THRESHOLD = "threshold"
 
 
-@dataclass(frozen=True, slots=True)
-class VideoKind:
-    """What decides how long a video takes, apart from its number of steps. Pixels, pixels, frames."""
+class VideoKind(NamedTuple):
+    """What decides how long a video takes, apart from its number of steps. Pixels, pixels, frames.
+
+    A tuple, as it is a key of many dictionaries and a tuple's hash costs least.
+    """
 
     width: int
     height: int

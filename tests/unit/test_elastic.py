@@ -4,9 +4,11 @@ import math
 
 import pytest
 
+from common.messages.cluster import Service
 from common.policies import decisions as decide
 from common.policies import events as event
-from common.policies.elastic import LEAST_WEIGHT, MOST_WEIGHT, ArrivalRate, Elastic
+from common.policies.demand import ArrivalRate, ReferenceTail
+from common.policies.elastic import LATE_SHARE, PATIENCE, WINDOW, Elastic
 from common.policies.state import Phase
 from tests.support.policies import LARGE, MIDDLE, SMALL, arrive, cluster, leases
 
@@ -69,31 +71,132 @@ def test_a_short_video_has_a_long_one_parked_when_every_gpu_has_one_of_its_own()
     assert (again.job_id, again.from_step) == ("long", 2)
 
 
-def test_a_shorter_video_overtakes_a_longer_one_only_if_it_comes_soon_after() -> None:
+def look(policy: Elastic, at_s: float) -> list[decide.Decision]:
+    """Nothing happens that matters, but the policy looks at the clock, and prompts are encoded."""
+    decisions = policy.handle(event.WorkerJoined("encoder-1", Service.ENCODER), at_s)
+    for job in list(policy.state.by_phase[Phase.ENCODING].values()):
+        decisions += policy.handle(event.PromptEncoded(job.job_id, job.attempt), at_s)
+    return decisions
+
+
+def due_after(policy: Elastic, seconds: float, may_be_late: float = 0.0) -> None:
+    """As after many videos that first come, first served would have had done in ``seconds``; so many may be late."""
+    policy._tail = ReferenceTail(LATE_SHARE, WINDOW)
+    for _ in range(WINDOW):
+        policy._tail.arrived(0.0, seconds, 1, 0.0)
+    policy._may_be_late = may_be_late
+
+
+def behind_an_important_one(*videos: tuple[str, tuple[int, int], float]) -> Elastic:
+    """The only GPU has a large video that nothing is taken from; these wait: id, size, arrival."""
     policy = cluster(Elastic(), 1)
-    arrive(policy, "running", SMALL, 0.0)
-    arrive(policy, "large", LARGE, 0.0)
-    arrive(policy, "soon", SMALL, 2.0)
-    arrive(policy, "late", SMALL, 6.0)
-    assert policy.queue_places() == {"soon": 1, "large": 2, "late": 3}
+    due_after(policy, 100.0)
+    arrive(policy, "running", LARGE, 0.0, priority=9)
+    for job_id, size, at_s in videos:
+        arrive(policy, job_id, size, at_s)
+    return policy
 
 
-def test_the_more_backlog_there_is_the_more_the_remaining_work_counts() -> None:
-    policy = cluster(Elastic(), 2)
-    for number in range(60):
-        arrive(policy, f"video-{number}", LARGE, 0.01 * number)
-    assert policy._weight_of["video-0"] == LEAST_WEIGHT
-    weights = [policy._weight_of[f"video-{number}"] for number in range(60)]
-    assert weights == sorted(weights) and weights[-1] == MOST_WEIGHT
+def test_the_shortest_comes_first_while_nobody_gets_late_by_it() -> None:
+    policy = behind_an_important_one(("large", LARGE, 0.1), ("middle", MIDDLE, 0.1), ("small", SMALL, 0.1))
+    assert policy.queue_places() == {"small": 1, "middle": 2, "large": 3}
 
 
-def test_a_deadline_counts_where_it_is_more_urgent() -> None:
+def test_at_its_latest_start_a_video_goes_before_shorter_ones() -> None:
+    policy = behind_an_important_one(("large", LARGE, 0.1), ("small", SMALL, 0.1))
+    latest_s = 0.1 + 100.0 - 19.32  # 30 steps of 0.615 s on one GPU, and the decoding
+    look(policy, latest_s - 0.01)
+    assert policy.queue_places() == {"small": 1, "large": 2}
+    look(policy, latest_s + 0.01)
+    assert policy.queue_places() == {"large": 1, "small": 2}
+
+
+def test_pressing_videos_go_by_their_latest_start_so_that_long_ones_start_sooner() -> None:
+    policy = behind_an_important_one(("small", SMALL, 0.1), ("large", LARGE, 5.0))
+    look(policy, 200.0)
+    assert policy.queue_places() == {"large": 1, "small": 2}
+
+
+def test_no_video_starves_however_many_shorter_ones_come() -> None:
     policy = cluster(Elastic(), 1)
-    arrive(policy, "running", SMALL, 0.0)
-    arrive(policy, "usual", SMALL, 0.1)
-    arrive(policy, "urgent", LARGE, 0.2, deadline_s=19.4)
-    arrive(policy, "far", MIDDLE, 0.3, deadline_s=1000.0)
-    assert policy.queue_places() == {"urgent": 1, "usual": 2, "far": 3}
+    due_after(policy, 60.0)
+    arrive(policy, "small-0", SMALL, 0.0)
+    arrive(policy, "large", LARGE, 0.1)
+    at_s, number = 3.0, 1
+    while policy.state.jobs["large"].phase is not Phase.DENOISING:
+        arrive(policy, f"small-{number}", SMALL, at_s - 1.0)
+        finish(policy, f"small-{number - 1}", at_s)
+        at_s, number = at_s + 3.0, number + 1
+        assert at_s < 0.1 + 60.0
+    assert number > 10, "many went first"
+
+
+def test_one_long_video_in_a_hundred_is_passed_over_but_not_for_ever() -> None:
+    policy = behind_an_important_one(("small", SMALL, 0.1), ("large", LARGE, 0.2), ("second", LARGE, 0.3))
+    due_after(policy, 100.0, may_be_late=1.0)
+    look(policy, 200.0)
+    assert policy.queue_places() == {"second": 1, "small": 2, "large": 3}
+    look(policy, 0.2 + PATIENCE * 100.0)
+    arrive(policy, "new", SMALL, 0.2 + PATIENCE * 100.0)
+    look(policy, 0.3 + PATIENCE * 100.0)
+    assert policy.queue_places() == {"second": 1, "small": 2, "large": 3, "new": 4}
+
+
+def test_a_deadline_counts_in_place_of_the_reference_and_is_never_passed_over() -> None:
+    policy = behind_an_important_one(("usual", LARGE, 0.1), ("small", SMALL, 0.2))
+    arrive(policy, "urgent", LARGE, 0.3, deadline_s=25.0)
+    due_after(policy, 100.0, may_be_late=1.0)
+    look(policy, 6.0)
+    assert policy.queue_places() == {"urgent": 1, "small": 2, "usual": 3}
+
+
+def test_a_pressing_video_has_a_running_one_parked_and_one_that_is_not_does_not() -> None:
+    policy = cluster(Elastic(), 1)
+    due_after(policy, 30.0)
+    arrive(policy, "running", MIDDLE, 0.0)
+    assert not [one for one in arrive(policy, "large", LARGE, 0.1) if isinstance(one, decide.ParkJob)]
+    due_after(policy, 21.0)
+    (park,) = [one for one in look(policy, 2.0) if isinstance(one, decide.ParkJob)]
+    assert park.job_id == "running", "which has been served for 2 s of 7.89"
+
+
+def test_nothing_is_taken_from_a_video_that_would_be_late_by_it() -> None:
+    policy = with_a_late_one()
+    arrive(policy, "short", SMALL, 3.1)
+    assert policy.state.jobs["late"].settled, "though it has most work left, by far"
+
+
+def with_a_late_one() -> Elastic:
+    """Four GPUs: a late large video on one, and three small ones that are in time; one more waits."""
+    policy = cluster(Elastic(), 4)
+    for number in range(4):
+        arrive(policy, f"important-{number}", SMALL, 0.0, priority=9)
+    for number in (1, 2, 3):
+        arrive(policy, f"small-{number}", SMALL, 0.1)
+        finish(policy, f"important-{number}", 3.0)
+    arrive(policy, "late", LARGE, 3.0)
+    finish(policy, "important-0", 3.0)
+    due_after(policy, 8.0)
+    arrive(policy, "waiting", SMALL, 3.0)
+    assert [len(job.lease) for job in policy.state.by_phase[Phase.DENOISING].values()] == [1, 1, 1, 1]
+    return policy
+
+
+def test_freed_gpus_go_to_a_late_video_before_a_waiting_one() -> None:
+    policy = with_a_late_one()
+    assert [(job_id, len(slots)) for job_id, slots in leases(finish(policy, "small-1", 5.0)).items()] == [("late", 2)]
+
+
+def test_room_is_made_for_a_late_video_by_those_that_are_in_time() -> None:
+    policy = with_a_late_one()
+    finish(policy, "small-1", 4.0)
+    boundary(policy, "late", 2, 4.23)
+    decisions = finish(policy, "small-2", 4.3)
+    (park,) = [one for one in decisions if isinstance(one, decide.ParkJob)]
+    assert park.job_id == "small-3", "one GPU is free and two are needed"
+    assert not leases(decisions), "the free one is kept"
+    grants = leases(policy.handle(event.JobParked("small-3", park.epoch, 14), 4.4))
+    assert len(grants["late"]) == 4
 
 
 def test_a_higher_priority_takes_gpus_and_a_lower_one_never_does() -> None:
@@ -140,10 +243,21 @@ def test_the_arrival_rate_fades_and_is_not_fooled_by_a_short_past() -> None:
     videos, work = rate.per_second(1000.0)
     assert videos == pytest.approx(1.0, rel=0.02) and work == pytest.approx(3.0, rel=0.02)
     assert rate.per_second(1100.0)[0] == pytest.approx(videos / math.e, rel=0.01)
+    assert rate.mean_work_s == pytest.approx(3.0)
     young = ArrivalRate(memory_s=100.0)
     for at_s in range(30):
         young.arrived(3.0, float(at_s))
     assert young.per_second(30.0)[0] == pytest.approx(1.0, rel=0.1)
+
+
+def test_the_reference_is_a_single_queue_and_forgets() -> None:
+    tail = ReferenceTail(share=0.01, window=3)
+    for at_s in (0.0, 0.0, 10.0):
+        tail.arrived(work_s=8.0, own_s=3.0, gpus=4, now_s=at_s)
+    assert tail.seconds == 5.0, "the second of two at once finds 8 GPU-seconds of work on 4 GPUs"
+    for at_s in (20.0, 30.0):
+        tail.arrived(work_s=8.0, own_s=3.0, gpus=4, now_s=at_s)
+    assert tail.seconds == 3.0
 
 
 def test_the_books_of_work_and_slots_to_come_return_to_nothing() -> None:
@@ -168,5 +282,5 @@ def test_the_books_of_work_and_slots_to_come_return_to_nothing() -> None:
     assert policy._waiting_work == pytest.approx(0.0, abs=1e-6)
     assert policy._running_work == pytest.approx(0.0, abs=1e-6)
     assert policy.state.placement.free_count == 4
-    assert not policy._weight_of and not policy._work_of
+    assert not policy._work_of and not policy._pressing and not policy._passed_over
     assert not policy._last and not any(policy._wide.values()) and not any(policy._on_server.values())
