@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import torch
 
 from common.bus.nats_bus import NatsBus
@@ -27,23 +26,20 @@ from common.tensors.ucx import UcxTensors
 from tests.component.chat_support import DECODE, PREFILL
 from tests.component.language_support import LanguageStack, gathered, known_prompts, language_stack, shown
 from tests.support.language_instance import Watched, language_instance
-from tests.support.language_model import BLOCK_BYTES, write_language_model
+from tests.support.language_model import BLOCK_BYTES
 from tests.support.nats_server import NatsServer
 
 WAIT_S = 60.0
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_language_model(tmp_path_factory.mktemp("tiny"))
-
-
-async def test_answers_go_from_prefill_to_decode_and_are_generates(nats_server: NatsServer, model: Path) -> None:
-    prompts = known_prompts(model)
+async def test_answers_go_from_prefill_to_decode_and_are_generates(
+    nats_server: NatsServer, language_model: Path
+) -> None:
+    prompts = known_prompts(language_model)
     async with (
-        language_stack(nats_server.url, model) as stack,
-        language_instance(nats_server.url, "prefill-0", model, PREFILL, chunk_tokens=32) as prefill,
-        language_instance(nats_server.url, "decode-0", model, DECODE) as decode,
+        language_stack(nats_server.url, language_model) as stack,
+        language_instance(nats_server.url, "prefill-0", language_model, PREFILL, chunk_tokens=32) as prefill,
+        language_instance(nats_server.url, "decode-0", language_model, DECODE) as decode,
     ):
         await stack.served("prefill-0", "decode-0")
         answers = await gathered(*(stack.text(prompt) for prompt in prompts))
@@ -58,32 +54,34 @@ async def test_answers_go_from_prefill_to_decode_and_are_generates(nats_server: 
         assert decode.instance.receiving.outcomes == {"taken": len(prompts)}
 
 
-async def test_drawn_answers_are_the_same_wherever_they_are_computed(nats_server: NatsServer, model: Path) -> None:
+async def test_drawn_answers_are_the_same_wherever_they_are_computed(
+    nats_server: NatsServer, language_model: Path
+) -> None:
     drawing = {"temperature": 1.0, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.5}
 
     async def drawn(stack: LanguageStack) -> list[str]:
-        return await gathered(*(stack.text(prompt, seed=7, **drawing) for prompt in known_prompts(model)))
+        return await gathered(*(stack.text(prompt, seed=7, **drawing) for prompt in known_prompts(language_model)))
 
-    async with language_stack(nats_server.url, model) as stack:
-        async with language_instance(nats_server.url, "decode-0", model):
+    async with language_stack(nats_server.url, language_model) as stack:
+        async with language_instance(nats_server.url, "decode-0", language_model):
             await stack.served("decode-0")
             fused = await drawn(stack)
         async with (
-            language_instance(nats_server.url, "prefill-0", model, PREFILL),
-            language_instance(nats_server.url, "decode-1", model, DECODE),
+            language_instance(nats_server.url, "prefill-0", language_model, PREFILL),
+            language_instance(nats_server.url, "decode-1", language_model, DECODE),
         ):
             await stack.served("prefill-0", "decode-1")
             assert await drawn(stack) == fused
     assert len(set(fused)) > 1
 
 
-async def test_pools_too_small_for_all_and_clients_that_leave(nats_server: NatsServer, model: Path) -> None:
+async def test_pools_too_small_for_all_and_clients_that_leave(nats_server: NatsServer, language_model: Path) -> None:
     chance = random.Random(8)
-    prompts = known_prompts(model)
+    prompts = known_prompts(language_model)
     async with (
-        language_stack(nats_server.url, model) as stack,
-        language_instance(nats_server.url, "prefill-0", model, PREFILL, kv_bytes=24 * BLOCK_BYTES) as prefill,
-        language_instance(nats_server.url, "decode-0", model, DECODE, kv_bytes=24 * BLOCK_BYTES) as decode,
+        language_stack(nats_server.url, language_model) as stack,
+        language_instance(nats_server.url, "prefill-0", language_model, PREFILL, kv_bytes=24 * BLOCK_BYTES) as prefill,
+        language_instance(nats_server.url, "decode-0", language_model, DECODE, kv_bytes=24 * BLOCK_BYTES) as decode,
     ):
         await stack.served("prefill-0", "decode-0")
 
@@ -153,9 +151,9 @@ class PlayedPrefill:
 
 
 @contextlib.asynccontextmanager
-async def played_prefill(url: str, model: Path) -> AsyncIterator[PlayedPrefill]:
-    prompt, answer = list(known_prompts(model).items())[-1]
-    lm = load(model, "cpu", torch.float32)
+async def played_prefill(url: str, language_model: Path) -> AsyncIterator[PlayedPrefill]:
+    prompt, answer = list(known_prompts(language_model).items())[-1]
+    lm = load(language_model, "cpu", torch.float32)
     pool = KVPool(lm.layout, 12)
     # Not neighbours: what travels are several runs.
     table = BlockTable([9, 1, 2, 5, 6, 7])
@@ -184,10 +182,10 @@ async def _check(played: PlayedPrefill, decode: Watched, outcome: str, handed: T
     await decode.settled()
 
 
-async def test_every_transfer_ends_taken_or_recomputed(nats_server: NatsServer, model: Path) -> None:
+async def test_every_transfer_ends_taken_or_recomputed(nats_server: NatsServer, language_model: Path) -> None:
     async with (
-        played_prefill(nats_server.url, model) as played,
-        language_instance(nats_server.url, "decode-0", model, DECODE, transfer_s=30.0) as decode,
+        played_prefill(nats_server.url, language_model) as played,
+        language_instance(nats_server.url, "decode-0", language_model, DECODE, transfer_s=30.0) as decode,
     ):
         refs, value = _exported(played)
         await _check(played, decode, "taken", played.offer("whole", refs, value))
@@ -214,10 +212,10 @@ async def test_every_transfer_ends_taken_or_recomputed(nats_server: NatsServer, 
         await _check(played, decode, "recomputed", played.offer("part", refs[:2], value))
 
 
-async def test_what_is_cancelled_on_its_way_is_dropped(nats_server: NatsServer, model: Path) -> None:
+async def test_what_is_cancelled_on_its_way_is_dropped(nats_server: NatsServer, language_model: Path) -> None:
     async with (
-        played_prefill(nats_server.url, model) as played,
-        language_instance(nats_server.url, "decode-0", model, DECODE, kv_bytes=8 * BLOCK_BYTES) as decode,
+        played_prefill(nats_server.url, language_model) as played,
+        language_instance(nats_server.url, "decode-0", language_model, DECODE, kv_bytes=8 * BLOCK_BYTES) as decode,
     ):
         refs, value = _exported(played)
         # No room yet: it waits, and is cancelled meanwhile.
@@ -235,11 +233,13 @@ async def test_what_is_cancelled_on_its_way_is_dropped(nats_server: NatsServer, 
         await decode.settled()
 
 
-async def test_without_room_until_the_deadline_it_is_computed_here(nats_server: NatsServer, model: Path) -> None:
+async def test_without_room_until_the_deadline_it_is_computed_here(
+    nats_server: NatsServer, language_model: Path
+) -> None:
     async with (
-        played_prefill(nats_server.url, model) as played,
+        played_prefill(nats_server.url, language_model) as played,
         language_instance(
-            nats_server.url, "decode-0", model, DECODE, kv_bytes=8 * BLOCK_BYTES, transfer_s=0.2
+            nats_server.url, "decode-0", language_model, DECODE, kv_bytes=8 * BLOCK_BYTES, transfer_s=0.2
         ) as decode,
     ):
         refs, value = _exported(played)

@@ -13,19 +13,14 @@ from common.messages.subjects import TOKENS_GENERATED
 from tests.component.language_support import gathered, known_prompts, language_stack, shown
 from tests.support.language import text_of
 from tests.support.language_instance import language_instance
-from tests.support.language_model import BLOCK_BYTES, greedy, write_language_model
+from tests.support.language_model import BLOCK_BYTES, greedy
 from tests.support.nats_server import NatsServer
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_language_model(tmp_path_factory.mktemp("tiny"))
-
-
-async def test_a_streamed_chat_is_what_generate_answers(nats_server: NatsServer, model: Path) -> None:
+async def test_a_streamed_chat_is_what_generate_answers(nats_server: NatsServer, language_model: Path) -> None:
     async with (
-        language_stack(nats_server.url, model) as stack,
-        language_instance(nats_server.url, "decode-0", model, chunk_tokens=16) as served,
+        language_stack(nats_server.url, language_model) as stack,
+        language_instance(nats_server.url, "decode-0", language_model, chunk_tokens=16) as served,
     ):
         await stack.served("decode-0")
         messages = [{"role": "user", "content": "say hello"}]
@@ -35,21 +30,25 @@ async def test_a_streamed_chat_is_what_generate_answers(nats_server: NatsServer,
             model=stack.model, messages=messages, temperature=0, max_tokens=40, stream=True
         )
         text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-        assert text == shown(greedy(model, prompt, 40).tokens)
+        assert text == shown(greedy(language_model, prompt, 40).tokens)
         assert text_of(list(prompt)).endswith("<|assistant|>")
-        for number, (known, answer) in enumerate(known_prompts(model).items()):
+        for number, (known, answer) in enumerate(known_prompts(language_model).items()):
             text = await stack.text(known, 24)
             assert text == shown(answer[:24]), number
         await served.settled()
 
 
-async def test_many_clients_of_whom_some_leave_and_the_books_balance(nats_server: NatsServer, model: Path) -> None:
+async def test_many_clients_of_whom_some_leave_and_the_books_balance(
+    nats_server: NatsServer, language_model: Path
+) -> None:
     chance = random.Random(5)
-    prompts = known_prompts(model)
+    prompts = known_prompts(language_model)
     async with (
-        language_stack(nats_server.url, model) as stack,
+        language_stack(nats_server.url, language_model) as stack,
         # So small that sequences are preempted.
-        language_instance(nats_server.url, "decode-0", model, chunk_tokens=64, kv_bytes=40 * BLOCK_BYTES) as served,
+        language_instance(
+            nats_server.url, "decode-0", language_model, chunk_tokens=64, kv_bytes=40 * BLOCK_BYTES
+        ) as served,
     ):
         await stack.served("decode-0")
         assert served.books.blocks == 40
@@ -75,12 +74,14 @@ async def test_many_clients_of_whom_some_leave_and_the_books_balance(nats_server
         assert not served.model.engine.busy
 
 
-async def test_an_instance_that_leaves_has_its_sequences_go_on_elsewhere(nats_server: NatsServer, model: Path) -> None:
-    prompts = known_prompts(model)
+async def test_an_instance_that_leaves_has_its_sequences_go_on_elsewhere(
+    nats_server: NatsServer, language_model: Path
+) -> None:
+    prompts = known_prompts(language_model)
     async with (
-        language_stack(nats_server.url, model) as stack,
-        language_instance(nats_server.url, "decode-0", model, drain_s=0.0) as leaving,
-        language_instance(nats_server.url, "decode-1", model),
+        language_stack(nats_server.url, language_model) as stack,
+        language_instance(nats_server.url, "decode-0", language_model, drain_s=0.0) as leaving,
+        language_instance(nats_server.url, "decode-1", language_model),
     ):
         await stack.served("decode-0", "decode-1")
         answers = [asyncio.create_task(stack.text(prompt)) for prompt in prompts]
@@ -92,10 +93,10 @@ async def test_an_instance_that_leaves_has_its_sequences_go_on_elsewhere(nats_se
             assert text == shown(expected)
 
 
-async def test_what_cannot_be_answered_is_refused(nats_server: NatsServer, model: Path) -> None:
+async def test_what_cannot_be_answered_is_refused(nats_server: NatsServer, language_model: Path) -> None:
     async with (
-        language_stack(nats_server.url, model) as stack,
-        language_instance(nats_server.url, "decode-0", model, kv_bytes=8 * BLOCK_BYTES) as served,
+        language_stack(nats_server.url, language_model) as stack,
+        language_instance(nats_server.url, "decode-0", language_model, kv_bytes=8 * BLOCK_BYTES) as served,
     ):
         await stack.served("decode-0")
         assert (await stack.client.models.list()).data[0].id == stack.model
@@ -104,13 +105,15 @@ async def test_what_cannot_be_answered_is_refused(nats_server: NatsServer, model
         await served.settled()
 
 
-async def test_a_step_is_one_message_and_one_that_fails_costs_no_stream(nats_server: NatsServer, model: Path) -> None:
-    prompts = known_prompts(model)
+async def test_a_step_is_one_message_and_one_that_fails_costs_no_stream(
+    nats_server: NatsServer, language_model: Path
+) -> None:
+    prompts = known_prompts(language_model)
     told: list[TokensGenerated] = []
     async with (
         await NatsBus.connect(nats_server.url, name="listener") as bus,
-        language_stack(nats_server.url, model) as stack,
-        language_instance(nats_server.url, "decode-0", model) as broken,
+        language_stack(nats_server.url, language_model) as stack,
+        language_instance(nats_server.url, "decode-0", language_model) as broken,
     ):
         await bus.subscribe(TOKENS_GENERATED, told.append, "gateway-0")
         await stack.served("decode-0")
@@ -119,7 +122,7 @@ async def test_a_step_is_one_message_and_one_that_fails_costs_no_stream(nats_ser
         assert max(len(news.sequences) for news in told) > 1
         for news in told:
             assert len({sequence.request_id for sequence in news.sequences}) == len(news.sequences)
-        async with language_instance(nats_server.url, "decode-1", model):
+        async with language_instance(nats_server.url, "decode-1", language_model):
             await stack.served("decode-1")
             pool = broken.model.engine.pool
             layers, pool.layers = pool.layers, []

@@ -11,17 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.component.language_support import known_prompts, language_stack, shown
-from tests.support.language_model import write_language_model
 from tests.support.language_processes import language_processes
 from tests.support.nats_server import NatsServer
 
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "3"))
 CLIENTS = 6
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_language_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize(
@@ -30,16 +24,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["fused", "apart"],
 )
 async def test_streams_outlive_their_instances(
-    nats_server: NatsServer, model: Path, tmp_path: Path, prefills: int, role: str, victims: tuple[str, ...]
+    nats_server: NatsServer, language_model: Path, tmp_path: Path, prefills: int, role: str, victims: tuple[str, ...]
 ) -> None:
     chance = random.Random(KILLS)
-    prompts = known_prompts(model)
+    prompts = known_prompts(language_model)
     killed = asyncio.Event()
     answered = 0
 
     async with (
-        language_processes(nats_server.url, model, tmp_path, prefills, 2, role) as processes,
-        language_stack(nats_server.url, model, silence_s=0.5) as stack,
+        language_processes(nats_server.url, language_model, tmp_path, prefills, 2, role) as processes,
+        language_stack(nats_server.url, language_model, silence_s=0.5) as stack,
     ):
         await stack.served(*victims)
 

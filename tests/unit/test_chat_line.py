@@ -67,6 +67,18 @@ async def test_a_failure_says_whether_another_attempt_can_help() -> None:
         assert (broken.value.why, broken.value.retryable, broken.value.avoid) == ("x", retryable, ("d",))
 
 
+async def test_the_prefill_instance_may_speak_of_a_decode_instance_that_takes_nothing_over() -> None:
+    for code, gone in (("nobody_there", ("d",)), ("overloaded", ())):
+        heard = line()
+        heard.hear("p", news(0, 1))
+        heard.hear("p", news(1, failure=Failure(stage=Stage.DECODE, code=code, message="y", retryable=True)))
+        step = await heard.next(LATE)
+        assert step is not None and step.tokens == [1]
+        with pytest.raises(Broken) as broken:
+            await heard.next(LATE)
+        assert (broken.value.avoid, broken.value.gone) == (("d",), gone)
+
+
 async def test_only_who_may_have_it_can_lose_it() -> None:
     heard = line()
     heard.lose("another")
