@@ -134,3 +134,17 @@ async def test_before_the_language_model_is_there_one_is_told_to_come_back(
             assert (response.status, error["code"]) == (503, "not_ready")
             assert int(response.headers["Retry-After"]) >= 1
         assert "no language model is ready" in error["message"]
+
+
+async def test_what_the_language_model_cannot_take_is_refused(nats_server: NatsServer, tmp_path: Path) -> None:
+    async with chat_stack(nats_server, tmp_path, max_sequences=1) as s, video_workers(s) as bus:
+        desk = s.gateway.edge.language
+        assert desk is not None
+        desk.active = 1
+        status, body = await s.call("/v1/videos", **IDEA)
+        assert (status, body["error"]["code"]) == (503, "overloaded")
+        desk.active = 0
+        desk.tokenizer.template = None
+        status, body = await s.call("/v1/videos", **IDEA)
+        assert (status, body["error"]["code"], body["error"]["param"]) == (400, "no_template", "expand_prompt")
+        assert await bus.keys(VIDEO_RECORDS) == []
