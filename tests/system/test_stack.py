@@ -106,7 +106,7 @@ def test_one_ready_line(stack: Stack) -> None:
     assert stack.json("GET", "/readyz")["status"] == "ready"
     members = {member["instance"] for member in stack.json("GET", "/v1/cluster")["members"]}
     workers = {"encoder-0", "dit-0", "dit-1", "vae-0", "vae-1"}
-    assert members == {"gateway-0", "scheduler-0", "cache_store-0"} | workers
+    assert members == {"gateway-0", "scheduler-0", "cache_store-0", "decode-0"} | workers
 
 
 def test_every_listener_is_on_loopback(stack: Stack) -> None:
@@ -361,7 +361,7 @@ def test_nothing_is_left_and_what_was_stored_stays(tmp_path: Path, long_video: t
         video_id = stack.order(**fields)
         data = stack.completed(video_id)
         processes = stack.processes()
-        assert len(processes) >= 10
+        assert len(processes) >= 11
         assert system_v_shared_memory(processes), "UCX has shared memory while the stack runs"
         assert stack.stop(signal.SIGINT) == 0
         assert psutil.wait_procs(processes, timeout=10)[1] == []
