@@ -13,7 +13,7 @@ from loadgen.simulator.loop import Cluster, simulate
 from loadgen.simulator.outcome import summary
 from loadgen.workloads import Workload
 
-# By how much of the measured value the simulated one may be off (issue 3, "Parity").
+# By how much of the measured value the simulated one may be off.
 PROMISED = {"mean": 0.15, "p99": 0.25}
 
 

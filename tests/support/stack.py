@@ -67,6 +67,14 @@ class Stack:
             time.sleep(0.01)
         raise AssertionError(f"video {video_id} did not get there within {VIDEO_S:g} s")
 
+    def order_and_kill(self, fields: dict[str, Any], victim: str, step: int, pause_s: float) -> str:
+        """Order a video and kill ``victim`` a moment after that step of it was done; the video's id."""
+        video_id = self.order(**fields)
+        self.wait(video_id, lambda video: video["step"] >= step)
+        time.sleep(pause_s)
+        self.process_of(victim).kill()
+        return video_id
+
     def completed(self, video_id: str) -> bytes:
         """The file, once the video is completed."""
         self.wait(video_id, lambda video: video["status"] == "completed")

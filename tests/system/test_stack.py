@@ -318,10 +318,7 @@ def test_whoever_is_killed_at_whatever_step_the_file_is_the_same(
     first = chance.randrange(len(VICTIMS))
     for run in range(KILLS):
         victim, step = VICTIMS[(first + run) % len(VICTIMS)], chance.randrange(LONG)
-        video_id = stack.order(**fields)
-        stack.wait(video_id, lambda video, step=step: video["step"] >= step)  # type: ignore[misc]
-        time.sleep(chance.random() * 0.1)
-        stack.process_of(victim).kill()
+        video_id = stack.order_and_kill(fields, victim, step, chance.random() * 0.1)
         said = f"seed {SEED}, run {run}: {victim} killed at step {step}"
         assert stack.completed(video_id) == expected, said
         spans = stack.json("GET", f"/v1/videos/{video_id}/timeline")["spans"]

@@ -97,10 +97,7 @@ def test_whoever_is_killed_at_whatever_step_the_video_is_the_same(
     first = chance.randrange(len(VICTIMS))
     for run in range(KILLS):
         victim, step = VICTIMS[(first + run) % len(VICTIMS)], chance.randrange(LONG)
-        video_id = stack.order(**fields)
-        stack.wait(video_id, lambda video, step=step: video["step"] >= step)  # type: ignore[misc]
-        time.sleep(chance.random() * 0.1)
-        stack.process_of(victim).kill()
+        video_id = stack.order_and_kill(fields, victim, step, chance.random() * 0.1)
         print(f"seed {SEED}, run {run}: {victim} killed at step {step}")  # noqa: T201
         alike(read(stack.completed(video_id)), undisturbed)
         stack.wait_whole()
