@@ -1,8 +1,9 @@
 """What leaves a prefill instance while its prompt is still being computed.
 
-``by_chunk``: after each pass the blocks that it filled, as they lie. ``by_layer`` (MemServe, sections 4 and 6): a copy of
-each layer while later ones are computed. One offer of a sequence is under way at a time; what is computed meanwhile
-goes with the next one. An offer that is refused, or a preemption, ends sending ahead: then all goes at the end.
+``by_chunk``: after each pass the blocks that it filled, as they lie. ``by_layer`` (MemServe, sections 4 and 6): a copy
+of each layer while later ones are computed. One offer of a sequence is under way at a time; what is computed meanwhile
+goes with the next one, so that at most the keys and values of the prompts in the pool are kept a second time. An offer
+that is refused, or a preemption, ends sending ahead: then all goes at the end.
 """
 
 import asyncio
@@ -52,7 +53,7 @@ class _Ahead:
 
 @dataclass(frozen=True, slots=True)
 class SentAhead:
-    """After ``offers`` of them were taken and with ``parts``, only what follows ``tokens`` tokens is left to be sent."""
+    """What ``offers`` brought and ``parts`` hold is all of the first ``tokens`` tokens."""
 
     offers: int = 0
     parts: tuple[Part, ...] = ()
@@ -60,7 +61,7 @@ class SentAhead:
 
 
 class SendingAhead:
-    """Everything of one instance that is under way; called on the event loop, between two steps, unless it says else."""
+    """Everything of one instance that is under way. Called on the event loop, unless a method says else."""
 
     def __init__(
         self,

@@ -21,8 +21,8 @@ class LanguageSettings(ComputeSettings):
     ``kv_bytes`` is the memory of keys and values. A pass computes at most ``chunk_tokens`` tokens of prompts
     (TetriInfer, section 3.3.3), and at most ``most_sequences`` hold blocks at once. A hand-over that takes longer than
     ``transfer_s`` seconds is given up: its receiver computes the keys and values itself. ``transfer_mode`` says when
-    they leave: ``by_request`` all at once after the prompt, ``by_chunk`` whole blocks after each pass, ``by_layer`` each
-    layer's while later ones are computed. ``kv_checksum`` compares the bytes at both ends.
+    they leave: ``by_request`` all at once after the prompt, ``by_chunk`` whole blocks after each pass, ``by_layer``
+    each layer's while later ones are computed. ``kv_checksum`` compares the bytes at both ends.
     """
 
     language_model: str = "demo"

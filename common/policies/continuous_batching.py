@@ -2,9 +2,9 @@
 
 Sequences that decode take part in every pass with one token each, and beside them one chunk of fixed size of prompt
 tokens, sliced and merged across prompts in the order of arrival (TetriInfer, section 3.3.3; the order of preemption is
-vLLM's: who came last goes first, and is computed again later). One goes at a time, and what that freed is counted by
-who keeps the blocks: with shared ones it is less than the sequence held. Which tokens are meant is all a policy knows: how many a
-sequence has, how many of them are computed, and how many blocks it holds.
+vLLM's: who came last goes first, and is computed again later). One goes at a time, and what that has freed is counted
+by who keeps the blocks: where they are shared it is less than the sequence held. Which tokens are meant is all a policy
+knows: how many a sequence has, how many of them are computed, and how many blocks it holds.
 """
 
 from bisect import insort
@@ -51,8 +51,8 @@ class StepFinished:
 class StepDue:
     """The model has nothing to do. ``free_blocks`` are those that could be given out now.
 
-    The answer is a step, nothing at all, or one sequence to preempt. Then ask again, with what is free after that: blocks
-    that others share, or that are being read, do not become free with one holder less.
+    The answer is a step, nothing at all, or one sequence to preempt. Then ask again, with what is free after that:
+    blocks that others share, or that are being read, do not become free with one holder less.
     """
 
     free_blocks: int
