@@ -1,10 +1,14 @@
 """The settings of a language instance."""
 
 from enum import StrEnum
+from pathlib import Path
 
 from pydantic import Field
 
 from common.runtime.settings import ComputeSettings
+
+DEMO = "demo"
+_DEMO_NAME = "triptych-demo-language"
 
 
 class TransferMode(StrEnum):
@@ -32,3 +36,11 @@ class LanguageSettings(ComputeSettings):
     transfer_s: float = Field(default=10.0, gt=0)
     transfer_mode: TransferMode = TransferMode.BY_REQUEST
     kv_checksum: bool = True
+
+
+def model_name(location: str) -> str:
+    """What clients call the model: a folder's own name, or the hub's."""
+    if location == DEMO:
+        return _DEMO_NAME
+    folder = Path(location)
+    return folder.resolve().name if folder.is_dir() else location
