@@ -3,6 +3,8 @@
 from enum import StrEnum
 from typing import ClassVar, Self
 
+from pydantic import Field
+
 from common.messages.base import Message
 from common.messages.failures import Failure
 from common.messages.tensors import TensorRef
@@ -206,6 +208,29 @@ class RevokeLease(Message):
     epoch: int
 
 
+class LeasesRevoked(Message):
+    """Which job the worker has at hand, if any: it works on it, or has let it go and keeps its latent for a while."""
+
+    job_id: str | None = None
+
+
+class FindLatent(Message):
+    """What latent of the job, taken from this worker before, is kept; answered once the step under way is done.
+
+    With ``uses`` it is exported for so many fetches.
+    """
+
+    job_id: str
+    uses: int = Field(default=0, ge=0)
+
+
+class LatentFound(Message):
+    """The latent after ``step`` steps is kept, and exported if that was asked for; 0: nothing of use is kept."""
+
+    step: int = 0
+    latent: TensorRef | None = None
+
+
 class ParkJob(Message):
     """Bring the latent after the step under way to the cache store, free the group, and report ``JobParked``.
 
@@ -270,11 +295,15 @@ class JobParked(Message):
 
 
 class CheckpointStored(Message):
-    """The latent after ``step`` steps lies in the cache store: losing the worker costs the steps since, no more."""
+    """The latent after ``step`` steps lies in the cache store: losing the worker costs the steps since, no more.
+
+    ``copies``: in how many cache stores it lies; with two, neither's loss matters.
+    """
 
     job_id: str
     epoch: int
     step: int
+    copies: int = 1
 
 
 class DenoisingFinished(Message):

@@ -297,7 +297,7 @@ class Scheduler:
                 self._workers.lost(member.instance)
                 if member.service is Service.DIT:
                     # Should it be alive after all, it lets go of what others get now, and its group hears that.
-                    self._tasks.create_task(self._workers.revoke_lease(member.instance, None, self._newest_epoch()))
+                    self._tasks.create_task(self._workers.take_back(member.instance, self._newest_epoch()))
                 self._tell(event.WorkerLost(member.instance))
 
     def _newest_epoch(self) -> int:
@@ -311,7 +311,7 @@ class Scheduler:
         everything = self._first_epoch - 1
         match member.service:
             case Service.DIT:
-                await self._workers.revoke_lease(member.instance, None, everything)
+                await self._workers.take_back(member.instance, everything)
             case Service.VAE:
                 await self._workers.cancel_decoding(member.instance, None, everything)
             case _:

@@ -126,7 +126,7 @@ async def is_taken_back_and_granted_again(stage: DenoisingStage, expected: torch
     lease = await stage.start_job(("dit-0", "dit-1"), REQUEST, "taken_back")
     await some_steps(stage, lease)
     for instance in WORKERS:
-        await stage.workers.revoke_lease(instance, None, lease.epoch)
+        await stage.workers.take_back(instance, lease.epoch)
     again = await stage.start_job(("dit-0", "dit-2"), REQUEST, "taken_back")
     latent = await stage.finished(again)
     done = stage.steps[lease.epoch][-1]

@@ -37,6 +37,7 @@ from common.messages.video import (
     GroupLost,
     JobParked,
     Lease,
+    LeasesRevoked,
     ParkJob,
     PhaseFailed,
     PromptEncoded,
@@ -130,12 +131,12 @@ class PlayedWorker:
     async def _pinged(self, _: Ping) -> Acknowledged:
         return Acknowledged()
 
-    async def _revoke(self, request: RevokeLease) -> Acknowledged:
+    async def _revoke(self, request: RevokeLease) -> LeasesRevoked:
         if request.job_id is None:
             self.welcomed.set()
         elif self._is_new(request):
             self.revoked.put_nowait(request)
-        return Acknowledged()
+        return LeasesRevoked()
 
     async def _decode(self, work: DecodeVideo) -> Acknowledged:
         if self._is_new(work):
