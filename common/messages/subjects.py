@@ -86,6 +86,7 @@ VIDEO_TIMELINES = Bucket("video_timelines", video.VideoTimeline, max_bytes=256 *
 VIDEO_FILES = ObjectBucket("video_files", max_bytes=4096 * _MB)
 
 ENCODE_PROMPT = RequestSubject("triptych.encoder.{}.encode", video.EncodePrompt, video.PromptEncoded)
+PROMPTS_SERVED = EventSubject("triptych.encoder.{}.served", video.PromptsServed)
 GRANT_LEASE = RequestSubject("triptych.dit.{}.lease", video.Lease, failures.Acknowledged)
 REVOKE_LEASE = RequestSubject("triptych.dit.{}.revoke", video.RevokeLease, video.LeasesRevoked)
 FIND_LATENT = RequestSubject("triptych.dit.{}.find_latent", video.FindLatent, video.LatentFound)

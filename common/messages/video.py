@@ -149,6 +149,21 @@ class PromptEncoded(Message):
     ended_at_s: float
 
 
+class PromptSource(StrEnum):
+    """Where a prompt's embeddings came from: they were known, others had made them, or they were made."""
+
+    MEMORY = "memory"
+    CACHE_STORE = "cache_store"
+    MODEL = "model"
+
+
+class PromptsServed(Message):
+    """So many prompts' embeddings came from ``source``; for whoever counts."""
+
+    source: PromptSource
+    prompts: int
+
+
 # --- scheduler and DiT -------------------------------------------------------------------------------------------
 
 

@@ -136,7 +136,7 @@ async def test_a_checkpoint_that_does_not_come_or_fit_means_the_beginning(model:
             assert stage.steps[lease.epoch] == list(range(1, STEPS + 1))
         beyond = Checkpoint(step=STEPS + 1, latent=stage.tensors.export(torch.zeros(1)))
         assert torch.equal(await stage.finished(await stage.grant("dit-0", request(), "video", beyond)), expected)
-        assert stage.log("dit-0").read_text().count("checkpoint not fetched, beginning again") == 2
+        assert stage.log("dit-0").read_text().count("checkpoint not fetched, beginning again") == 3
         assert stage.failures == []
 
 
