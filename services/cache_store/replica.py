@@ -112,7 +112,7 @@ class Replica:
             tensor=ref,
             stored_at_s=held.stored_at_s,
             pinned_until_s=held.pinned_until_s,
-            spare=missed and not held.pinned_until_s,
+            spare=missed and not self._store.pinned(held),
         )
         try:
             answer = await self._bus.request(COPY_TENSOR, copy, self.instance, deadline_s=deadline_s)

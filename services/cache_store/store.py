@@ -48,6 +48,10 @@ class TensorStore:
         held = self.held(key)
         return None if held is None else held.version
 
+    def pinned(self, held: Held) -> bool:
+        """Whether it is not to be evicted now."""
+        return held.pinned_until_s > self._clock()
+
     def check_room(self, key: str, size_bytes: int) -> None:
         """Raises TierFull where neither tier could take so much."""
         try:

@@ -297,7 +297,7 @@ class Scheduler:
                 self._workers.lost(member.instance)
                 if member.service is Service.DIT:
                     # Should it be alive after all, it lets go of what others get now, and its group hears that.
-                    self._tasks.create_task(self._workers.take_back(member.instance, self._newest_epoch()))
+                    self._tasks.create_task(self._workers.revoke_lease(member.instance, None, self._newest_epoch()))
                 self._tell(event.WorkerLost(member.instance))
 
     def _newest_epoch(self) -> int:

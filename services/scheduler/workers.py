@@ -105,8 +105,8 @@ class Workers:
             case decide.CancelDecoding(job_id, epoch, instance):
                 await self.cancel_decoding(instance, job_id, epoch)
 
-    async def revoke_lease(self, instance: str, job_id: str, epoch: int) -> None:
-        """Have a DiT worker drop the leases of ``job_id`` up to ``epoch``.
+    async def revoke_lease(self, instance: str, job_id: str | None, epoch: int) -> None:
+        """Have a DiT worker drop the leases of ``job_id`` (None: of any job) up to ``epoch``.
 
         One that cannot be told is dying; should it live on, the next lease's higher epoch tells it.
         """
@@ -117,7 +117,7 @@ class Workers:
             log.info("lease not revoked", instance=instance, job=job_id, reason=str(error))
 
     async def take_back(self, instance: str, epoch: int) -> None:
-        """Have a DiT worker drop its leases of any job up to ``epoch``, and note which job it then has at hand."""
+        """Have a DiT worker drop what was granted before, up to ``epoch``, and note which job it has at hand."""
         self._unheard.add(instance)
         self._all_heard.clear()
         try:
