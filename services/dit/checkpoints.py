@@ -27,8 +27,8 @@ log = structlog.get_logger()
 
 # A store that was killed while asked never answers, and until it is given up no newer latent is kept: so not for long.
 STORE_DEADLINE_S = 1.0
-# Then another cache store, if there is one, may be asked by the second try.
-FIRST_STORE_DEADLINE_S = 0.5
+# After so long, or ten times what the quickest store took, it is asked once more: another cache store, if this one died.
+FIRST_STORE_DEADLINE_S = 0.1
 # So many cache stores have a checkpoint that is said to be stored, or all that are in reach.
 COPIES = 2
 STORE_BYTES_PER_S = 50e6
@@ -168,7 +168,7 @@ class CheckpointWriter:
 
     async def _ask(self, snapshot: Snapshot) -> TensorStored:
         try:
-            return await self._ask_once(snapshot, FIRST_STORE_DEADLINE_S)
+            return await self._ask_once(snapshot, max(FIRST_STORE_DEADLINE_S, 10 * self.least_store_s))
         except (BusUnavailable, DeadlineExceeded, RemoteFailure) as error:
             log.info("storing once more", job=snapshot.job_id, step=snapshot.step, reason=str(error))
             return await self._ask_once(snapshot, STORE_DEADLINE_S)
