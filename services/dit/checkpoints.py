@@ -27,7 +27,7 @@ log = structlog.get_logger()
 
 # A store that was killed while asked never answers, and until it is given up no newer latent is kept: so not for long.
 STORE_DEADLINE_S = 1.0
-# After so long, or ten times what the quickest store took, it is asked once more: another cache store, if this one died.
+# After so long, or ten times what the quickest store took, it is asked once more; another one, if that one has died.
 FIRST_STORE_DEADLINE_S = 0.1
 # So many cache stores have a checkpoint that is said to be stored, or all that are in reach.
 COPIES = 2
