@@ -27,8 +27,8 @@ log = structlog.get_logger()
 
 # A store that was killed while asked never answers, and until it is given up no newer latent is kept: so not for long.
 STORE_DEADLINE_S = 1.0
-# After so long, or ten times what the quickest store took, it is asked once more; another one, if that one has died.
-FIRST_STORE_DEADLINE_S = 0.1
+# After so long, or five times what the last store took, it is asked once more: another one, if that one has died.
+FIRST_STORE_DEADLINE_S = 0.05
 # So many cache stores have a checkpoint that is said to be stored, or all that are in reach.
 COPIES = 2
 STORE_BYTES_PER_S = 50e6
@@ -168,7 +168,7 @@ class CheckpointWriter:
 
     async def _ask(self, snapshot: Snapshot) -> TensorStored:
         try:
-            return await self._ask_once(snapshot, max(FIRST_STORE_DEADLINE_S, 10 * self.least_store_s))
+            return await self._ask_once(snapshot, min(STORE_DEADLINE_S, max(FIRST_STORE_DEADLINE_S, 5 * self.store_s)))
         except (BusUnavailable, DeadlineExceeded, RemoteFailure) as error:
             log.info("storing once more", job=snapshot.job_id, step=snapshot.step, reason=str(error))
             return await self._ask_once(snapshot, STORE_DEADLINE_S)
