@@ -98,7 +98,7 @@ async def test_metrics_count_prompts_by_where_their_embeddings_came_from(nats_se
             served = PromptsServed(source=PromptSource(source), prompts=prompts)
             await s.bus.publish(PROMPTS_SERVED, served, "encoder-0")
         async with asyncio.timeout(20.0):
-            while await metric(s, 'triptych_prompts_served_total{source="model"}') != 1:
+            while await metric(s, 'triptych_prompts_served_total{source="model"}') != 1:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         assert await metric(s, 'triptych_prompts_served_total{source="memory"}') == 3
         assert await metric(s, 'triptych_prompts_served_total{source="cache_store"}') == 3
