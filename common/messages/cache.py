@@ -29,7 +29,8 @@ class StoreTensor(Message):
 
 
 class TensorStored(Message):
-    """What is kept under ``key`` now. Not ``stored``: that was as new as the one offered, which nobody fetched.
+    """What is kept under ``key`` now (-1: nothing). Not ``stored``: that was as new as the one offered, or a copy was
+    not wanted; nobody fetched it then.
 
     ``copies``: in how many cache stores it lies for certain.
     """
@@ -139,11 +140,11 @@ class CopyTensor(Message):
     spare: bool = False
 
 
-class DropCopies(Message):
-    """These were dropped at ``dropped_at_s`` (Unix seconds): forget what was stored under them until then."""
+class DropCopy(Message):
+    """``key`` was dropped at ``dropped_at_s`` (Unix seconds): forget what was stored under it until then."""
 
-    keys: tuple[str, ...]
-    dropped_at_s: tuple[float, ...]
+    key: str
+    dropped_at_s: float
 
 
 class AskDigests(Message):

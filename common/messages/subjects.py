@@ -135,7 +135,7 @@ DROP_TENSORS = RequestSubject("triptych.cache_store.drop_many", cache.DropTensor
 
 # Between cache stores. What is found here is what this one has, without asking the others.
 COPY_TENSOR = RequestSubject("triptych.cache_store.{}.copy", cache.CopyTensor, cache.TensorStored)
-DROP_COPIES = RequestSubject("triptych.cache_store.{}.drop", cache.DropCopies, failures.Acknowledged)
+DROP_COPY = RequestSubject("triptych.cache_store.{}.drop", cache.DropCopy, failures.Acknowledged)
 FIND_COPY = RequestSubject("triptych.cache_store.{}.find", cache.FindTensor, cache.TensorFound)
 HAVE_COPIES = RequestSubject("triptych.cache_store.{}.have_many", cache.HaveTensors, cache.TensorsHad)
 FIND_COPIES = RequestSubject("triptych.cache_store.{}.find_many", cache.FindTensors, cache.TensorsFound)

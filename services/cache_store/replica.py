@@ -12,8 +12,8 @@ import structlog
 
 from common.bus.errors import BusError, RemoteFailure
 from common.bus.port import Bus
-from common.messages.cache import AskDigests, CopyTensor, DropCopies, ListBucket
-from common.messages.subjects import ASK_DIGESTS, COPY_TENSOR, DROP_COPIES, LIST_BUCKET
+from common.messages.cache import AskDigests, CopyTensor, DropCopy, ListBucket
+from common.messages.subjects import ASK_DIGESTS, COPY_TENSOR, DROP_COPY, LIST_BUCKET
 from common.tensors.errors import TensorError
 from common.tensors.port import Tensors
 from services.cache_store.store import TensorStore
@@ -46,7 +46,7 @@ class Replica:
         self.copied = 0
 
     def changed(self, key: str) -> asyncio.Future[bool]:
-        """Have the other told what is here under ``key`` now. The future: whether it has heard, or that is given up."""
+        """Have the other told what is here under ``key`` now. The future: whether it is as this one is there then."""
         loop = asyncio.get_running_loop()
         future = self._changes.pop(key) if key in self._changes else loop.create_future()
         if self.failing:
@@ -86,23 +86,26 @@ class Replica:
         self._wake.clear()
         while self._changes:
             key, self._under_way = self._changes.popitem(last=False)
-            await self._tell(key)
-            self._under_way.set_result(True)
+            self._under_way.set_result(await self._tell(key))
             self._under_way = None
 
-    async def _tell(self, key: str, *, missed: bool = False) -> None:
-        """What is here under the key, or that it was dropped. ``missed``: long ago, so that nothing goes for it."""
-        dropped_at_s = self._store.dropped.at_s(key)
-        if self._store.held(key) is not None:
-            await self._copy(key, missed)
-        elif dropped_at_s is not None:
-            drop = DropCopies(keys=(key,), dropped_at_s=(dropped_at_s,))
-            await self._bus.request(DROP_COPIES, drop, self.instance, deadline_s=COPY_DEADLINE_S)
+    async def _tell(self, key: str, *, missed: bool = False) -> bool:
+        """What is here under the key, or that it was dropped. ``missed``: long ago, so that nothing goes for it.
 
-    async def _copy(self, key: str, missed: bool) -> None:
+        Returns whether the other has what this one has.
+        """
+        if self._store.held(key) is not None:
+            return await self._copy(key, missed)
+        dropped_at_s = self._store.dropped.at_s(key)
+        if dropped_at_s is not None:
+            drop = DropCopy(key=key, dropped_at_s=dropped_at_s)
+            await self._bus.request(DROP_COPY, drop, self.instance, deadline_s=COPY_DEADLINE_S)
+        return True
+
+    async def _copy(self, key: str, missed: bool) -> bool:
         found = await self._store.peek(key)
         if found is None:
-            return
+            return False
         held, tensor = found
         deadline_s = COPY_DEADLINE_S + tensor.nbytes / COPY_BYTES_PER_S
         ref = self._tensors.export(tensor, uses=1, lease_s=2 * deadline_s)
@@ -117,10 +120,12 @@ class Replica:
         try:
             answer = await self._bus.request(COPY_TENSOR, copy, self.instance, deadline_s=deadline_s)
             self.copied += answer.stored
+            return answer.tensor_version >= held.version
         except RemoteFailure as refusal:
             if refusal.failure.code != "store_full":
                 raise
             log.info("no room for a copy", key=key, at=self.instance)
+            return False
         finally:
             # Where it was not fetched; else it is gone already.
             await self._tensors.release(ref)

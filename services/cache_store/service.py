@@ -19,7 +19,7 @@ from common.messages.cache import (
     BucketListed,
     CopyTensor,
     Digests,
-    DropCopies,
+    DropCopy,
     DropTensor,
     FindTensor,
     ListBucket,
@@ -32,7 +32,7 @@ from common.messages.failures import Acknowledged, Failure, Stage
 from common.messages.subjects import (
     ASK_DIGESTS,
     COPY_TENSOR,
-    DROP_COPIES,
+    DROP_COPY,
     DROP_TENSOR,
     FIND_COPY,
     FIND_TENSOR,
@@ -95,7 +95,7 @@ class CacheStore:
         me = self._instance
         return (
             await self._bus.serve(COPY_TENSOR, self._copy, me, max_in_flight=MAX_STORES_IN_FLIGHT),
-            await self._bus.serve(DROP_COPIES, self._drop_copies, me),
+            await self._bus.serve(DROP_COPY, self._drop_copy, me),
             await self._bus.serve(FIND_COPY, self._find_here, me),
             await self._bus.serve(ASK_DIGESTS, self._digests, me),
             await self._bus.serve(LIST_BUCKET, self._list, me),
@@ -158,11 +158,11 @@ class CacheStore:
             raise refusal("store_full", error) from error
         except TensorError as error:
             raise refusal("tensor_not_fetched", error) from error
-        return TensorStored(key=request.key, tensor_version=self._store.version(request.key) or 0, stored=stored)
+        version = self._store.version(request.key)
+        return TensorStored(key=request.key, tensor_version=-1 if version is None else version, stored=stored)
 
-    async def _drop_copies(self, request: DropCopies) -> Acknowledged:
-        for key, at_s in zip(request.keys, request.dropped_at_s, strict=True):
-            await self._store.drop_until(key, at_s)
+    async def _drop_copy(self, request: DropCopy) -> Acknowledged:
+        await self._store.drop_until(request.key, request.dropped_at_s)
         return Acknowledged()
 
     async def _digests(self, _: AskDigests) -> Digests:

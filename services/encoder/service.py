@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ from services.encoder.shared import SharedPrompts
 log = structlog.get_logger()
 
 _PROBE = "a red circle moves left while a blue square, which is a little larger, turns slowly"
+_PROBES = 3
 # Who was granted a lease fetches its embeddings at once; what lies here longer belongs to no job that starts soon.
 FETCHED_WITHIN_S = 1.0
 
@@ -87,10 +89,12 @@ class EncoderWorker:
         sentence = _PROBE
         while self._encoder.token_count(sentence) > self._encoder.max_tokens:
             sentence = sentence.rpartition(" ")[0]
-        await self._compute.run(self._encoder.encode, [sentence])
-        started_s = time.monotonic()
-        (probe,) = await self._compute.run(self._encoder.encode, [sentence])
-        encode_s = time.monotonic() - started_s
+        encode_s = math.inf
+        for _ in range(_PROBES):
+            started_s = time.monotonic()
+            (probe,) = await self._compute.run(self._encoder.encode, [sentence])
+            # The quickest: what disturbs one is not its own cost, and the first one warms the model up.
+            encode_s = min(encode_s, time.monotonic() - started_s)
         identity = hashlib.sha256(probe.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
         shared = SharedPrompts(self._bus, self._tensors, identity, encode_s, self._share == "always")
         log.info("embeddings are shared", identity=identity, encode_s=round(encode_s, 4), pays=shared.pays)
