@@ -236,15 +236,21 @@ class Elastic(ElasticBooks):
     def _latest_on(self, server: int, now_s: float) -> Job | None:
         """The server's running video that is latest, of those that more GPUs would help."""
         latest, most_s = None, 0.0
+        if self._price >= BUSY_PRICE:
+            return None
+        plain_s = DUE_PART * self._tail.seconds
         for job in self._on_server.get(server, {}).values():
-            if not job.settled:
+            if job.settled_epoch != job.epoch or job.parking:
                 continue
+            # All at once, as this is asked most often: what ``_lateness`` gives does not change while steps go on.
+            profile = self.rib.profile(job.kind)
             degree = len(job.lease)
-            left = self._steps_left(job, now_s) - 1.0
-            late_s = self._lateness(job, left, degree, now_s)
-            if late_s <= most_s or self._saved_by_doubling(job, degree, left) == 0.0:
+            end_s = job.step_at_s + (job.steps - job.step - 1) * profile.step_s[degree] + profile.decode_s
+            plain = job.deadline_s is None and job.job_id not in self._passed_over
+            late_s = end_s - (job.arrival_s + plain_s if plain else self._due_s(job))
+            if late_s <= most_s or self._degree(job.kind, self._price / URGENT) <= degree:
                 continue
-            if self._degree(job.kind, self._price / URGENT) > degree:
+            if self._saved_by_doubling(job, degree, self._steps_left(job, now_s) - 1.0) > 0.0:
                 latest, most_s = job, late_s
         return latest
 

@@ -49,8 +49,8 @@ class ElasticBooks(Policy):
 
     def _steps_left(self, job: Job, now_s: float) -> float:
         """Steps that the running job has left, the one under way in part."""
-        left = job.steps - job.step - (now_s - job.step_at_s) / self.rib.step_s(job.kind, len(job.active))
-        return max(0.0, left)
+        left = job.steps - job.step - (now_s - job.step_at_s) / self.rib.profile(job.kind).step_s[len(job.active)]
+        return left if left > 0.0 else 0.0
 
     def _most_left(self, now_s: float) -> Job | None:
         """The running video with the most work left. Work falls while videos run; it is brought up to date here."""
