@@ -95,7 +95,7 @@ class Rib:
     rule: DegreeRule = DegreeRule.LARGEST_GAIN
     threshold: float = DEFAULT_THRESHOLD
     degrees: tuple[int, ...] = field(init=False)
-    # All times of a kind, scaled where it was not profiled. Asked several times an event, so it is a dictionary's look-up.
+    # All times of a kind, scaled where it was not profiled; a look-up in a dictionary, as it is asked for often.
     profile: Callable[[VideoKind], KindProfile] = field(init=False, repr=False, compare=False)
     _optimal: dict[VideoKind, int] = field(init=False, repr=False, compare=False)
 
