@@ -19,8 +19,8 @@ it would be under a plain discipline. Six rules follow.
   while GPUs are plenty, one GPU a video at and past saturation. GPUs that nobody wants go where they save most.
 * **Late ones.** A running video that would end after it is due counts ``URGENT`` times in that price. Freed GPUs go to
   the latest of them before anybody else, and where they do not suffice to double its group, videos that are in time
-  are halved or parked for it, whether or not somebody waits. Where GPUs are so short that width is waste
-  (``BUSY_PRICE``), all of this is left out.
+  are halved or parked for it; if nobody waits, also on a server that has none free while another has. Where GPUs are
+  so short that width is waste (``BUSY_PRICE``), all of this is left out.
 * **Taking.** If a video waits and no GPU is free, one group is halved: one wider than the price allows, else that of
   the video with the most work left, if the one that waits is pressing or shorter; one GPU alone is parked. Never from
   a video that is late or would be by it. A change must be worth more than the step it may cost.
@@ -104,9 +104,9 @@ class Elastic(ElasticBooks):
             waiting = ready.first()
             if waiting is not None and self._slots_to_come < len(ready):
                 self._take(waiting, now_s, decisions)
-        if placement.freed_servers and not ready:
+        if placement.free and placement.freed_servers and not ready:
             self._price = 0.0
-            kept = self._help_late(now_s, decisions, even_if_none_is_free=True)
+            kept = self._help_late(now_s, decisions, even_where_none_is_free=True)
             for index in bits(placement.freed_servers & ~kept):
                 if placement.servers[index].free and self._on_server.get(index):
                     self._fill(index, now_s, decisions)
@@ -214,16 +214,16 @@ class Elastic(ElasticBooks):
             reason = f"first in the order; {len(slots)} of {wanted} GPUs at a price of {price:.2f}"
             decisions.append(self.grant_lease(job, slots, now_s, reason))
 
-    def _help_late(self, now_s: float, decisions: list[Decision], even_if_none_is_free: bool = False) -> int:
+    def _help_late(self, now_s: float, decisions: list[Decision], even_where_none_is_free: bool = False) -> int:
         """Free GPUs to the latest video of each server that has some; gives the servers where room is being made.
 
-        ``even_if_none_is_free``: room is also made where the GPUs that came free have gone to others already.
+        ``even_where_none_is_free``: room is also made on servers whose freed GPUs have gone to others already.
         """
         placement = self.state.placement
         kept = 0
         for index in bits(placement.freed_servers):
             free = placement.servers[index].free.bit_count()
-            while (free or even_if_none_is_free) and (late := self._latest_on(index, now_s)) is not None:
+            while (free or even_where_none_is_free) and (late := self._latest_on(index, now_s)) is not None:
                 degree = len(late.lease)
                 if degree > free:
                     if self._make_room(late, degree - free, now_s, decisions):
