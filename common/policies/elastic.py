@@ -66,7 +66,8 @@ MOST_LOAD = 0.98
 # Steps on one GPU by which the waiting video must be shorter than the one that is halved or parked for it.
 MARGIN_STEPS = 4.0
 
-_WAITS = (Phase.WAITING, Phase.ENCODING, Phase.ENCODED, Phase.PARKED)
+_WAITS = frozenset((Phase.WAITING, Phase.ENCODING, Phase.ENCODED, Phase.PARKED))
+_BEGINS_TO_WAIT = frozenset((Phase.WAITING, Phase.PARKED))
 
 
 class Elastic(ElasticBooks):
@@ -330,9 +331,10 @@ class Elastic(ElasticBooks):
 
     def _enter(self, job: Job) -> None:
         super()._enter(job)
-        if job.job_id in self._pressing and job.phase in _WAITS:
-            self._pressing_work += self._work_of[job.job_id]
-        if job.phase in (Phase.WAITING, Phase.PARKED) and job.job_id not in self._pressing:
+        if job.job_id in self._pressing:
+            if job.phase in _WAITS:
+                self._pressing_work += self._work_of[job.job_id]
+        elif job.phase in _BEGINS_TO_WAIT:
             self._to_watch(job)
 
     def _leave(self, job: Job) -> None:

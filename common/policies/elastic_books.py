@@ -11,6 +11,10 @@ from common.policies.policy import Policy
 from common.policies.rib import NOISE, Rib, VideoKind
 from common.policies.state import Job, Phase
 
+# Looking a member of an enumeration up costs more than a name.
+_DENOISING = Phase.DENOISING
+_DENOISED = frozenset((Phase.DENOISED, Phase.DECODING))
+
 
 @dataclass(slots=True)
 class _Candidate:
@@ -182,10 +186,11 @@ class ElasticBooks(Policy):
 
     def _enter(self, job: Job) -> None:
         super()._enter(job)
-        if job.phase in (Phase.DENOISED, Phase.DECODING):
+        phase = job.phase
+        if phase in _DENOISED:
             return
         work_s = self._work_of[job.job_id] = self._work_s(job, job.steps - job.step)
-        if job.phase is Phase.DENOISING:
+        if phase is _DENOISING:
             self._running_work += work_s
             server = self.state.placement.server_of[job.slots[0]].index
             self._on_server.setdefault(server, {})[job.job_id] = job
@@ -195,7 +200,7 @@ class ElasticBooks(Policy):
     def _leave(self, job: Job) -> None:
         super()._leave(job)
         work_s = self._work_of.pop(job.job_id, 0.0)
-        if job.phase is Phase.DENOISING:
+        if job.phase is _DENOISING:
             self._running_work -= work_s
             del self._on_server[self.state.placement.server_of[job.lease[0]].index][job.job_id]
             self._not_to_be_taken_from(job, 0)
