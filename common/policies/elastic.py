@@ -95,17 +95,18 @@ class Elastic(ElasticBooks):
         placement = self.state.placement
         ready = self.lanes[None].ready
         decisions: list[Decision] = []
-        if ready or self._to_encode:
+        waiting = len(ready)
+        if waiting or self._to_encode:
             self._expected = self._expected_to_wait(now_s)
-            self._price = self._price_of(len(ready) + self._to_encode)
+            self._price = self._price_of(waiting + self._to_encode)
             self._press(now_s)
-        if ready:
+        if waiting:
             kept = self._help_late(now_s, decisions) if placement.free and self._price < BUSY_PRICE else 0
             self._admit(now_s, kept, decisions)
-            waiting = ready.first()
-            if waiting is not None and self._slots_to_come < len(ready):
-                self._take(waiting, now_s, decisions)
-        if placement.free and placement.freed_servers and not ready:
+            waiting = len(ready)
+            if self._slots_to_come < waiting and (first := ready.first()) is not None:
+                self._take(first, now_s, decisions)
+        if placement.free and placement.freed_servers and not waiting:
             self._price = 0.0
             kept = self._help_late(now_s, decisions, even_where_none_is_free=True)
             for index in bits(placement.freed_servers & ~kept):
@@ -132,8 +133,12 @@ class Elastic(ElasticBooks):
                 if self.state.jobs.get(job_id) is not job or job_id in self._pressing or job.phase not in _WAITS:
                     heappop(queue)
                     continue
+                soon_s = now_s + BEFORE_PART * self._pressing_work / gpus
+                # On one GPU it takes longest; that is known already.
+                if self._due_s(job) - self._work_of[job_id] > soon_s:
+                    break
                 start_s = self._latest_start(job)
-                if start_s > now_s + BEFORE_PART * self._pressing_work / gpus:
+                if start_s > soon_s:
                     break
                 heappop(queue)
                 if self._pass_over(job):

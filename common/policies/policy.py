@@ -47,7 +47,7 @@ MAX_ATTEMPTS = 5
 
 # Looking a member of an enumeration up costs more than a name.
 _READY = frozenset((Phase.ENCODED, Phase.PARKED))
-_WAITING, _ENCODING, _ENCODED = Phase.WAITING, Phase.ENCODING, Phase.ENCODED
+_WAITING, _ENCODING, _ENCODED, _DENOISED = Phase.WAITING, Phase.ENCODING, Phase.ENCODED, Phase.DENOISED
 
 
 class Lane:
@@ -130,7 +130,7 @@ class Policy(ABC):
         decisions = self._handlers[type(event)](event, now_s)
         if decisions is None:
             return []
-        if self.state.by_phase[Phase.DENOISED]:
+        if self.state.by_phase[_DENOISED]:
             decisions += self.decode()
         if not self.draining:
             decisions += self.schedule(now_s)
