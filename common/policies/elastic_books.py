@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from common.policies.decisions import Decision, GrantLease, ParkJob
+from common.policies.events import WorkerJoined
 from common.policies.job_queue import JobQueue
 from common.policies.placement import Placement
 from common.policies.policy import Policy
@@ -86,10 +87,11 @@ class ElasticBooks(Policy):
         """The degree up to which every doubling saves more than it costs."""
         limits = self._price_limits.get(kind)
         if limits is None:
-            limits = self._price_limits[kind] = price_limits(self.rib.profile(kind).step_s)
-        degree, most = 1, self.state.placement.largest_server
+            doublings = max(1, self.state.placement.largest_server).bit_length() - 1
+            limits = self._price_limits[kind] = price_limits(self.rib.profile(kind).step_s)[:doublings]
+        degree = 1
         for limit in limits:
-            if price >= limit or 2 * degree > most:
+            if price >= limit:
                 break
             degree *= 2
         return degree
@@ -137,6 +139,10 @@ class ElasticBooks(Policy):
 
     # --- kept up to date ------------------------------------------------------------------------------------------
 
+    def _worker_joined(self, event: WorkerJoined, now_s: float) -> list[Decision] | None:
+        self._price_limits.clear()
+        return super()._worker_joined(event, now_s)
+
     def grant_lease(self, job: Job, slots: tuple[int, ...], now_s: float, reason: str) -> GrantLease:
         grant = super().grant_lease(job, slots, now_s, reason)
         self._may_be_taken_from(job)
@@ -167,7 +173,7 @@ class ElasticBooks(Policy):
 
     def _may_be_taken_from(self, job: Job) -> None:
         """Its newest lease is in effect, and it is not on its way out."""
-        self._not_to_be_taken_from(job, 0)
+        self._settle_slots(job, 0)
         self._last.push(job, (job.priority, -self._work_s(job, job.steps - job.step)))
         if len(job.lease) > 1:
             where = self._wide.setdefault((job.kind, len(job.lease)), {})
@@ -177,6 +183,10 @@ class ElasticBooks(Policy):
     def _not_to_be_taken_from(self, job: Job, slots_to_come: int) -> None:
         """It is changing, or ends; so many of its slots are to come free with that."""
         self._last.discard(job)
+        self._settle_slots(job, slots_to_come)
+
+    def _settle_slots(self, job: Job, slots_to_come: int) -> None:
+        """It is no longer among the wide groups, and what was to come of it is out of date."""
         where = self._wide_place.pop(job.job_id, None)
         if where is not None:
             del where[job.job_id]
