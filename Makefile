@@ -51,6 +51,7 @@ gpu-check: $(INSTALLED)
 		"gpu-check: torch sees no GPU here, so that nothing was checked; this needs an NVIDIA GPU and its driver")'
 	$(BIN)/pytest -m gpu
 	$(BIN)/loadgen bench gpu --json out/gpu.json
+	$(BIN)/loadgen bench gpu-llm --json out/gpu-llm.json
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,13 +9,15 @@ import argparse
 import contextlib
 import gc
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch._inductor.utils import fresh_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from loadgen.bench.compare import write_json
 from loadgen.gpu.measure import Failed, Reading, measure
 from loadgen.gpu.rates import data_sheet_flops, matrix_flops
 from loadgen.gpu.setups import (
@@ -31,7 +33,7 @@ from loadgen.gpu.setups import (
 )
 from loadgen.gpu.table import Decode, Rates, Step
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _ATTENTION = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="readings of each (default %(default)s)")
     parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="calls before them (default %(default)s)")
     parser.add_argument("--device", default="cuda", metavar="NAME", help="(default %(default)s)")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the weights (default %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default %(default)s)")
     parser.add_argument("--attention", choices=("auto", *_ATTENTION), default="auto", help="torch's kernel to prefer")
     parser.add_argument("--not-compiled", action="store_true", help="leave the compiled half out")
     parser.add_argument("--backend", metavar="NAME", help="what compiles (default inductor; on a CPU aot_eager)")
@@ -57,14 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
-    """Measure, print line by line, and return what ``--json`` writes."""
+    """Measure, print line by line, keep what there is in ``--json`` after each, and return it."""
     try:
         bench = _Bench.of(options)
     except WrongArgument as error:
         raise SystemExit(f"loadgen bench gpu: {error}") from None
     torch.manual_seed(1)
     with _preferring(options.attention):
-        return bench.run()
+        rates = bench.begin()
+        return keep_rows({"benchmark": "gpu", "environment": bench.environment(rates)}, bench.rows(rates), options.json)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class _Bench:
         for size in options.size or ():
             if size not in setup.sizes:
                 raise WrongArgument(f"--size {size}: give some of {', '.join(setup.sizes)}")
-        device = _device(options.device)
+        device = chosen_device(options.device)
         # What inductor makes for a CPU takes minutes of a C++ compiler.
         backend = options.backend or ("aot_eager" if device.type == "cpu" else "inductor")
         if backend not in torch.compiler.list_backends(exclude_tags=()):
@@ -97,44 +100,46 @@ class _Bench:
             setup=setup,
             sizes=tuple(dict.fromkeys(options.size or setup.sizes)),
             device=device,
-            dtype=_DTYPES[options.dtype],
+            dtype=DTYPES[options.dtype],
             warm_up=options.warm_up,
             repeats=options.repeats,
             attention=options.attention,
             backend=None if options.not_compiled else backend,
         )
 
-    @property
-    def card(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU ({platform.machine()})"
-
-    def run(self) -> dict[str, object]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        print(f"{self.setup.name}, {dtype}, {self.attention} attention, on {self.card}, torch {torch.__version__}")
+    def begin(self) -> Rates:
+        """What the card can do at best."""
+        card, dtype = device_name(self.device), name_of(self.dtype)
+        print(f"{self.setup.name}, {dtype}, {self.attention} attention, on {card}, torch {torch.__version__}")
         rates = Rates(
             matrix_flops(self.device, self.dtype, self.warm_up, self.repeats),
-            data_sheet_flops(self.card) if self.dtype is torch.bfloat16 else None,
+            data_sheet_flops(card) if self.dtype is torch.bfloat16 else None,
         )
-        print(rates.text())
-        print(f"\none guided step of {self.setup.frames} frames, {self.setup.text_tokens} text tokens\n{Step.HEAD}")
-        steps = list(self._steps(rates))
-        print(f"\none video decoded\n{Decode.HEAD}")
-        decodes = list(self._decodes())
+        print(rates.text(), flush=True)
+        return rates
+
+    def environment(self, rates: Rates) -> dict[str, object]:
+        """For ``--json``."""
         return {
-            "benchmark": "gpu",
-            "environment": {
-                "device": self.card,
-                "torch": torch.__version__,
-                "cuda": torch.version.cuda,
-                "dtype": dtype,
-                "attention": self.attention,
-                "backend": self.backend,
-                "model": self.setup.name,
-                "text_tokens": self.setup.text_tokens,
-                "matrix_flops_per_s": vars(rates),
-            },
-            "runs": [*(step.as_dict() for step in steps), *(decode.as_dict() for decode in decodes)],
+            "device": device_name(self.device),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "dtype": name_of(self.dtype),
+            "attention": self.attention,
+            "backend": self.backend,
+            "model": self.setup.name,
+            "text_tokens": self.setup.text_tokens,
+            "matrix_flops_per_s": vars(rates),
         }
+
+    def rows(self, rates: Rates) -> Iterator[dict[str, object]]:
+        """Every step, then every decoding."""
+        print(f"\none guided step of {self.setup.frames} frames, {self.setup.text_tokens} text tokens\n{Step.HEAD}")
+        for step in self._steps(rates):
+            yield step.as_dict()
+        print(f"\none video decoded\n{Decode.HEAD}")
+        for decode in self._decodes():
+            yield decode.as_dict()
 
     def _steps(self, rates: Rates) -> Iterator[Step]:
         model = random_transformer(self.setup, self.device, self.dtype)
@@ -175,15 +180,40 @@ class _Bench:
         torch.compiler.reset()
 
     def _measured(self, make: Callable[[str], Callable[[], object]], size: str) -> Reading | Failed:
-        if self.device.type == "cuda":
-            # Nothing that is left of the size before shall count as this one's memory.
-            gc.collect()
-            torch.cuda.empty_cache()
+        free_memory(self.device)
         return measure(make(size), self.device, self.warm_up, self.repeats)
 
 
-def _device(name: str) -> torch.device:
-    """Raises WrongArgument."""
+def keep_rows(result: dict[str, object], rows: Iterable[dict[str, object]], path: Path | None) -> dict[str, object]:
+    """The result with its rows; written after each, so that a run that is cut off leaves what it has."""
+    runs: list[dict[str, object]] = []
+    result["runs"] = runs
+    for row in rows:
+        runs.append(row)
+        if path is not None:
+            write_json(path, result)
+    return result
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As people write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def device_name(device: torch.device) -> str:
+    """For people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+
+
+def free_memory(device: torch.device) -> None:
+    """Nothing that is left of what was measured before shall count as the next one's memory."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of that name. Raises WrongArgument."""
     try:
         device = torch.device(name)
     except RuntimeError:

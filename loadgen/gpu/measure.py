@@ -20,6 +20,15 @@ class Reading:
     def median_s(self) -> float:
         return statistics.median(self.seconds)
 
+    def as_dict(self) -> dict[str, object]:
+        """For ``--json``."""
+        return {
+            "median_s": self.median_s,
+            "seconds": list(self.seconds),
+            "first_call_s": self.first_s,
+            "peak_bytes": self.peak_bytes,
+        }
+
 
 @dataclass(frozen=True)
 class Failed:

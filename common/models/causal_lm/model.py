@@ -26,9 +26,9 @@ class CausalLM:
         model: is taken over: its attention, and where it is fused its weights, belong to this object from now on.
         fuse: False: transformers' modules in any case.
         native: False: torch's own kernels in any case (on a CPU).
-        capture: False: decoding steps are launched kernel by kernel in any case (on a GPU).
 
     Attributes:
+        capture: whether decoding steps are captured as CUDA graphs (on a GPU, where the decoder is ours).
         layout: of its keys and values.
         context: how many positions it knows.
         vocabulary: how many tokens it knows.
@@ -38,7 +38,7 @@ class CausalLM:
         UnsupportedModelError: the architecture does not fit; the message names the remedy.
     """
 
-    def __init__(self, model: PreTrainedModel, fuse: bool = True, native: bool = True, capture: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, fuse: bool = True, native: bool = True) -> None:
         model.eval().requires_grad_(False)
         config = model.config.get_text_config()
         self.layout: KVLayout = probe.layout_of(model)
@@ -52,7 +52,8 @@ class CausalLM:
         self._graphs: DecodeGraphs | None = None
         with torch.inference_mode():
             self._run = self._chosen(model) if fuse else _Interfaced(model)
-        if capture and isinstance(self._run, GpuDecoder):
+        self.capture = True
+        if isinstance(self._run, GpuDecoder):
             self._graphs = DecodeGraphs(self._run, self.context, self.device)
 
     def _chosen(self, model: PreTrainedModel) -> "Callable[[Batch], Tensor]":
@@ -71,7 +72,7 @@ class CausalLM:
         Raises:
             WrongChunkError: a chunk that does not fit.
         """
-        if self._graphs is not None and self._graphs.fit(chunks):
+        if self.capture and self._graphs is not None and self._graphs.fit(chunks):
             # Another's next pass fills the same memory.
             return self._graphs(chunks, pool).to(torch.float32, copy=True)
         return self._run(pack(chunks, pool, self.context, self.device, self._kernels)).float()

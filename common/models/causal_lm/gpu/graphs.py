@@ -4,6 +4,7 @@ A graph is of a fixed number of sequences; a batch takes the next larger one, fi
 see nothing. Each is captured when it is first needed, in a fifth of a second.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class DecodeGraphs:
         self._decode = decode
         self._context = context
         self._device = device
-        self._pool: KVPool | None = None
+        self._pool: weakref.ref[KVPool] | None = None
         self._captured: dict[int, _Captured] = {}
         self._tables = torch.empty(0)
         self._known: list[tuple[BlockTable, int] | None] = []
@@ -53,7 +54,7 @@ class DecodeGraphs:
         """[chunks, vocabulary], to be used before the next call. Raises WrongChunkError."""
         for chunk in chunks:
             check(chunk, self._context)
-        if pool is not self._pool:
+        if self._pool is None or self._pool() is not pool:
             self._take(pool)
         size = next(size for size in _SIZES if size >= len(chunks))
         captured = self._captured.get(size)
@@ -73,7 +74,7 @@ class DecodeGraphs:
     def _take(self, pool: KVPool) -> None:
         """Graphs read the pool where it was when they were captured."""
         self._captured.clear()
-        self._pool = pool
+        self._pool = weakref.ref(pool)
         blocks = min(-(-self._context // BLOCK_TOKENS), pool.blocks.shape[0])
         self._tables = torch.zeros(_SIZES[-1], blocks, dtype=torch.int32, device=self._device)
         self._known = [None] * _SIZES[-1]
