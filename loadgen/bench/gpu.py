@@ -8,6 +8,7 @@ the models are and compiled. What the card could do at best is measured in the s
 import argparse
 import contextlib
 import gc
+import itertools
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -133,55 +134,51 @@ class _Bench:
         }
 
     def rows(self, rates: Rates) -> Iterator[dict[str, object]]:
-        """Every step, then every decoding."""
-        print(f"\none guided step of {self.setup.frames} frames, {self.setup.text_tokens} text tokens\n{Step.HEAD}")
-        for step in self._steps(rates):
-            yield step.as_dict()
-        print(f"\none video decoded\n{Decode.HEAD}")
-        for decode in self._decodes():
-            yield decode.as_dict()
+        """Every step and decoding as the models are, then compiled; the end where the device is lost."""
+        parts: list[Iterator[Step | Decode]] = [self._steps(rates, None), self._decodes(None)]
+        if self.backend is not None:
+            parts += [self._decodes(self.backend), self._steps(rates, self.backend)]
+        for row in itertools.chain.from_iterable(parts):
+            yield row.as_dict()
+            if isinstance(row.outcome, Failed) and row.outcome.device_lost:
+                return
 
-    def _steps(self, rates: Rates) -> Iterator[Step]:
+    def _steps(self, rates: Rates, backend: str | None) -> Iterator[Step]:
+        print(f"\none guided step of {self.setup.frames} frames, {self.setup.text_tokens} text tokens\n{Step.HEAD}")
         model = random_transformer(self.setup, self.device, self.dtype)
-        readings = self._both_ways(
-            lambda size: GuidedStep(self.setup, size, model, self.device),
-            lambda backend: compile_transformer(model, backend),
-        )
-        for size, compiled, outcome in readings:
-            step = Step(self.setup, size, compiled, outcome, rates)
+        if backend is not None:
+            compile_transformer(model, backend)
+        for size, outcome in self._outcomes(lambda size: GuidedStep(self.setup, size, model, self.device), backend):
+            step = Step(self.setup, size, backend is not None, outcome, rates)
             print(step.line(), flush=True)
             yield step
 
-    def _decodes(self) -> Iterator[Decode]:
+    def _decodes(self, backend: str | None) -> Iterator[Decode]:
+        print(f"\none video decoded\n{Decode.HEAD}")
         vae = random_vae(self.setup, self.device, self.dtype)
-        readings = self._both_ways(
-            lambda size: Decoding(self.setup, size, vae, self.device), lambda backend: compile_vae(vae, backend)
-        )
-        for size, compiled, outcome in readings:
-            decode = Decode(self.setup, size, compiled, outcome)
+        if backend is not None:
+            compile_vae(vae, backend)
+        for size, outcome in self._outcomes(lambda size: Decoding(self.setup, size, vae, self.device), backend):
+            decode = Decode(self.setup, size, backend is not None, outcome)
             print(decode.line(), flush=True)
             yield decode
 
-    def _both_ways(
-        self, make: Callable[[str], Callable[[], object]], compile_model: Callable[[str], None]
-    ) -> Iterator[tuple[str, bool, Reading | Failed]]:
-        """Every size as the model is, then compiled."""
+    def _outcomes(
+        self, make: Callable[[str], Callable[[], object]], backend: str | None
+    ) -> Iterator[tuple[str, Reading | Failed]]:
+        """Of every size."""
         for size in self.sizes:
-            yield size, False, self._measured(make, size)
-        if self.backend is None:
-            return
-        compile_model(self.backend)
-        for size in self.sizes:
-            # For this size alone, with nothing kept of what was compiled before: what compiling costs is a figure too.
-            torch.compiler.reset()
-            with fresh_cache():
-                yield size, True, self._measured(make, size)
+            free_memory(self.device)
+            with contextlib.ExitStack() as stack:
+                if backend is not None:
+                    # For this size alone, with nothing kept of what was compiled before: what compiling costs is a
+                    # figure too.
+                    torch.compiler.reset()
+                    stack.enter_context(fresh_cache())
+                outcome = measure(make(size), self.device, self.warm_up, self.repeats)
+            yield size, outcome
         # What was compiled holds on to weights, which would count as memory of what is measured next.
         torch.compiler.reset()
-
-    def _measured(self, make: Callable[[str], Callable[[], object]], size: str) -> Reading | Failed:
-        free_memory(self.device)
-        return measure(make(size), self.device, self.warm_up, self.repeats)
 
 
 def keep_rows(result: dict[str, object], rows: Iterable[dict[str, object]], path: Path | None) -> dict[str, object]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+_LOST = "the device was lost"
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -36,6 +38,11 @@ class Failed:
 
     reason: str
 
+    @property
+    def device_lost(self) -> bool:
+        """Whether this process can measure nothing more."""
+        return self.reason.startswith(_LOST)
+
 
 def measure(work: Callable[[], object], device: torch.device, warm_up: int, repeats: int) -> Reading | Failed:
     """Call it once, ``warm_up`` times more, and ``repeats`` times that count."""
@@ -54,6 +61,9 @@ def measure(work: Callable[[], object], device: torch.device, warm_up: int, repe
         out_of_memory = True
     except torch._dynamo.exc.TorchDynamoException as error:
         return Failed(f"not compiled: {_first_line(error)}")
+    except torch.AcceleratorError as error:
+        # Nothing more can be computed on this device in this process.
+        return Failed(f"{_LOST}: {_first_line(error)}")
     if out_of_memory and device.type == "cuda":
         torch.cuda.empty_cache()
     return Failed("out of memory")

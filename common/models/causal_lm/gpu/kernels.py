@@ -9,7 +9,7 @@ from torch import Tensor
 from common.models.causal_lm.paging import BLOCK_TOKENS
 
 # Of tokens that a program of the attention kernel reads at once, and how it reads them.
-_TILE, _WARPS, _STAGES = 64, 4, 2
+_TILE, _WARPS, _STAGES = 64, 4, 3
 _PROGRAMS_PER_PROCESSOR = 4
 _MOST_SPLITS = 32
 _HEADS_PER_PROGRAM = 8
