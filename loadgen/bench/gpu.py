@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch._inductor.utils import fresh_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common.models.opensora.gpu.graphs import CapturedSTDiT3
 from loadgen.bench.compare import write_json
 from loadgen.gpu.measure import Failed, Reading, measure
 from loadgen.gpu.rates import data_sheet_flops, matrix_flops
@@ -146,9 +148,15 @@ class _Bench:
     def _steps(self, rates: Rates, backend: str | None) -> Iterator[Step]:
         print(f"\none guided step of {self.setup.frames} frames, {self.setup.text_tokens} text tokens\n{Step.HEAD}")
         model = random_transformer(self.setup, self.device, self.dtype)
+        run: Callable[..., Tensor] = model
         if backend is not None:
             compile_transformer(model, backend)
-        for size, outcome in self._outcomes(lambda size: GuidedStep(self.setup, size, model, self.device), backend):
+        elif self.device.type == "cuda":
+            # As a worker does.
+            run = CapturedSTDiT3(model)
+        for size, outcome in self._outcomes(
+            lambda size: GuidedStep(self.setup, size, model, self.device, run), backend
+        ):
             step = Step(self.setup, size, backend is not None, outcome, rates)
             print(step.line(), flush=True)
             yield step
@@ -224,7 +232,8 @@ def chosen_device(name: str) -> torch.device:
             "torch sees no GPU here, so that nothing was measured; on a machine with one, install a torch that is "
             "built for it (--device cpu --tiny takes the same way on a CPU)"
         )
-    if (device.index or 0) >= torch.cuda.device_count():
+    device = torch.device("cuda", device.index or 0)
+    if device.index >= torch.cuda.device_count():
         raise WrongArgument(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
     torch.cuda.set_device(device)
     return device

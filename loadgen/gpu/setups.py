@@ -80,10 +80,15 @@ def random_vae(setup: Setup, device: torch.device, dtype: torch.dtype) -> OpenSo
 
 
 class GuidedStep:
-    """One denoising step as a DiT worker takes it alone; the latent stays, as random weights would blow it up."""
+    """One denoising step as a DiT worker takes it alone; the latent stays, as random weights would blow it up.
 
-    def __init__(self, setup: Setup, size: str, model: STDiT3, device: torch.device) -> None:
-        self._model = model
+    run: another way to run the model.
+    """
+
+    def __init__(
+        self, setup: Setup, size: str, model: STDiT3, device: torch.device, run: Callable[..., Tensor] | None = None
+    ) -> None:
+        self._run = run or model
         self._flow = RectifiedFlow(**asdict(OPEN_SORA_1_2.flow))
         width, height = setup.sizes[size]
         self._size = {"height": float(height), "width": float(width)}
@@ -98,7 +103,7 @@ class GuidedStep:
         defaults = OPEN_SORA_1_2.defaults
 
         def velocity(z: Tensor, t: Tensor, text: PreparedText, frame_mask: Tensor | None) -> Tensor:
-            predicted: Tensor = self._model(z, t, text, x_mask=frame_mask, fps=defaults.fps, **self._size)
+            predicted: Tensor = self._run(z, t, text, x_mask=frame_mask, fps=defaults.fps, **self._size)
             return predicted
 
         return self._flow.step(velocity, self._latent, 0, self._times, self._text, defaults.guidance_scale)

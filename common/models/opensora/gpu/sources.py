@@ -75,19 +75,16 @@ def norm_heads(
 
 
 @triton.jit
-def _turned(own, weight, cos, sin, frame, column, inside, epsilon, DIM: tl.constexpr):
+def _turned(
+    own, weight, cosine, sine, column, inside, epsilon, DIM: tl.constexpr, ROWS: tl.constexpr, DIM_BLOCK: tl.constexpr
+):
     """Queries or keys [frames, DIM] of one place and head, normed and turned: neighbours are pairs."""
-    neighbour = column ^ 1
     values = tl.load(own + column, mask=inside, other=0.0).to(tl.float32)
-    swapped = tl.load(own + neighbour, mask=inside, other=0.0).to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(values * values, 1) / DIM + epsilon)
-    there = column < DIM
-    values *= tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
-    swapped *= tl.load(weight + neighbour, mask=there, other=0.0).to(tl.float32)
-    tables = frame * DIM + column
-    values *= tl.load(cos + tables, mask=inside, other=0.0)
-    swapped *= tl.load(sin + tables, mask=inside, other=0.0)
-    return (values + swapped) * factor[:, None]
+    values *= tl.load(weight + column, mask=column < DIM, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(values, (ROWS, DIM_BLOCK // 2, 2)))
+    swapped = tl.reshape(tl.join(odd, even), (ROWS, DIM_BLOCK))
+    return (values * cosine + swapped * sine) * factor[:, None]
 
 
 @triton.jit
@@ -117,8 +114,10 @@ def attend_places(
     inside = (frame < frames) & (column < DIM)
     token = (sample * frames + frame) * patches + place
     own = qkv + token * (3 * HEADS * DIM) + head * DIM
-    query = _turned(own, query_weight, cos, sin, frame, column, inside, epsilon, DIM)
-    key = _turned(own + HEADS * DIM, key_weight, cos, sin, frame, column, inside, epsilon, DIM)
+    cosine = tl.load(cos + frame * DIM + column, mask=inside, other=0.0)
+    sine = tl.load(sin + frame * DIM + column, mask=inside, other=0.0)
+    query = _turned(own, query_weight, cosine, sine, column, inside, epsilon, DIM, FRAMES_BLOCK, DIM_BLOCK)
+    key = _turned(own + HEADS * DIM, key_weight, cosine, sine, column, inside, epsilon, DIM, FRAMES_BLOCK, DIM_BLOCK)
     values = tl.load(own + 2 * HEADS * DIM + column, mask=inside, other=0.0)
     query, key = query.to(values.dtype), key.to(values.dtype)
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
