@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default %(default)s)")
     parser.add_argument("--attention", choices=("auto", *_ATTENTION), default="auto", help="torch's kernel to prefer")
     parser.add_argument("--not-compiled", action="store_true", help="leave the compiled half out")
+    parser.add_argument("--compile-vae", action="store_true", help="compile the autoencoder too: minutes for each size")
     parser.add_argument("--backend", metavar="NAME", help="what compiles (default inductor; on a CPU aot_eager)")
     parser.add_argument("--tiny", action="store_true", help="a tiny likeness instead of the published size")
 
@@ -83,6 +84,7 @@ class _Bench:
     repeats: int
     attention: str
     backend: str | None
+    compile_vae: bool
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "_Bench":
@@ -108,6 +110,7 @@ class _Bench:
             repeats=options.repeats,
             attention=options.attention,
             backend=None if options.not_compiled else backend,
+            compile_vae=options.compile_vae,
         )
 
     def begin(self) -> Rates:
@@ -138,8 +141,10 @@ class _Bench:
     def rows(self, rates: Rates) -> Iterator[dict[str, object]]:
         """Every step and decoding as the models are, then compiled; the end where the device is lost."""
         parts: list[Iterator[Step | Decode]] = [self._steps(rates, None), self._decodes(None)]
+        if self.backend is not None and self.compile_vae:
+            parts.append(self._decodes(self.backend))
         if self.backend is not None:
-            parts += [self._decodes(self.backend), self._steps(rates, self.backend)]
+            parts.append(self._steps(rates, self.backend))
         for row in itertools.chain.from_iterable(parts):
             yield row.as_dict()
             if isinstance(row.outcome, Failed) and row.outcome.device_lost:

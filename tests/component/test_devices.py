@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
@@ -86,7 +87,10 @@ def no_waiting(device: str) -> Iterator[None]:
             yield
         return
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        # It says of itself that it does not notice everything.
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

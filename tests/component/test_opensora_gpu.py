@@ -23,7 +23,8 @@ WIDTH, HEADS, BATCH = 1152, 16, 2
 
 
 def _error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / theirs.norm())
 
 
 def test_there_are_kernels() -> None:

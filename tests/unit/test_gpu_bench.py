@@ -94,7 +94,7 @@ def test_too_little_memory_is_a_cell_not_the_end() -> None:
 
 def test_the_same_way_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "gpu.json"
-    few = ["--repeats", "2", "--warm-up", "0", "--size", "240p", "--backend", "eager"]
+    few = ["--repeats", "2", "--warm-up", "0", "--size", "240p", "--backend", "eager", "--compile-vae"]
     assert main(["bench", "gpu", "--device", "cpu", "--tiny", *few, "--json", str(out)]) == 0
     said = capsys.readouterr().out
     assert "tiny, bfloat16" in said and "by the data sheet not known" in said

@@ -123,7 +123,7 @@ class GpuKernels:
             FRAMES_BLOCK=max(_SMALLEST_SIDE, _power_of_2(frames)),
             DIM_BLOCK=max(_SMALLEST_SIDE, _power_of_2(dim)),
             PRECISION="ieee" if qkv.dtype is torch.float32 else "tf32",
-            num_warps=2 if frames <= _SMALLEST_SIDE else 4,
+            num_warps=1 if frames <= _SMALLEST_SIDE else 4,
         )
         return out
 
