@@ -31,6 +31,7 @@ from loadgen.gpu.setups import (
     Setup,
     compile_transformer,
     compile_vae,
+    decode_flops,
     random_transformer,
     random_vae,
 )
@@ -140,9 +141,9 @@ class _Bench:
 
     def rows(self, rates: Rates) -> Iterator[dict[str, object]]:
         """Every step and decoding as the models are, then compiled; the end where the device is lost."""
-        parts: list[Iterator[Step | Decode]] = [self._steps(rates, None), self._decodes(None)]
+        parts: list[Iterator[Step | Decode]] = [self._steps(rates, None), self._decodes(rates, None)]
         if self.backend is not None and self.compile_vae:
-            parts.append(self._decodes(self.backend))
+            parts.append(self._decodes(rates, self.backend))
         if self.backend is not None:
             parts.append(self._steps(rates, self.backend))
         for row in itertools.chain.from_iterable(parts):
@@ -166,13 +167,14 @@ class _Bench:
             print(step.line(), flush=True)
             yield step
 
-    def _decodes(self, backend: str | None) -> Iterator[Decode]:
+    def _decodes(self, rates: Rates, backend: str | None) -> Iterator[Decode]:
         print(f"\none video decoded\n{Decode.HEAD}")
         vae = random_vae(self.setup, self.device, self.dtype)
         if backend is not None:
             compile_vae(vae, backend)
         for size, outcome in self._outcomes(lambda size: Decoding(self.setup, size, vae, self.device), backend):
-            decode = Decode(self.setup, size, backend is not None, outcome)
+            work = decode_flops(self.setup, size)
+            decode = Decode(self.setup, size, backend is not None, outcome, rates, work)
             print(decode.line(), flush=True)
             yield decode
 

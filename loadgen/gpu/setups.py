@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.models.opensora import OpenSoraVAE, OpenSoraVAEConfig, PreparedText, RectifiedFlow, STDiT3, STDiT3Config
 from common.models.opensora.loading import cast_weights
@@ -107,6 +108,17 @@ class GuidedStep:
             return predicted
 
         return self._flow.step(velocity, self._latent, 0, self._times, self._text, defaults.guidance_scale)
+
+
+def decode_flops(setup: Setup, size: str) -> int:
+    """Operations of decoding one video, nearly all of them convolutions, as torch counts them; nothing is computed."""
+    with torch.device("meta"):
+        vae = OpenSoraVAE(setup.vae).eval()
+        latent = torch.empty(setup.latent_shape(size))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for _ in vae.decode_chunks(latent, setup.frames):
+            pass
+    return int(counter.get_total_flops())
 
 
 class Decoding:

@@ -82,14 +82,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Decode:
-    """One video decoded, chunk by chunk, to pixels in main memory."""
+    """One video decoded, chunk by chunk, to pixels in main memory. flops: see ``decode_flops``."""
 
     setup: Setup
     size: str
     compiled: bool
     outcome: Reading | Failed
+    rates: Rates
+    flops: int
 
-    HEAD = f"{'size':>5} {'frames':>7} {'way':>9} {'video':>10} {'frames/s':>9} {'peak':>9} {'first call':>10}"
+    HEAD = (
+        f"{'size':>5} {'frames':>7} {'way':>9} {'video':>10} {'frames/s':>9} {'TFLOP/s':>8} "
+        f"{'of rate':>8} {'of sheet':>8} {'peak':>9} {'first call':>10}"
+    )
 
     def line(self) -> str:
         """A line under ``HEAD``."""
@@ -98,17 +103,28 @@ class Decode:
             case Failed(reason):
                 return start + reason
             case Reading() as reading:
+                rate = self.flops / reading.median_s
+                measured, sheet = self.rates.shares(rate)
                 return start + (
                     f"{duration(reading.median_s):>10} {self.setup.frames / reading.median_s:>9,.1f} "
+                    f"{rate / 1e12:>8.3g} {measured:>8.1%} {'-' if sheet is None else f'{sheet:.1%}':>8} "
                     f"{memory(reading):>9} {duration(reading.first_s):>10}"
                 )
 
     def as_dict(self) -> dict[str, object]:
         """For ``--json``."""
-        row = _about("decode", self.setup, self.size, self.compiled)
+        row = {**_about("decode", self.setup, self.size, self.compiled), "flops": self.flops}
         if isinstance(self.outcome, Failed):
             return {**row, "error": self.outcome.reason}
-        return {**row, **self.outcome.as_dict(), "frames_per_s": self.setup.frames / self.outcome.median_s}
+        rate = self.flops / self.outcome.median_s
+        measured, sheet = self.rates.shares(rate)
+        return {
+            **row,
+            **self.outcome.as_dict(),
+            "frames_per_s": self.setup.frames / self.outcome.median_s,
+            "flops_per_s": rate,
+            "share_of_matrix_rate": {"measured": measured, "data_sheet": sheet},
+        }
 
 
 def _way(compiled: bool) -> str:

@@ -104,6 +104,7 @@ def test_the_same_way_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert rows == [(phase, "240p", compiled) for phase, compiled in ways]
     step, decode, *_ = result["runs"]
     assert step["tokens"] == 140 and step["share_of_matrix_rate"]["measured"] > 0
+    assert decode["flops"] > 0 and decode["share_of_matrix_rate"]["measured"] > 0
     assert step["peak_bytes"] is None and len(decode["seconds"]) == 2
     torch.compiler.reset()
 
