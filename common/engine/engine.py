@@ -217,7 +217,9 @@ class Engine:
 
     def _run(self, pieces: tuple[Piece, ...]) -> list[Output]:
         chunks = [self._chunk(piece) for piece in pieces]
-        stored = None if self.layer_stored is None else partial(self.layer_stored, chunks)
+        stored = None
+        if self.layer_stored is not None and any(self._sequences[piece.sequence].request.park for piece in pieces):
+            stored = partial(self.layer_stored, chunks)
         logits = self._model.forward(chunks, self._pool, stored)
         names = [piece.sequence for piece in pieces if piece.last]
         speaking = [self._sequences[name] for name in names]
