@@ -10,6 +10,7 @@ from common.models.causal_lm import interface, probe
 from common.models.causal_lm.batch import Batch, Chunk, pack
 from common.models.causal_lm.fused import FusedDecoder, can_fuse
 from common.models.causal_lm.native import Kernels, kernels
+from common.models.causal_lm.packed import PackedDecoder, can_pack
 from common.models.causal_lm.paging import KVLayout, KVPool
 
 
@@ -45,7 +46,7 @@ class CausalLM:
         self._kernels: Kernels | None = kernels(self.layout.dtype) if native and on_cpu else None
         self._run: Callable[[Batch], Tensor]
         with torch.inference_mode():
-            self._run = FusedDecoder(model, self._kernels) if fuse and can_fuse(model) else _Interfaced(model)
+            self._run = _runner(model, self._kernels, self.context) if fuse else _Interfaced(model)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], pool: KVPool) -> Tensor:
@@ -58,6 +59,15 @@ class CausalLM:
             WrongChunkError: a chunk that does not fit.
         """
         return self._run(pack(chunks, pool, self.context, self.device, self._kernels)).float()
+
+
+def _runner(model: PreTrainedModel, kernels: Kernels | None, context: int) -> Callable[[Batch], Tensor]:
+    """The fastest that this model and this machine can have."""
+    if not can_fuse(model):
+        return _Interfaced(model)
+    if kernels is not None and kernels.decoder is not None and can_pack(model, kernels.decoder):
+        return PackedDecoder(model, kernels.decoder, context)
+    return FusedDecoder(model, kernels)
 
 
 class _Interfaced:

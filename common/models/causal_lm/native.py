@@ -15,11 +15,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = Path(__file__).with_name("cpp")
+_SOURCE = _SOURCES / "kernels.cpp"
 _FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
 # Without the flags above: told of fast mathematics, a linker would have the whole process round tiny numbers to 0.
 _LINK_FLAGS = ("-shared", "-fopenmp")
@@ -33,22 +35,60 @@ _ARGUMENTS = {
     "attend": [_pointer, _long, *[_pointer] * 5, *[_int] * 5, _long, _long, _float],
     "norm": [*[_pointer] * 3, _int, _int, _float],
     "prepare": [_pointer, _pointer, _float, *[_pointer] * 4, *[_int] * 4, _long, _long],
+    "pair": [],
+    "begin": [*[_pointer] * 3, _int],
+    "end": [*[_pointer] * 3, _int],
+    "layers": [_pointer] * 3,
+    "product": [*[_pointer] * 4, *[_int] * 3],
 }
+
+
+class ModelShape(ctypes.Structure):
+    """``Model`` of cpp/decoder.h."""
+
+    _fields_ = (
+        *((name, _int) for name in ("hidden", "inner", "query_heads", "key_heads", "dim", "layers", "activation")),
+        *((name, _float) for name in ("epsilon", "scale")),
+        *((name, _long) for name in ("token_stride", "layer_stride", "value_offset")),
+        *((name, _pointer) for name in ("cos", "sin")),
+    )
+
+
+class LayerWeights(ctypes.Structure):
+    """``Layer`` of cpp/decoder.h."""
+
+    _fields_ = tuple(
+        (name, _pointer)
+        for name in (
+            *("before", "between", "heads"),
+            *("qkv", "out", "gate_up", "down"),
+            *("qkv_bias", "out_bias", "gate_up_bias", "down_bias"),
+        )
+    )
+
+
+class Pass(ctypes.Structure):
+    """``Pass`` of cpp/decoder.h."""
+
+    _fields_ = (
+        ("tokens", _int),
+        *(
+            (name, _pointer)
+            for name in ("positions", "slots", "hidden", "normed", "heads", "attended", "inner", "pool")
+        ),
+        *((name, ctypes.POINTER(_pointer)) for name in ("spans", "first_span")),
+    )
 
 
 class Kernels:
     """The kernels for one type of numbers; tensors are on the CPU and of that type where nothing else is said."""
 
     def __init__(self, library: ctypes.CDLL, dtype: str) -> None:
-        self._attend = self._function(library, "attend", dtype)
-        self._norm = self._function(library, "norm", dtype)
-        self._prepare = self._function(library, "prepare", dtype)
-
-    @staticmethod
-    def _function(library: ctypes.CDLL, name: str, dtype: str) -> Callable[..., None]:
-        function = getattr(library, f"{name}_{dtype}")
-        function.argtypes, function.restype = _ARGUMENTS[name], None
-        return function  # type: ignore[no-any-return]
+        self._attend = _function(library, "attend", dtype)
+        self._norm = _function(library, "norm", dtype)
+        self._prepare = _function(library, "prepare", dtype)
+        pair: int = _function(library, "pair", dtype, _int)()
+        self.decoder = DecoderKernels(self, library, dtype, pair) if pair else None
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Root mean square norm.
@@ -134,6 +174,45 @@ class Kernels:
         )
 
 
+class DecoderKernels:
+    """Those that take a whole decoder's packed weights; ``pair`` is how many inputs of an output lie side by side."""
+
+    def __init__(self, kernels: Kernels, library: ctypes.CDLL, dtype: str, pair: int) -> None:
+        self.pair = pair
+        self.norm = kernels.norm
+        self._begin = _function(library, "begin", dtype)
+        self._end = _function(library, "end", dtype)
+        self._layers = _function(library, "layers", dtype)
+        self._product = _function(library, "product", dtype)
+
+    def begin_layer(self, shape: ModelShape, layers: "ctypes.Array[LayerWeights]", done: Pass, number: int) -> None:
+        """Up to where the layer's keys and values are in the pool and its queries in ``heads``."""
+        self._begin(ctypes.byref(shape), layers, ctypes.byref(done), number)
+
+    def end_layer(self, shape: ModelShape, layers: "ctypes.Array[LayerWeights]", done: Pass, number: int) -> None:
+        """From ``attended`` to the layer's result in ``hidden``."""
+        self._end(ctypes.byref(shape), layers, ctypes.byref(done), number)
+
+    def run_layers(self, shape: ModelShape, layers: "ctypes.Array[LayerWeights]", done: Pass) -> None:
+        """All layers, for tokens that are each the newest of a sequence."""
+        self._layers(ctypes.byref(shape), layers, ctypes.byref(done))
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+        """x W^T + b, [rows, outputs] float32, for x [rows, inputs] and a packed weight."""
+        out = torch.empty(x.shape[0], outputs)
+        address = None if bias is None else bias.data_ptr()
+        self._product(x.data_ptr(), weight.data_ptr(), address, out.data_ptr(), x.shape[0], x.shape[1], outputs)
+        return out
+
+
+def _function(
+    library: ctypes.CDLL, name: str, dtype: str, result: type[ctypes.c_int] | None = None
+) -> Callable[..., Any]:
+    function = getattr(library, f"{name}_{dtype}")
+    function.argtypes, function.restype = _ARGUMENTS[name], result
+    return function  # type: ignore[no-any-return]
+
+
 @cache
 def kernels(dtype: torch.dtype) -> Kernels | None:
     """Those for this type; None where there are none, or no compiler."""
@@ -149,7 +228,9 @@ def _library() -> ctypes.CDLL | None:
         return None
     flags = _FLAGS + (_FLAGS_X86 if platform.machine() == "x86_64" else ())
     key = hashlib.sha256(
-        _SOURCE.read_bytes() + repr((flags, _LINK_FLAGS)).encode() + _processor().encode()
+        b"".join(file.read_bytes() for file in sorted(_SOURCES.iterdir()))
+        + repr((flags, _LINK_FLAGS)).encode()
+        + _processor().encode()
     ).hexdigest()[:16]
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych" / f"kernels-{key}.so"
     try:
