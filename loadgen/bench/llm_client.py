@@ -1,8 +1,8 @@
 """``vllm bench serve`` again and again in one process, since loading vLLM takes longer than most runs.
 
 Run by the Python of vLLM's own environment, so it imports nothing of ours. Says ``ready``; then for each line of
-standard input, a JSON list of that command's arguments, one line of JSON with the numbers of its result comes out. What the command
-prints goes to standard error.
+standard input, a JSON list of that command's arguments, one line of JSON with the numbers of its result comes out. What
+the command prints goes to standard error.
 """
 
 import asyncio

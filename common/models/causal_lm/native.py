@@ -36,8 +36,6 @@ _ARGUMENTS = {
     "norm": [*[_pointer] * 3, _int, _int, _float],
     "prepare": [_pointer, _pointer, _float, *[_pointer] * 4, *[_int] * 4, _long, _long],
     "pair": [],
-    "begin": [*[_pointer] * 3, _int],
-    "end": [*[_pointer] * 3, _int],
     "layers": [_pointer] * 3,
     "product": [*[_pointer] * 4, *[_int] * 3],
 }
@@ -57,13 +55,16 @@ class ModelShape(ctypes.Structure):
 class LayerWeights(ctypes.Structure):
     """``Layer`` of cpp/decoder.h."""
 
-    _fields_ = tuple(
-        (name, _pointer)
-        for name in (
-            *("before", "between", "heads"),
-            *("qkv", "out", "gate_up", "down"),
-            *("qkv_bias", "out_bias", "gate_up_bias", "down_bias"),
-        )
+    _fields_ = (
+        ("window", _long),
+        *(
+            (name, _pointer)
+            for name in (
+                *("before", "between", "heads"),
+                *("qkv", "out", "gate_up", "down"),
+                *("qkv_bias", "out_bias", "gate_up_bias", "down_bias"),
+            )
+        ),
     )
 
 
@@ -71,11 +72,9 @@ class Pass(ctypes.Structure):
     """``Pass`` of cpp/decoder.h."""
 
     _fields_ = (
-        ("tokens", _int),
-        *(
-            (name, _pointer)
-            for name in ("positions", "slots", "hidden", "normed", "heads", "attended", "inner", "pool")
-        ),
+        *((name, _int) for name in ("tokens", "chunks")),
+        *((name, _pointer) for name in ("positions", "slots", "chunk")),
+        *((name, _pointer) for name in ("hidden", "normed", "heads", "attended", "inner", "pool")),
         *((name, ctypes.POINTER(_pointer)) for name in ("spans", "first_span")),
     )
 
@@ -180,21 +179,11 @@ class DecoderKernels:
     def __init__(self, kernels: Kernels, library: ctypes.CDLL, dtype: str, pair: int) -> None:
         self.pair = pair
         self.norm = kernels.norm
-        self._begin = _function(library, "begin", dtype)
-        self._end = _function(library, "end", dtype)
         self._layers = _function(library, "layers", dtype)
         self._product = _function(library, "product", dtype)
 
-    def begin_layer(self, shape: ModelShape, layers: "ctypes.Array[LayerWeights]", done: Pass, number: int) -> None:
-        """Up to where the layer's keys and values are in the pool and its queries in ``heads``."""
-        self._begin(ctypes.byref(shape), layers, ctypes.byref(done), number)
-
-    def end_layer(self, shape: ModelShape, layers: "ctypes.Array[LayerWeights]", done: Pass, number: int) -> None:
-        """From ``attended`` to the layer's result in ``hidden``."""
-        self._end(ctypes.byref(shape), layers, ctypes.byref(done), number)
-
     def run_layers(self, shape: ModelShape, layers: "ctypes.Array[LayerWeights]", done: Pass) -> None:
-        """All layers, for tokens that are each the newest of a sequence."""
+        """All layers of a pass: what it begins with in ``hidden`` becomes what it ends with."""
         self._layers(ctypes.byref(shape), layers, ctypes.byref(done))
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:

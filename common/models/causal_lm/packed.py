@@ -1,9 +1,8 @@
 """The decoder of ``fused`` in kernels of our own from end to end, for processors with AVX-512.
 
-Weights are packed as the kernels read them (``cpp/products.h``). Where every chunk is a single token, a whole pass is
-one call, in which a team of threads goes through all layers together: called one by one, some seventy operations a pass
-cost more in waking threads than a second thread gains. Chunks of several tokens take two calls a layer, with attention
-between them.
+Weights are packed as the kernels read them (``cpp/products.h``). All layers are one call, in which a team of threads
+goes from operation to operation together: called one by one, some seventy of them a pass cost more in waking threads
+than a second thread gains.
 """
 
 import ctypes
@@ -16,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from common.models.causal_lm.attention import Scoring, attend
 from common.models.causal_lm.batch import Batch
 from common.models.causal_lm.families import activation_of, norm_weight, window_of
 from common.models.causal_lm.native import DecoderKernels, LayerWeights, ModelShape, Pass
@@ -85,12 +83,11 @@ class PackedDecoder:
         self._head = pack(model.lm_head.weight.detach(), kernels.pair)
         bias = model.lm_head.bias
         self._head_bias = None if bias is None else bias.detach().float()
-        gemma = config.model_type == "gemma"
-        self._last_norm = norm_weight(inner.norm, gemma)
+        self._last_norm = norm_weight(inner.norm, config.model_type == "gemma")
         self._cos, self._sin = _turns(inner.rotary_emb, context, self._dtype)
         # What the kernels are told the addresses of.
         self._kept: list[Tensor] = []
-        self._layers = (LayerWeights * len(inner.layers))(*(self._layer(layer, gemma) for layer in inner.layers))
+        self._layers = (LayerWeights * len(inner.layers))(*(self._layer(layer, config) for layer in inner.layers))
 
     def __call__(self, batch: Batch) -> Tensor:
         """The logits wanted of the batch, [wanted, vocabulary] float32."""
@@ -102,22 +99,7 @@ class PackedDecoder:
             hidden.new_empty(tokens, self._heads * self._head_dim),
             hidden.new_empty(tokens, self._inner),
         )
-        shape = self._shape(batch)
-        done = self._pass(batch, hidden, buffers)
-        if all(segment.count == 1 for segment in batch.segments):
-            self._kernels.run_layers(shape, self._layers, done)
-        else:
-            for number, window in enumerate(self._windows):
-                self._kernels.begin_layer(shape, self._layers, done, number)
-                turned = self._heads + self._kv_heads
-                query, key, value = (
-                    buffers.heads[:, : self._heads],
-                    buffers.heads[:, self._heads : turned],
-                    buffers.heads[:, turned:],
-                )
-                attended = attend(query, key, value, number, batch, Scoring(self._scale, window))
-                buffers.attended.copy_(attended)
-                self._kernels.end_layer(shape, self._layers, done, number)
+        self._kernels.run_layers(self._shape(batch), self._layers, self._pass(batch, hidden, buffers))
         if batch.wanted is not None:
             hidden = hidden.index_select(0, batch.wanted)
         if not hidden.shape[0]:
@@ -145,10 +127,12 @@ class PackedDecoder:
         )
 
     def _pass(self, batch: Batch, hidden: Tensor, buffers: _Buffers) -> Pass:
-        singles = [batch.singles_within(window) for window in self._windows]
-        addresses = ctypes.c_void_p * len(singles)
+        runs = [batch.runs_within(window) for window in self._windows]
+        addresses = ctypes.c_void_p * len(runs)
         return Pass(
             tokens=hidden.shape[0],
+            chunks=len(batch.segments),
+            chunk=runs[0].rows.data_ptr(),
             positions=batch.positions.data_ptr(),
             slots=batch.slots.data_ptr(),
             hidden=hidden.data_ptr(),
@@ -157,15 +141,17 @@ class PackedDecoder:
             attended=buffers.attended.data_ptr(),
             inner=buffers.inner.data_ptr(),
             pool=batch.pool.layers[0].data_ptr(),
-            spans=addresses(*(None if one is None else one.spans.data_ptr() for one in singles)),
-            first_span=addresses(*(None if one is None else one.first_span.data_ptr() for one in singles)),
+            spans=addresses(*(one.spans.data_ptr() for one in runs)),
+            first_span=addresses(*(one.first_span.data_ptr() for one in runs)),
         )
 
-    def _layer(self, layer: Any, gemma: bool) -> LayerWeights:
+    def _layer(self, layer: Any, config: Any) -> LayerWeights:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
         gate, up = mlp.gate_proj, mlp.up_proj
+        gemma = config.model_type == "gemma"
         weights = LayerWeights(
+            window=window_of(attention, config),
             before=self._keep(norm_weight(layer.input_layernorm, gemma)),
             between=self._keep(norm_weight(layer.post_attention_layernorm, gemma)),
             heads=self._keep(self._norm_of_heads(attention)),

@@ -5,6 +5,7 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "chunks.h"
 #include "products.h"
 #include "rows.h"
 #include "team.h"
@@ -17,17 +18,19 @@ struct Model {
     const float *cos, *sin;  // [positions, dim / 2]
 };
 
-// Norms and biases are float32; a bias may be null, and so may the norm of heads.
+// Norms and biases are float32; a bias may be null, and so may the norm of heads. window: how many tokens one sees, 0: all.
 struct Layer {
+    int64_t window;
     const float *before, *between, *heads;
     const void *qkv, *out, *gate_up, *down;
     const float *qkv_bias, *out_bias, *gate_up_bias, *down_bias;
 };
 
-// What one pass is about. `spans` and `first_span` are each layer's, as attend has them.
+// What one pass is about: chunks, packed one behind the other. chunk: [chunks + 1], each one's first token. Of each layer,
+// `spans` and `first_span` tell as for attend where that lies which any token of a chunk sees.
 struct Pass {
-    int tokens;
-    const int64_t *positions, *slots;
+    int tokens, chunks;
+    const int64_t *positions, *slots, *chunk;
     void *hidden, *normed, *heads, *attended, *inner, *pool;
     const int64_t *const *spans;
     const int64_t *const *first_span;
@@ -50,6 +53,35 @@ inline float activate(float x) {
     if (ACTIVATION == SILU) return x * logistic(x);
     if (ACTIVATION == GELU) return 0.5f * x * (1 + std::erf(x * 0.70710678f));
     return x * logistic(1.5957691f * (x + 0.044715f * x * x * x));
+}
+
+// A task of attention: `count` tokens of a chunk from its token `first` on, `heads` key heads from `head` on.
+struct Part {
+    int chunk, first, count, head, heads;
+    bool single;
+    int64_t cost;
+};
+
+// The parts of a pass, the largest first, so that none is left to one thread in the end.
+inline std::vector<Part> parts_of(const Model &model, const Pass &pass, int threads) {
+    std::vector<Part> parts;
+    const bool few = pass.chunks < 4 * threads;
+    const int shares = !few ? 1 : model.key_heads % threads ? model.key_heads : threads;
+    const int heads = model.key_heads / shares, tokens = std::max(1, QUERIES * model.key_heads / model.query_heads);
+    for (int chunk = 0; chunk < pass.chunks; chunk++) {
+        const int count = static_cast<int>(pass.chunk[chunk + 1] - pass.chunk[chunk]);
+        const int64_t start = pass.positions[pass.chunk[chunk]];
+        if (count == 1)
+            for (int head = 0; head < model.key_heads; head += heads)
+                parts.push_back({chunk, 0, 1, head, heads, true, heads * (start + 1)});
+        for (int first = 0; count > 1 && first < count; first += tokens) {
+            const int own = std::min(tokens, count - first);
+            for (int head = 0; head < model.key_heads; head++)
+                parts.push_back({chunk, first, own, head, 1, false, own * (start + first + own)});
+        }
+    }
+    std::stable_sort(parts.begin(), parts.end(), [](const Part &one, const Part &other) { return one.cost > other.cost; });
+    return parts;
 }
 
 template <int ACTIVATION, typename Element>
@@ -106,22 +138,26 @@ class Decoder {
         add(inner_, model_.inner, layer.down, layer.down_bias);
     }
 
-    // All tokens are the newest of their sequences, one of each.
-    void attend_singles(int number) const {
+    void attend(const Layer &layer, int number, const std::vector<Part> &parts) const {
         const Shape shape{model_.token_stride, model_.value_offset, model_.query_heads / model_.key_heads, model_.dim};
-        auto one = model_.dim == 64    ? attend<Element, 64>
-                   : model_.dim == 128 ? attend<Element, 128>
-                                       : attend<Element, 0>;
-        const bool few = pass_.tokens < 4 * team_.size();
-        const int parts = !few ? 1 : model_.key_heads % team_.size() ? model_.key_heads : team_.size();
-        const int keys = model_.key_heads / parts;
-        const int64_t part = static_cast<int64_t>(keys) * shape.group * model_.dim;
-        const int64_t *spans = pass_.spans[number], *first = pass_.first_span[number];
-        team_.share(pass_.tokens * parts, [&](int task) {
-            const int64_t token = task / parts, place = task % parts;
-            one(own_ + token * heads_.row() + place * part, pool(number) + place * keys * model_.dim,
-                spans + 2 * first[token], spans + 2 * first[token + 1], attended_ + (token * parts + place) * part, keys,
-                shape, model_.scale);
+        auto single = model_.dim == 64    ? ::attend<Element, 64>
+                      : model_.dim == 128 ? ::attend<Element, 128>
+                                          : ::attend<Element, 0>;
+        const int64_t row = heads_.row(), out_row = static_cast<int64_t>(model_.query_heads) * model_.dim;
+        team_.share(static_cast<int>(parts.size()), [&](int task) {
+            const Part &part = parts[task];
+            const int64_t token = pass_.chunk[part.chunk], start = pass_.positions[token];
+            const int64_t *first = pass_.first_span[number] + part.chunk, *span = pass_.spans[number] + 2 * first[0];
+            const int64_t offset = static_cast<int64_t>(part.head) * shape.group * shape.dim;
+            const Element *query = own_ + token * row + offset, *keys = pool(number) + part.head * shape.dim;
+            Element *out = attended_ + token * out_row + offset;
+            if (part.single) {
+                single(query, keys, span, pass_.spans[number] + 2 * first[1], out, part.heads, shape, model_.scale);
+                return;
+            }
+            const int64_t low = layer.window ? std::max<int64_t>(0, start - layer.window + 1) : 0;
+            attend_block(query, row, keys, {start, part.first, part.count, span, low, layer.window}, out, out_row, shape,
+                         model_.scale);
         });
     }
 
@@ -182,28 +218,15 @@ class Decoder {
 };
 
 template <typename Element>
-void run_layer_begin(const Model &model, const Layer *layers, const Pass &pass, int number) {
-    Team team(omp_get_max_threads());
-#pragma omp parallel num_threads(team.size())
-    Decoder<Element>(model, pass, team).begin(layers[number], number);
-}
-
-template <typename Element>
-void run_layer_end(const Model &model, const Layer *layers, const Pass &pass, int number) {
-    Team team(omp_get_max_threads());
-#pragma omp parallel num_threads(team.size())
-    Decoder<Element>(model, pass, team).end(layers[number]);
-}
-
-template <typename Element>
 void run_layers(const Model &model, const Layer *layers, const Pass &pass) {
     Team team(omp_get_max_threads());
+    const std::vector<Part> parts = parts_of(model, pass, team.size());
 #pragma omp parallel num_threads(team.size())
     {
         const Decoder<Element> decoder(model, pass, team);
         for (int number = 0; number < model.layers; number++) {
             decoder.begin(layers[number], number);
-            decoder.attend_singles(number);
+            decoder.attend(layers[number], number, parts);
             decoder.end(layers[number]);
         }
     }

@@ -32,12 +32,6 @@
                 {query_heads, kv_heads, dim, token_stride, value_offset});                                             \
     }                                                                                                                  \
     int pair_##NAME() { return PAIR<ELEMENT>; }                                                                        \
-    void begin_##NAME(const Model *model, const Layer *layers, const Pass *pass, int number) {                         \
-        run_layer_begin<ELEMENT>(*model, layers, *pass, number);                                                       \
-    }                                                                                                                  \
-    void end_##NAME(const Model *model, const Layer *layers, const Pass *pass, int number) {                           \
-        run_layer_end<ELEMENT>(*model, layers, *pass, number);                                                         \
-    }                                                                                                                  \
     void layers_##NAME(const Model *model, const Layer *layers, const Pass *pass) {                                    \
         run_layers<ELEMENT>(*model, layers, *pass);                                                                    \
     }                                                                                                                  \
