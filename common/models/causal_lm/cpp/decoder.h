@@ -84,13 +84,16 @@ inline std::vector<Part> parts_of(const Model &model, const Pass &pass, int thre
     return parts;
 }
 
+// A panel's gates, and beside them what passes through: PANEL / 2 of each. Always all of them, as vectors.
 template <int ACTIVATION, typename Element>
-void gate(const float *sums, const float *bias, Element *out, int count) {
+void gate(const float *sums, const float *bias, Element *out) {
     constexpr int half = PANEL / 2;
-    for (int i = 0; i < count; i++) {
-        const float gate = sums[i] + (bias ? bias[i] : 0), up = sums[half + i] + (bias ? bias[half + i] : 0);
-        store(out + i, activate<ACTIVATION>(gate) * up);
-    }
+    alignas(64) float gates[half], passed[half];
+    for (int i = 0; i < half; i++) gates[i] = sums[i] + (bias ? bias[i] : 0);
+    for (int i = 0; i < half; i++) passed[i] = sums[half + i] + (bias ? bias[half + i] : 0);
+#pragma omp simd
+    for (int i = 0; i < half; i++) passed[i] *= activate<ACTIVATION>(gates[i]);
+    for (int i = 0; i < half; i++) store(out + i, passed[i]);
 }
 
 template <typename Element>
@@ -125,15 +128,15 @@ class Decoder {
         add(attended_, model_.query_heads * model_.dim, layer.out, layer.out_bias);
         norm(layer.between);
         const int64_t size = 2 * static_cast<int64_t>(model_.inner);
-        product(normed_, model_.hidden, layer.gate_up, size, [&](int token, int64_t first, int count, const float *sums) {
+        product(normed_, model_.hidden, layer.gate_up, size, [&](int token, int64_t first, int, const float *sums) {
             const float *bias = layer.gate_up_bias ? layer.gate_up_bias + first : nullptr;
             Element *to = inner_ + static_cast<int64_t>(token) * model_.inner + first / 2;
             if (model_.activation == SILU)
-                gate<SILU>(sums, bias, to, count / 2);
+                gate<SILU>(sums, bias, to);
             else if (model_.activation == GELU)
-                gate<GELU>(sums, bias, to, count / 2);
+                gate<GELU>(sums, bias, to);
             else
-                gate<GELU_TANH>(sums, bias, to, count / 2);
+                gate<GELU_TANH>(sums, bias, to);
         });
         add(inner_, model_.inner, layer.down, layer.down_bias);
     }
