@@ -1,4 +1,4 @@
-"""How a model's memory is asked of the system: freed memory is kept for the next step, what is large lies on large pages.
+"""How memory is asked of the system: what was freed is kept for the next step, what is large lies on large pages.
 
 A step of any model frees what it allocated, and the next one allocates the same again. glibc hands large blocks back to
 the system each time, and every 4 KB of them then costs a page fault at its next use: on a CPU that was a quarter of a

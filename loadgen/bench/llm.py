@@ -68,13 +68,12 @@ async def _run(options: argparse.Namespace) -> dict[str, object]:
             servers.append(await exits.enter_async_context(other(name, command, model)))
         for mode in options.modes:
             servers.append(await exits.enter_async_context(stack(mode, model, options.threads, options.precision)))
-        client, _ = await exits.enter_async_context(started([str(python), str(_CLIENT)], environment))
         names = [server.name for server in servers]
         reference = options.reference or (options.peer and options.peer.partition("=")[0])
         if not servers or (reference is not None and reference not in names):
-            raise BenchmarkError(
-                f"of the servers {', '.join(names) or '(none)'} none is {reference or 'to be measured'}"
-            )
+            there = ", ".join(names) or "(none)"
+            raise BenchmarkError(f"of the servers {there} none is {reference or 'to be measured'}")
+        client, _ = await exits.enter_async_context(started([str(python), str(_CLIENT)], environment))
         readings = await _measure(options, client, servers, model)
     print("\n".join(readings.lines(names, reference)))
     return {
