@@ -58,14 +58,16 @@ void add_tile(const float *__restrict query, const Element *keys, int count, con
     running.highest = highest;
 }
 
+// Some tokens of the tile after this one. Into the second cache, and between the heads of this tile: asked for all at once,
+// or into the first cache, the lines wait for the few places that it has for lines on their way.
 template <typename Element>
-void prefetch(const Element *keys, int heads, const Shape &shape) {
-    constexpr int step = CACHE_LINE_BYTES / sizeof(Element);
-    for (int token = 0; token < TILE; token++) {
+void prefetch(const Element *keys, int first, int end, int heads, const Shape &shape) {
+    constexpr int step = CACHE_LINE_BYTES / sizeof(Element), READ = 0, SECOND_CACHE = 2;
+    for (int token = TILE + first; token < TILE + end; token++) {
         const Element *next = keys + token * shape.token_stride;
         for (int element = 0; element < heads * shape.dim; element += step) {
-            __builtin_prefetch(next + element);
-            __builtin_prefetch(next + shape.value_offset + element);
+            __builtin_prefetch(next + element, READ, SECOND_CACHE);
+            __builtin_prefetch(next + shape.value_offset + element, READ, SECOND_CACHE);
         }
     }
 }
@@ -83,10 +85,11 @@ void attend(const Element *query, const Element *pool, const int64_t *span, cons
         for (int64_t slot = span[0]; slot < span[1]; slot += TILE) {
             const int count = span[1] - slot < TILE ? static_cast<int>(span[1] - slot) : TILE;
             const Element *tile = pool + slot * shape.token_stride;
-            prefetch(tile + TILE * shape.token_stride, heads, shape);
-            for (int head = 0; head < query_heads; head++)
+            for (int head = 0; head < query_heads; head++) {
+                prefetch(tile, head * TILE / query_heads, (head + 1) * TILE / query_heads, heads, shape);
                 add_tile<Element, FIXED_DIM>(&scaled[head * shape.dim], tile + head / shape.group * shape.dim, count,
                                              shape, running[head]);
+            }
         }
     }
     for (int head = 0; head < query_heads; head++)
