@@ -59,9 +59,10 @@ void add_tile(const float *__restrict query, const Element *keys, int count, con
 }
 
 // Some tokens of the tile after this one. Into the second cache, and between the heads of this tile: asked for all at once,
-// or into the first cache, the lines wait for the few places that it has for lines on their way.
+// or into the first cache, the lines wait for the few places that it has for lines on their way. Always inlined: GCC takes
+// calls of a function that does nothing else for calls without effect, and leaves them out.
 template <typename Element>
-void prefetch(const Element *keys, int first, int end, int heads, const Shape &shape) {
+__attribute__((always_inline)) inline void prefetch(const Element *keys, int first, int end, int heads, const Shape &shape) {
     constexpr int step = CACHE_LINE_BYTES / sizeof(Element), READ = 0, SECOND_CACHE = 2;
     for (int token = TILE + first; token < TILE + end; token++) {
         const Element *next = keys + token * shape.token_stride;
