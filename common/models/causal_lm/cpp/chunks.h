@@ -55,7 +55,7 @@ template <typename Element>
 class PackedTile {
   public:
     explicit PackedTile(int dim)
-        : dim_(dim), width_((dim + PANEL - 1) / PANEL * PANEL), keys_(KEYS * dim), values_(KEYS * width_) {}
+        : dim_(dim), width_((dim + PANEL - 1) / PANEL * PANEL), keys_(KEYS * dim), values_(KEYS * width_), nothing_(dim) {}
 
     int width() const { return width_; }
     const Element *keys(int panel) const { return &keys_[panel * PANEL * dim_]; }
@@ -64,20 +64,33 @@ class PackedTile {
     // `tokens`: each one's keys, `count` of them.
     void pack(const Element *const *tokens, int count, int64_t value_offset) {
         constexpr int pair = PAIR<Element> ? PAIR<Element> : 1;
-        std::fill(keys_.begin(), keys_.end(), Element{});
-        std::fill(values_.begin(), values_.end(), Element{});
+        if (count < KEYS) std::fill(keys_.begin(), keys_.end(), Element{});
         for (int token = 0; token < count; token++) {
-            const Element *key = tokens[token], *value = key + value_offset;
             Element *to = &keys_[token / PANEL * PANEL * dim_ + token % PANEL * pair];
-            for (int d = 0; d < dim_; d += pair, to += PANEL * pair) std::memcpy(to, key + d, pair * sizeof(Element));
-            for (int d = 0; d < dim_; d++)
-                values_[d / PANEL * PANEL * KEYS + (token / pair * PANEL + d % PANEL) * pair + token % pair] = value[d];
+            for (int d = 0; d < dim_; d += pair, to += PANEL * pair)
+                std::memcpy(to, tokens[token] + d, pair * sizeof(Element));
+        }
+        for (int token = 0; token < KEYS; token += pair) {
+            const Element *rows[2];
+            for (int one = 0; one < 2; one++)
+                rows[one] = token + one < count ? tokens[token + one] + value_offset : nothing_.data();
+            for (int first = 0; first < dim_; first += PANEL)
+                side_by_side<pair>(rows[0] + first, rows[1] + first, std::min(PANEL, dim_ - first),
+                                   &values_[(first * KEYS + token * PANEL)]);
         }
     }
 
   private:
     const int dim_, width_;
-    std::vector<Element> keys_, values_;
+    std::vector<Element> keys_, values_, nothing_;
+
+    template <int COUNT>
+    static void side_by_side(const Element *one, const Element *other, int count, Element *to) {
+        for (int d = 0; d < count; d++) {
+            to[d * COUNT] = one[d];
+            if (COUNT == 2) to[d * COUNT + 1] = other[d];
+        }
+    }
 };
 
 // Scores of one row become weights relative to the highest so far; returns by what earlier sums shrink.
@@ -89,10 +102,10 @@ float soften(float *scores, int low, int high, float scale, Running &running, El
     float added = 0;
     for (int key = 0; key < KEYS; key++) {
         // A row that sees nothing of the tile has no weights there.
-        const float weight = scores[key] > LOWEST ? exponential(scores[key] - highest) : 0;
-        added += weight;
-        store(weights + key, weight);
+        scores[key] = scores[key] > LOWEST ? exponential(scores[key] - highest) : 0;
+        added += scores[key];
     }
+    store_all(weights, scores, KEYS);
     const float shrink = exponential(running.highest - highest);
     running.weight = running.weight * shrink + added;
     running.highest = highest;
@@ -150,7 +163,10 @@ void attend_block(const Element *query, int64_t row, const Element *pool, const 
     }
     for (int place = 0; place < rows; place++) {
         Element *to = out + (block.first + place / group) * out_row + place % group * dim;
-        for (int d = 0; d < dim; d++) store(to + d, totals[place * width + d] / running[place].weight);
+        float *total = &totals[place * width];
+        const float share = 1 / running[place].weight;
+        for (int d = 0; d < width; d++) total[d] *= share;
+        store_all(to, total, dim);
     }
 }
 

@@ -93,7 +93,7 @@ void gate(const float *sums, const float *bias, Element *out) {
     for (int i = 0; i < half; i++) passed[i] = sums[half + i] + (bias ? bias[half + i] : 0);
 #pragma omp simd
     for (int i = 0; i < half; i++) passed[i] *= activate<ACTIVATION>(gates[i]);
-    for (int i = 0; i < half; i++) store(out + i, passed[i]);
+    store_all(out, passed, half);
 }
 
 template <typename Element>
@@ -113,7 +113,10 @@ class Decoder {
         product(normed_, model_.hidden, layer.qkv, row, [&](int token, int64_t first, int count, const float *sums) {
             Element *to = own_ + token * row + first;
             const float *bias = layer.qkv_bias ? layer.qkv_bias + first : nullptr;
-            for (int i = 0; i < count; i++) store(to + i, sums[i] + (bias ? bias[i] : 0));
+            if (bias)
+                for (int i = 0; i < count; i++) store(to + i, sums[i] + bias[i]);
+            else
+                store_all(to, sums, count);
         });
         const int half = model_.dim / 2;
         team_.share(pass_.tokens, [&](int token) {

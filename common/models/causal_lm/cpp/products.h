@@ -43,6 +43,19 @@ inline __m512bh repeat(const BFloat16 *x) {
 inline __m512 add_products(__m512 sums, __m512bh x, __m512bh weights) { return _mm512_dpbf16_ps(sums, x, weights); }
 #endif
 
+// A row of sums as numbers of the type.
+template <typename Element>
+inline void store_all(Element *to, const float *from, int count) {
+    int place = 0;
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(Element) == sizeof(BFloat16))
+        for (; place + 16 <= count; place += 16)
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(to + place),
+                                (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + place)));
+#endif
+    for (; place < count; place++) store(to + place, from[place]);
+}
+
 #ifdef __AVX512F__
 template <typename Element, int ROWS>
 void strip(const Element *x, const Element *panel, int size, float (*out)[PANEL]) {
