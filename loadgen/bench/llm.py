@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+import time
 from asyncio.subprocess import Process
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=int, nargs="+", default=[256, 1024], metavar="N", help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=64, metavar="N", help="tokens of an answer (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=1, metavar="N", help="of the first round's prompts")
+    parser.add_argument(
+        "--first-seed",
+        type=int,
+        metavar="N",
+        help="of the first round's prompts (default: by the clock, as a server that runs on remembers earlier prompts)",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each server of ours, all together")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="of ours")
 
@@ -87,6 +93,7 @@ async def _run(options: argparse.Namespace) -> dict[str, object]:
 
 async def _measure(options: argparse.Namespace, client: Process, servers: list[Server], model: str) -> Readings:
     readings = Readings()
+    first_seed = int(time.time()) if options.first_seed is None else options.first_seed
     workloads = [
         Workload(prompt, options.output, many, many * _REQUESTS_EACH.get(many, _REQUESTS_EACH_BEYOND))
         for prompt in options.input
@@ -96,7 +103,7 @@ async def _measure(options: argparse.Namespace, client: Process, servers: list[S
         # Who begins changes from round to round.
         turn = servers[number % len(servers) :] + servers[: number % len(servers)]
         for place, workload in enumerate(workloads):
-            seed = options.first_seed + number * len(workloads) + place
+            seed = first_seed + number * len(workloads) + place
             for server in turn:
                 result = await _one(client, server, workload, model, seed)
                 readings.add(workload, server.name, result)
