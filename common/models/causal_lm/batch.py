@@ -84,19 +84,34 @@ class Runs:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Of a batch's chunks, for kernels that take all of them at once.
+    """Of the chunks of several tokens, for a kernel that takes all of them at once.
 
     Attributes:
+        rows: which tokens of the batch are theirs; None: all, in order.
         queries, keys: [chunks + 1] int32, where each one's tokens begin, and where what they attend to does.
         most_queries, most_keys: of one chunk.
         slots: [all keys], where they lie in the pool.
     """
 
+    rows: Tensor | None
     queries: Tensor
     keys: Tensor
     most_queries: int
     most_keys: int
     slots: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Paged:
+    """The chunks of one token, as a GPU's decode kernel takes them: see ``GpuKernels.attend``.
+
+    Attributes:
+        rows: which tokens of the batch are meant; None: all, in order.
+    """
+
+    rows: Tensor | None
+    positions: Tensor
+    tables: Tensor
 
 
 @dataclass(slots=True)
@@ -110,7 +125,8 @@ class Batch:
         wanted: [chunks whose logits are wanted], the rows of their last tokens; None: every row, in order.
         pool: the blocks that all of this is about.
         kernels: ours; None: there are none, torch's do.
-        lengths, singles, runs: for kernels, from the first layer on; the latter two for each width of the window.
+        singles, runs: for our kernels, from the first layer on, for each width of the window.
+        lengths, paged: the same on a GPU, for chunks of several tokens and of one.
     """
 
     input_ids: Tensor
@@ -121,6 +137,7 @@ class Batch:
     pool: KVPool
     kernels: Kernels | None = None
     lengths: Lengths | None = None
+    paged: Paged | None = None
     singles: dict[int, Singles | None] = field(default_factory=dict)
     runs: dict[int, Runs] = field(default_factory=dict)
 
@@ -157,7 +174,7 @@ def pack(
     segments: list[Segment] = []
     for chunk in chunks:
         first, stop = len(ids), chunk.start + len(chunk.tokens)
-        _check(chunk, stop, context)
+        check(chunk, context)
         ids += chunk.tokens
         if len(chunk.tokens) == 1:
             positions.append(chunk.start)
@@ -196,7 +213,9 @@ def _runs(segments: Sequence[Segment], window: int) -> Runs:
     return Runs(torch.tensor(rows), torch.tensor(spans), torch.tensor(first_span))
 
 
-def _check(chunk: Chunk, stop: int, context: int) -> None:
+def check(chunk: Chunk, context: int) -> None:
+    """Raises WrongChunkError, see ``pack``."""
+    stop = chunk.start + len(chunk.tokens)
     if not chunk.tokens or chunk.start < 0:
         raise WrongChunkError(f"{chunk.sequence}: {len(chunk.tokens)} tokens at {chunk.start} are no chunk")
     if stop > chunk.table.tokens:
