@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.models.causal_lm.native import Kernels, kernels
+from common.models.causal_lm.packed import interleave, pack
 
 
 def _kernels(dtype: torch.dtype) -> Kernels:
@@ -98,3 +99,31 @@ def test_norms_rotation_and_storing_are_the_formulas(dtype: torch.dtype, rows: i
         assert torch.equal(prepared[:, heads + kv_heads :], given[:, heads + kv_heads :])
         assert torch.equal(pool[slots, 1].flatten(1), prepared[:, heads:].flatten(1))
         assert not pool[:, 0].any() and not pool[:, 2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 12, 40, 300])
+def test_a_product_over_packed_weights_is_the_product_and_no_row_depends_on_others(
+    dtype: torch.dtype, rows: int
+) -> None:
+    decoder = _kernels(dtype).decoder
+    if decoder is None:
+        pytest.skip("no AVX-512 for this type")
+    noise = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 48, generator=noise).to(dtype)
+    # Not a whole number of panels.
+    weight, bias = torch.randn(150, 48, generator=noise).to(dtype), torch.randn(150, generator=noise)
+    packed = pack(weight, decoder.pair)
+    out = decoder.product(x, packed, bias, 150)
+    theirs = (x.double() @ weight.double().T + bias.double()).float()
+    torch.testing.assert_close(out, theirs, atol=1e-4, rtol=1e-4)
+    for row in {0, rows // 2, rows - 1}:
+        alone = decoder.product(x[row : row + 1].contiguous(), packed, bias, 150)
+        assert torch.equal(out[row], alone[0])
+
+
+def test_gate_and_up_lie_side_by_side() -> None:
+    gate, up = torch.arange(32), torch.arange(100, 132)
+    both = interleave(gate, up)
+    assert both[:16].tolist() == list(range(16)) and both[16:32].tolist() == list(range(100, 116))
+    assert both[32:48].tolist() == list(range(16, 32))

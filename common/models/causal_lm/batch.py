@@ -68,6 +68,21 @@ class Singles:
 
 
 @dataclass(frozen=True, slots=True)
+class Runs:
+    """All chunks and what they see, as ``packed`` takes them.
+
+    Attributes:
+        rows: [chunks + 1] int64, where each one's tokens begin in the batch.
+        spans: [runs, 2] int64, slots from and up to.
+        first_span: [chunks + 1] int64, where each one's runs begin.
+    """
+
+    rows: Tensor
+    spans: Tensor
+    first_span: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Lengths:
     """Of the chunks of several tokens, for a kernel that takes all of them at once.
 
@@ -111,7 +126,7 @@ class Batch:
         pool: the blocks that all of this is about.
         kernels: ours; None: there are none, torch's do.
         stored: told each layer whose keys and values of all tokens are in the pool, while the layer is still computed.
-        singles: for our kernels, from the first layer on, for each width of the window.
+        singles, runs: for our kernels, from the first layer on, for each width of the window.
         lengths, paged: the same on a GPU, for chunks of several tokens and of one.
     """
 
@@ -126,6 +141,13 @@ class Batch:
     lengths: Lengths | None = None
     paged: Paged | None = None
     singles: dict[int, Singles | None] = field(default_factory=dict)
+    runs: dict[int, Runs] = field(default_factory=dict)
+
+    def runs_within(self, window: int) -> Runs:
+        """All chunks, each with what any of its tokens sees of the last `window` positions (0: all)."""
+        if window not in self.runs:
+            self.runs[window] = _runs(self.segments, window)
+        return self.runs[window]
 
     def singles_within(self, window: int) -> Singles | None:
         """The chunks of one token, each with the last `window` positions (0: all); None if there are none."""
@@ -187,6 +209,16 @@ def _singles(segments: Sequence[Segment], window: int) -> Singles | None:
             spans += segment.table.spans(low, segment.stop)
             first_span.append(len(spans))
     return Singles(torch.tensor(rows), torch.tensor(spans), torch.tensor(first_span)) if rows else None
+
+
+def _runs(segments: Sequence[Segment], window: int) -> Runs:
+    rows, spans, first_span = [0], list[tuple[int, int]](), [0]
+    for segment in segments:
+        low = max(0, segment.start - window + 1) if window else 0
+        spans += segment.table.spans(low, segment.stop)
+        rows.append(segment.end)
+        first_span.append(len(spans))
+    return Runs(torch.tensor(rows), torch.tensor(spans), torch.tensor(first_span))
 
 
 def check(chunk: Chunk, context: int) -> None:

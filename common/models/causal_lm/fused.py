@@ -16,25 +16,17 @@ from transformers import PreTrainedModel
 
 from common.models.causal_lm.attention import Scoring, attend
 from common.models.causal_lm.batch import Batch
+from common.models.causal_lm.families import activation_of, is_plain, norm_weight, window_of
 from common.models.causal_lm.interface import store
 from common.models.causal_lm.linear import Linear, knows_activation
 from common.models.causal_lm.native import Kernels
-
-# Whose layers are exactly this formula, in the version of transformers that the constraints file names.
-FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})
 
 Norm = Callable[[Tensor], Tensor]
 
 
 def can_fuse(model: PreTrainedModel) -> bool:
     """Whether the decoder here computes what this transformers model does."""
-    return (
-        model.config.model_type in FAMILIES
-        and knows_activation(activation_of(model.config))
-        # Whole heads are turned, not parts of them.
-        and 2 * model.model.rotary_emb.inv_freq.numel() == model.model.layers[0].self_attn.head_dim
-        and all(parameter.device.type == "cpu" for parameter in model.parameters())
-    )
+    return is_plain(model) and knows_activation(activation_of(model.config))
 
 
 class FusedDecoder:
@@ -150,7 +142,7 @@ class _Norms:
         shape = tuple(norm.weight.shape)
         given = norm.weight.detach()
         epsilon: float = norm.eps if self._plus_one else norm.variance_epsilon
-        weight = 1.0 + given.float() if self._plus_one else given.float()
+        weight = norm_weight(norm, self._plus_one)
         kernels = self._kernels
         if kernels is not None:
             return lambda x: kernels.norm(x, weight, epsilon)
@@ -166,14 +158,3 @@ def _taken(modules: Sequence[Any], activation: str = "silu") -> Linear:
     for module in modules:
         module.weight = None
     return Linear(weight, torch.cat(biases).detach() if biases else None, activation)
-
-
-def window_of(attention: Any, config: Any) -> int:
-    """How many positions the layer sees, 0 for all: Mistral's is the model's, Qwen's each layer's own."""
-    window = config.sliding_window if config.model_type == "mistral" else getattr(attention, "sliding_window", None)
-    return window or 0
-
-
-def activation_of(config: Any) -> str:
-    """The name of the activation in the MLP."""
-    return str(getattr(config, "hidden_activation", None) or config.hidden_act)

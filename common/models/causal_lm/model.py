@@ -13,6 +13,7 @@ from common.models.causal_lm.gpu.decoder import GpuDecoder, can_decode
 from common.models.causal_lm.gpu.graphs import DecodeGraphs
 from common.models.causal_lm.gpu.kernels import gpu_kernels
 from common.models.causal_lm.native import Kernels, kernels
+from common.models.causal_lm.packed import PackedDecoder, can_pack
 from common.models.causal_lm.paging import KVLayout, KVPool
 
 
@@ -57,10 +58,16 @@ class CausalLM:
             self._graphs = DecodeGraphs(self._run, self.context, self.device)
 
     def _chosen(self, model: PreTrainedModel) -> "Callable[[Batch], Tensor]":
+        """The fastest that this model and this machine can have."""
         on_gpu = gpu_kernels() if self.device.type == "cuda" else None
         if on_gpu is not None and can_decode(model):
             return GpuDecoder(model, on_gpu)
-        return FusedDecoder(model, self._kernels) if can_fuse(model) else _Interfaced(model)
+        if not can_fuse(model):
+            return _Interfaced(model)
+        packing = self._kernels.decoder if self._kernels is not None else None
+        if packing is not None and can_pack(model, packing):
+            return PackedDecoder(model, packing, self.context)
+        return FusedDecoder(model, self._kernels)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], pool: KVPool, stored: Callable[[int], None] | None = None) -> Tensor:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import structlog
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor
 
 log = structlog.get_logger()
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = Path(__file__).with_name("cpp")
+_SOURCE = _SOURCES / "kernels.cpp"
 _FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
 # Without the flags above: told of fast mathematics, a linker would have the whole process round tiny numbers to 0.
 _LINK_FLAGS = ("-shared", "-fopenmp")
@@ -36,22 +38,59 @@ _ARGUMENTS = {
     "attend": [_pointer, _long, *[_pointer] * 5, *[_int] * 5, _long, _long, _float],
     "norm": [*[_pointer] * 3, _int, _int, _float],
     "prepare": [_pointer, _pointer, _float, *[_pointer] * 4, *[_int] * 4, _long, _long],
+    "pair": [],
+    "layers": [_pointer] * 3,
+    "product": [*[_pointer] * 4, *[_int] * 3],
 }
+
+
+class ModelShape(ctypes.Structure):
+    """``Model`` of cpp/decoder.h."""
+
+    _fields_ = (
+        *((name, _int) for name in ("hidden", "inner", "query_heads", "key_heads", "dim", "layers", "activation")),
+        *((name, _float) for name in ("epsilon", "scale")),
+        *((name, _long) for name in ("token_stride", "layer_stride", "value_offset")),
+        *((name, _pointer) for name in ("cos", "sin")),
+    )
+
+
+class LayerWeights(ctypes.Structure):
+    """``Layer`` of cpp/decoder.h."""
+
+    _fields_ = (
+        ("window", _long),
+        *(
+            (name, _pointer)
+            for name in (
+                *("before", "between", "heads"),
+                *("qkv", "out", "gate_up", "down"),
+                *("qkv_bias", "out_bias", "gate_up_bias", "down_bias"),
+            )
+        ),
+    )
+
+
+class Pass(ctypes.Structure):
+    """``Pass`` of cpp/decoder.h."""
+
+    _fields_ = (
+        *((name, _int) for name in ("tokens", "chunks")),
+        *((name, _pointer) for name in ("positions", "slots", "chunk")),
+        *((name, _pointer) for name in ("hidden", "normed", "heads", "attended", "inner", "pool")),
+        *((name, ctypes.POINTER(_pointer)) for name in ("spans", "first_span")),
+    )
 
 
 class Kernels:
     """The kernels for one type of numbers; tensors are on the CPU and of that type where nothing else is said."""
 
     def __init__(self, library: ctypes.CDLL, dtype: str) -> None:
-        self._attend = self._function(library, "attend", dtype)
-        self._norm = self._function(library, "norm", dtype)
-        self._prepare = self._function(library, "prepare", dtype)
-
-    @staticmethod
-    def _function(library: ctypes.CDLL, name: str, dtype: str) -> Callable[..., None]:
-        function = getattr(library, f"{name}_{dtype}")
-        function.argtypes, function.restype = _ARGUMENTS[name], None
-        return function  # type: ignore[no-any-return]
+        self._attend = _function(library, "attend", dtype)
+        self._norm = _function(library, "norm", dtype)
+        self._prepare = _function(library, "prepare", dtype)
+        pair: int = _function(library, "pair", dtype, _int)()
+        self.decoder = DecoderKernels(self, library, dtype, pair) if pair else None
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Root mean square norm.
@@ -137,6 +176,35 @@ class Kernels:
         )
 
 
+class DecoderKernels:
+    """Those that take a whole decoder's packed weights; ``pair`` is how many inputs of an output lie side by side."""
+
+    def __init__(self, kernels: Kernels, library: ctypes.CDLL, dtype: str, pair: int) -> None:
+        self.pair = pair
+        self.norm = kernels.norm
+        self._layers = _function(library, "layers", dtype)
+        self._product = _function(library, "product", dtype)
+
+    def run_layers(self, shape: ModelShape, layers: "ctypes.Array[LayerWeights]", done: Pass) -> None:
+        """All layers of a pass: what it begins with in ``hidden`` becomes what it ends with."""
+        self._layers(ctypes.byref(shape), layers, ctypes.byref(done))
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+        """x W^T + b, [rows, outputs] float32, for x [rows, inputs] and a packed weight."""
+        out = torch.empty(x.shape[0], outputs)
+        address = None if bias is None else bias.data_ptr()
+        self._product(x.data_ptr(), weight.data_ptr(), address, out.data_ptr(), x.shape[0], x.shape[1], outputs)
+        return out
+
+
+def _function(
+    library: ctypes.CDLL, name: str, dtype: str, result: type[ctypes.c_int] | None = None
+) -> Callable[..., Any]:
+    function = getattr(library, f"{name}_{dtype}")
+    function.argtypes, function.restype = _ARGUMENTS[name], result
+    return function  # type: ignore[no-any-return]
+
+
 @cache
 def kernels(dtype: torch.dtype) -> Kernels | None:
     """Those for this type; None where there are none, or no compiler."""
@@ -153,7 +221,9 @@ def _library() -> ctypes.CDLL | None:
         return None
     flags = _FLAGS + (_FLAGS_X86 if platform.machine() == "x86_64" else ())
     key = hashlib.sha256(
-        _SOURCE.read_bytes() + repr((flags, _LINK_FLAGS)).encode() + _processor().encode()
+        b"".join(file.read_bytes() for file in sorted(_SOURCES.iterdir()))
+        + repr((flags, _LINK_FLAGS)).encode()
+        + _processor().encode()
     ).hexdigest()[:16]
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych" / f"kernels-{key}.so"
     try:

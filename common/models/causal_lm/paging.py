@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.models.memory import on_large_pages
+
 BLOCK_TOKENS = 16
 
 
@@ -55,7 +57,10 @@ class KVPool:
         self.layout = layout
         shape = (blocks, BLOCK_TOKENS, layout.layers, 2, layout.kv_heads, layout.head_dim)
         # Zeros, and so touched once here: what a masked kernel reads beyond a sequence's end must be finite.
-        self.blocks = torch.zeros(shape, dtype=layout.dtype, device=device)
+        if torch.device(device).type == "cpu":
+            self.blocks = on_large_pages(shape, layout.dtype).zero_()
+        else:
+            self.blocks = torch.zeros(shape, dtype=layout.dtype, device=device)
         flat = self.blocks.view(blocks * BLOCK_TOKENS, *shape[2:])
         self.layers: list[Tensor] = [flat[:, layer] for layer in range(layout.layers)]
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from common.models.causal_lm.attention import Scoring, attend
 from common.models.causal_lm.batch import Batch
-from common.models.causal_lm.fused import FAMILIES, activation_of, window_of
+from common.models.causal_lm.families import FAMILIES, activation_of, window_of
 from common.models.causal_lm.gpu.kernels import GpuKernels, knows_activation
 
 
