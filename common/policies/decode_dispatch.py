@@ -251,8 +251,9 @@ class DecodeDispatch:
         return view.ratio(heavy)
 
     def _delay_ms(self, view: _View, began: SequenceBegan) -> float:
-        """What the sequence waits for its keys and values, and what it and its neighbours cost each other: they share as
-        many steps as the shorter one has tokens to come, a light one half of what is light at most.
+        """What the sequence waits for its keys and values, and what it and its neighbours cost each other.
+
+        They share as many steps as the shorter one has tokens to come; of a light one that is half of what is light.
         """
         cost = self._delay
         missing = began.prompt_tokens - began.prefix_tokens.get(view.instance, 0)

@@ -60,7 +60,7 @@ def fluid(instances: int) -> Setup:
 
 
 def burst_arms() -> dict[str, Setup]:
-    """What meets the paper's bursts: its baseline, the same on as many cards as TetriInfer has, TetriInfer, and ours."""
+    """What meets the paper's bursts: its baseline, also on as many cards as TetriInfer has, TetriInfer, and ours."""
     paper = tetriinfer("tetriinfer", 1, 1)
     return _by_name(
         coupled("coupled-16", 1, 16),

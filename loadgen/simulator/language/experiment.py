@@ -20,9 +20,10 @@ from common.policies.flip import IdleFlip, QueueFlip
 from common.policies.prefill_schedule import PrefillOrder
 from loadgen.arrivals import FloatArray
 from loadgen.simulator.language.arms import burst_arms, chosen, coupled, fluid, steady_arms, tetriinfer
-from loadgen.simulator.language.cost import OPT_13B_2_V100
+from loadgen.simulator.language.cost import COST, OPT_13B_2_V100
 from loadgen.simulator.language.decode_only import RULES, decode_all
 from loadgen.simulator.language.interference import series
+from loadgen.simulator.language.link import NVLINK, ROCE
 from loadgen.simulator.language.requests import ChatRequest, Progress
 from loadgen.simulator.language.setups import Setup, build
 from loadgen.simulator.language.workloads import CLASSES, MIXED, SHAREGPT, class_requests, dispatch_requests, turning
@@ -253,3 +254,28 @@ def _times(progress: Sequence[Progress]) -> dict[str, Any]:
 
 def _rounded(values: FloatArray) -> dict[str, float]:
     return {name: round(value, 4) for name, value in summary(values).items()}
+
+
+def language_environment() -> dict[str, Any]:
+    """What all runs have in common."""
+    machine = OPT_13B_2_V100
+    return {
+        "model": machine.name,
+        "kv_tokens": machine.kv_tokens,
+        "kv_token_bytes": machine.kv_token_bytes,
+        "cost_s": {name: getattr(COST, name) for name in COST.__slots__},
+        "links": {kind.name: {"bytes_per_s": kind.bytes_per_s, "message_s": kind.message_s} for kind in (NVLINK, ROCE)},
+    }
+
+
+def print_language_summary(runs: Sequence[dict[str, Any]]) -> None:
+    """Every cluster at every place, for people."""
+    places: dict[tuple[str, str, float | None], dict[str, list[dict[str, Any]]]] = {}
+    for run in runs:
+        at = places.setdefault((run["point"], run["class"], run["rate"]), {})
+        at.setdefault(run["policy"], []).append(run)
+    for (point, of, rate), by_policy in places.items():
+        print(f"{point}, {of}" + (f", {rate:.2f} requests/s" if rate is not None else ""))
+        for policy, of_policy in by_policy.items():
+            ttft_s, jct_s = (np.mean([run[name]["mean"] for run in of_policy]) for name in ("ttft_s", "jct_s"))
+            print(f"  {policy:28} ttft {ttft_s:7.2f} s  jct {jct_s:7.2f} s")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from loadgen.simulator.language.cost import EngineCost, StepWork
 
-# Tokens of the paper's light and heavy prompts; and contexts of light and heavy decodes, which are assumed (brief, 11.2).
+# Tokens of the paper's light and heavy prompts; and contexts of light and heavy decodes, which are assumed.
 LIGHT_PROMPT, HEAVY_PROMPT = 18, 512
 LIGHT_CONTEXT, HEAVY_CONTEXT = 40, 310
 _BESIDE = (0, 1, 3, 7, 15, 31, 63)
