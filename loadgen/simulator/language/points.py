@@ -15,12 +15,21 @@ from loadgen.simulator.language.arms import burst_arms, chosen, coupled, fluid, 
 from loadgen.simulator.language.decode_only import RULES
 from loadgen.simulator.language.requests import ChatRequest
 from loadgen.simulator.language.setups import Setup
-from loadgen.simulator.language.workloads import CLASSES, MIXED, SHAREGPT, class_requests, dispatch_requests, turning
+from loadgen.simulator.language.workloads import (
+    CLASSES,
+    MIXED,
+    SHAREGPT,
+    class_requests,
+    dispatch_requests,
+    turning,
+    turns,
+)
 
 POINTS = ("interference", "prefill", "burst", "dispatch", "reserve", "steady", "flip")
 STEADY_INSTANCES = 4
 # Requests a second for each class on four instances: between half and nine tenths of what the best cluster carries.
 STEADY_RATES = {"LPLD": (8.0, 14.0), "LPHD": (1.5, 3.0), "HPLD": (4.0, 7.0), "HPHD": (1.5, 2.5), "Mixed": (3.0, 5.0)}
+CONVERSATION_RATES = (1.0, 2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +99,12 @@ def steady(policies: list[str] | None, seeds: int, instances: int, quick: bool) 
                 for seed in range(seeds):
                     requests = class_requests(CLASSES[name], seed, 100 if quick else 400, at)
                     yield Task("steady", name, setup, seed, tuple(requests), at)
+    for rate in CONVERSATION_RATES[:1] if quick else CONVERSATION_RATES:
+        at = rate * instances / STEADY_INSTANCES
+        for setup in arms:
+            for seed in range(seeds):
+                requests = turns(seed, 30 if quick else 150, at)
+                yield Task("steady", "conversations", setup, seed, tuple(requests), at)
 
 
 def flip(seeds: int) -> Iterator[Task]:
