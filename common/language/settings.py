@@ -1,5 +1,6 @@
 """The settings of a language instance."""
 
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 
@@ -28,7 +29,8 @@ class LanguageSettings(ComputeSettings):
     ``transfer_s`` seconds is given up: its receiver computes the keys and values itself. ``transfer_mode`` says when
     they leave: ``by_request`` all at once after the prompt, ``by_chunk`` whole blocks after each pass, ``by_layer``
     each layer's while later ones are computed. ``kv_checksum`` compares the bytes at both ends. ``caching`` says what
-    is kept for later sequences.
+    is kept for later sequences (MemServe, section 5): in what is free of ``kv_bytes``, then in ``kv_dram_bytes`` of the
+    host's memory, then in ``kv_disk_bytes`` of a file in ``kv_disk_folder``.
     """
 
     language_model: str = "demo"
@@ -39,6 +41,9 @@ class LanguageSettings(ComputeSettings):
     transfer_mode: TransferMode = TransferMode.BY_REQUEST
     kv_checksum: bool = True
     caching: Caching = Caching.PD_CACHING_3
+    kv_dram_bytes: int = Field(default=0, ge=0)
+    kv_disk_bytes: int = Field(default=0, ge=0)
+    kv_disk_folder: Path = Path(tempfile.gettempdir())
 
 
 def model_name(location: str) -> str:
