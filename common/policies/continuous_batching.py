@@ -169,6 +169,8 @@ class ContinuousBatching:
         block_tokens: how many tokens one holds.
         chunk_tokens: at most so many prompt tokens a pass.
         most_sequences: at most so many sequences hold blocks at once.
+        alone_tokens: at most so many prompt tokens a pass where only one prompt waits: slicing lets others in between,
+            and there are none (0: ``chunk_tokens``).
         schedule: in which order prompts are computed; its own, as it keeps books of them (None: of arrival).
         admission: who may hold blocks (None: whoever comes, as long as there are any).
     """
@@ -179,6 +181,7 @@ class ContinuousBatching:
         block_tokens: int = 16,
         chunk_tokens: int = 512,
         most_sequences: int = 256,
+        alone_tokens: int = 0,
         schedule: PrefillSchedule | None = None,
         admission: DecodeAdmission | None = None,
     ) -> None:
@@ -188,6 +191,7 @@ class ContinuousBatching:
         self._block_tokens = block_tokens
         self._chunk_tokens = chunk_tokens
         self._most_sequences = most_sequences
+        self._alone_tokens = max(chunk_tokens, alone_tokens)
         self._schedule = PrefillSchedule() if schedule is None else schedule
         self._admission = DecodeAdmission() if admission is None else admission
         self._sequences: dict[str, _Sequence] = {}
@@ -283,7 +287,7 @@ class ContinuousBatching:
         but those go on that hold blocks already, lest it waits for ever.
         """
         planned: list[_Planned] = []
-        room = self._chunk_tokens
+        room = self._alone_tokens if len(self._schedule) == 1 else self._chunk_tokens
         while room > 0 and (name := self._schedule.head(bool(planned))) is not None:
             sequence = self._sequences[name]
             if not sequence.blocks:

@@ -7,6 +7,7 @@ from common.messages.cluster import LanguageRole
 from common.policies.length_prediction import LengthRange
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.control import ControlPlane
+from loadgen.simulator.language.history import Histories
 from loadgen.simulator.language.instance import Instance
 from loadgen.simulator.language.link import Network
 from loadgen.simulator.language.predictors import Predictor, PredictorTax
@@ -32,6 +33,8 @@ class Cluster:
     Args:
         predictor: says how long answers will be; None: nobody does.
         taxes: the predictor's load on each prefill instance, by name; what is not named has none.
+        histories: what instances keep of what they have computed; None: nothing.
+        expects_middle: admission goes by the middle of a predicted range; TetriInfer's by the lower end (5.2.3).
     """
 
     def __init__(
@@ -41,21 +44,26 @@ class Cluster:
         network: Network,
         predictor: Predictor | None = None,
         taxes: Mapping[str, PredictorTax] | None = None,
+        expects_middle: bool = False,
+        histories: Histories | None = None,
     ) -> None:
         self.progress: dict[str, Progress] = {}
         self.instances: dict[str, Instance] = {}
         self.control: ControlPlane | None = None
+        self.histories = histories or Histories(0, 1)
         self._clock = clock
         self._router = router
         self._network = network
         self._predictor = predictor
         self._taxes = taxes or {}
+        self._expects_middle = expects_middle
         self._underway: dict[str, _Underway] = {}
         self._ticking = False
 
     def add(self, instance: Instance, roles: tuple[LanguageRole, ...]) -> None:
         """With a control plane every instance has exactly one role."""
         self.instances[instance.name] = instance
+        self.histories.add(instance.name)
         if self.control is not None:
             (role,) = roles
             self.control.add(instance, role)
@@ -72,16 +80,16 @@ class Cluster:
     def arrive(self, request: ChatRequest) -> None:
         """A request comes now."""
         self._keep_ticking()
-        route = self._router.route(request)
-        self.progress[request.name] = Progress(request, prefilled_by=route.prefill, cached_tokens=route.cached_tokens)
         predicted = self._predictor.predict(request) if self._predictor is not None else None
+        route = self._router.route(request, predicted, self.histories.tokens_at(request))
+        self.progress[request.name] = Progress(request, prefilled_by=route.prefill, cached_tokens=route.cached_tokens)
         tax = self._taxes.get(route.prefill)
         predicted_s = tax.predict(request.prompt_tokens, self._clock.now_s) if tax is not None else self._clock.now_s
         decode = None if self.control is not None else route.decode
         underway = _Underway(request, route, predicted, predicted_s, decode)
         self._underway[request.name] = underway
         self.instances[route.prefill].prefill(
-            request, decode != route.prefill, _expected_tokens(underway), route.cached_tokens
+            request, decode != route.prefill, self._expected(underway), route.cached_tokens
         )
 
     # --- what instances tell ------------------------------------------------------------------------------------
@@ -98,6 +106,7 @@ class Cluster:
     def prefilled(self, request: ChatRequest, instance: Instance) -> None:
         self.progress[request.name].first_token_s = self._clock.now_s
         self._router.prefilled(request)
+        self.histories.prefilled(request, instance.name)
         underway = self._underway[request.name]
         underway.prefilled = True
         self._send(underway)
@@ -108,6 +117,7 @@ class Cluster:
         progress.decoded_by = instance.name
         del self._underway[request.name]
         self._router.ended(request)
+        self.histories.ended(request, instance.name)
         if self._predictor is not None:
             self._predictor.observe(request)
         if self.control is not None:
@@ -135,18 +145,27 @@ class Cluster:
         if request.answer_tokens == 1 or target is None:
             return  # it ends with its first token, or its decode instance is yet to be chosen
         if target != source:
-            size = request.prompt_tokens * self.instances[source].machine.kv_token_bytes
+            missing = request.prompt_tokens - self.histories.tokens_at(request).get(target, 0)
+            size = missing * self.instances[source].machine.kv_token_bytes
             self._network.send(source, target, size, 1, lambda: self._arrived(underway, target))
         elif self.control is not None:
-            self.instances[source].keep(request, _expected_tokens(underway))
+            self.instances[source].keep(request, self._expected(underway))
             self.control.handed_over(request, source, target)
 
     def _arrived(self, underway: _Underway, target: str) -> None:
         request, source = underway.request, underway.route.prefill
         self.instances[source].release(request.name)
-        self.instances[target].decode(request, _expected_tokens(underway))
+        self.instances[target].decode(request, self._expected(underway))
         if self.control is not None:
             self.control.handed_over(request, source, target)
+
+    def _expected(self, underway: _Underway) -> int:
+        """How many tokens prompt and answer are predicted to have; 0 where nobody predicts."""
+        predicted = underway.predicted
+        if predicted is None:
+            return 0
+        answer = predicted.middle if self._expects_middle else predicted.low
+        return underway.request.prompt_tokens + answer
 
     # --- time ---------------------------------------------------------------------------------------------------
 
@@ -168,10 +187,3 @@ class Cluster:
             self._tick(control)
         else:
             self._ticking = False
-
-
-def _expected_tokens(underway: _Underway) -> int:
-    """The lower end of the predicted range, as TetriInfer's decode policies take it (section 5.2.3)."""
-    if underway.predicted is None:
-        return 0
-    return underway.request.prompt_tokens + underway.predicted.low
