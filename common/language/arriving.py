@@ -61,6 +61,10 @@ class Arriving:
         self._gone = False
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def held(self) -> list[Address]:
+        return self._held
+
     @classmethod
     def reserve(
         cls, engine: Engine, stepper: Stepper, request_id: str, epoch: int, tokens: int, known: bytes = b""
@@ -134,10 +138,11 @@ class Arriving:
         if deadline_s is not None and expired is not None and not self._gone:
             self._timer = asyncio.get_running_loop().call_at(deadline_s, expired)
 
-    def taken(self) -> list[Address]:
-        """The blocks, which are the engine's from now on. Between two steps."""
+    def leave(self) -> None:
+        """The blocks are the engine's from now on: whoever drops this, drops nothing. Between two steps."""
+        self._gone = True
+        self.expire_at(None)
         self._end_access()
-        return self._held
 
     def drop(self) -> None:
         """Give the blocks back, as soon as nothing is written to them any more."""

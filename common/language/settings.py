@@ -38,7 +38,7 @@ class LanguageSettings(ComputeSettings):
     chunk_tokens: int = Field(default=512, ge=1)
     most_sequences: int = Field(default=256, ge=1)
     transfer_s: float = Field(default=10.0, gt=0)
-    transfer_mode: TransferMode = TransferMode.BY_REQUEST
+    transfer_mode: TransferMode = TransferMode.BY_CHUNK
     kv_checksum: bool = True
     caching: Caching = Caching.PD_CACHING_3
     kv_dram_bytes: int = Field(default=0, ge=0)

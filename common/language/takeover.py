@@ -51,13 +51,14 @@ class Receiving:
         Raises:
             Refusal: there is no room, it did not come, or it is not the next offer: then all of it comes at the end.
         """
+        deadline_s = self._deadline_s()
         arriving = await self._stepper.between(partial(self._expected, offer))
         if not isinstance(arriving, Arriving):
             self.offers["refused"] += 1
             raise _refusal(arriving)
         taken = False
         try:
-            await arriving.fill(offer.parts, self._tensors, self._deadline_s(), self._settings.kv_checksum)
+            await arriving.fill(offer.parts, self._tensors, deadline_s, self._settings.kv_checksum)
             taken = True
         except (NotTransferred, TensorError) as error:
             raise _refusal(str(error)) from error
@@ -79,6 +80,8 @@ class Receiving:
         if offer.number:
             in_order = known is not None and (known.epoch, known.offers) == (epoch, offer.number) and not known.filling
             return known if known is not None and in_order else f"offer {offer.number} of {request_id} is not the next"
+        if known is not None and known.epoch > epoch:
+            return f"epoch {epoch} of {request_id} is not the newest"
         if known is not None:
             self._forget(known)
         arriving = Arriving.reserve(self._engine, self._stepper, request_id, epoch, offer.kv_tokens)
@@ -161,7 +164,8 @@ class Receiving:
     def _adopt(self, held: Held, arriving: Arriving) -> bool:
         if not self._sequences.has(held):
             return False
-        self._engine.adopt(held.key, held.asked(park=False), arriving.taken(), self._clock())
+        self._engine.adopt(held.key, held.asked(park=False), arriving.held, self._clock())
+        arriving.leave()
         return True
 
     def _recompute(self, held: Held) -> bool:
