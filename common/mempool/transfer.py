@@ -199,7 +199,7 @@ class BlockTransfer:
                 return None
             if known < message.first_block:
                 raise _refusal("no_parent", f"{known} of {message.first_block} blocks are here")
-            before = self._memory.match(message.tokens[: message.first_block * KEY_BYTES], hold=True)
+            before = self._beginning(message)
         elif self._take is None:
             raise _refusal("not_wanted", "blocks without tokens are for nobody here")
         addresses = self._destination(message, blocks)
@@ -211,6 +211,18 @@ class BlockTransfer:
             books = self._memory.tiers[medium].allocator
             accesses.append((medium, books.begin_access([address.block for address in group])))
         return _Place(before, addresses, accesses, own=not message.into)
+
+    def _beginning(self, message: MoveBlocks) -> list[Address]:
+        """What comes before the blocks, held; and no colder than they will be. Raises: Refusal."""
+        before = self._memory.match(message.tokens[: message.first_block * KEY_BYTES], hold=True)
+        coldest = Medium.DRAM if message.dram else Medium.HBM
+        if all(address.medium <= coldest for address in before):
+            return before
+        warm = self._memory.swap_in(before)
+        if warm is None:
+            self._memory.free_mem(before)
+            raise _refusal("no_space", f"{len(before)} blocks cannot be brought to where these are to follow")
+        return warm
 
     def _destination(self, message: MoveBlocks, blocks: int) -> list[Address] | None:
         if not message.into:
@@ -253,11 +265,12 @@ class BlockTransfer:
 
     def _settle(self, message: MoveBlocks, place: _Place) -> list[Address]:
         """They have come. Where they are now."""
-        self._end_accesses(place)
         if message.tokens:
             stay = self._memory.insert(message.tokens, [*place.before, *place.addresses])
+            self._end_accesses(place)
             return stay[message.first_block :]
         assert self._take is not None
+        self._end_accesses(place)
         self._take(message.private, place.addresses)
         return place.addresses
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from common.bus.errors import RemoteFailure
-from common.mempool.address import BLOCK_TOKENS, KEY_BYTES
+from common.bus.nats_bus import NatsBus
+from common.mempool.address import BLOCK_TOKENS, KEY_BYTES, Medium
 from common.mempool.caching import Caching
 from common.mempool.transfer import TransferFlags
 from common.messages.chat import pack_tokens
+from common.messages.mempool import SendPrefix
+from common.messages.subjects import SEND_PREFIX
 from tests.component.chat_support import DECODE, PREFILL
 from tests.component.gateway_support import until
 from tests.component.language_support import LanguageStack, gathered, known_prompts, language_stack, shown
@@ -82,7 +85,7 @@ async def test_what_a_turn_costs(nats_server: NatsServer, language_model: Path, 
         counts, hand_over = prefill.model.engine.counts, prefill.instance.hand_over
         before: Turn | None = None
         for number, turn in enumerate(conversation(language_model)):
-            prefilled, sent = counts.prefilled, hand_over.sent_bytes
+            prefilled, sent = counts.prefilled, hand_over.sent_bytes + hand_over.ahead.sent_bytes
             cached = await _said(stack, turn)
             # What can be known of the turn before: of the prompt all, of the answer all but the last token.
             prompt, whole = (len(before.prompt), len(before.whole) - 1) if before else (0, 0)
@@ -172,11 +175,13 @@ async def test_blocks_are_moved_and_found_and_nothing_else_is(nats_server: NatsS
             # Without its beginning it is of no use there.
             with pytest.raises(RemoteFailure, match="0 of 2 blocks are here"):
                 await transfers.transfer_with_insert("decode-1", tokens, held[2:])
-            for flags in (TransferFlags.CHECK, TransferFlags.DRAM | TransferFlags.CHECK):
-                there = await transfers.transfer_with_insert("decode-1", tokens[: 2 * KEY_BYTES], held[:2], flags=flags)
-                assert there == other.match(tokens[: 2 * KEY_BYTES])
-                there += await transfers.transfer_with_insert("decode-1", tokens, held[2:], flags=flags)
-                assert there == other.match(tokens)
+            far, near = TransferFlags.DRAM, TransferFlags.CHECK
+            # What is to follow in HBM brings there what comes before it.
+            for flags, then, medium in ((near, near, Medium.HBM), (far, far, Medium.DRAM), (far, near, Medium.HBM)):
+                await transfers.transfer_with_insert("decode-1", tokens[: 2 * KEY_BYTES], held[:2], flags=flags)
+                moved = await transfers.transfer_with_insert("decode-1", tokens, held[2:], flags=then)
+                there = other.match(tokens)
+                assert there[2:] == moved and {address.medium for address in there} == {medium}
                 for one, own in zip(there, held, strict=True):
                     assert other.tiers[one.medium].memory[one.block].equal(memory.hbm.memory[own.block])
                 # Once more it is known, and nothing is sent.
@@ -201,6 +206,32 @@ async def test_blocks_are_moved_and_found_and_nothing_else_is(nats_server: NatsS
             first.stop.set()
             await stack.lost("decode-0")
             assert await _said(stack, turn) == whole_blocks(len(turn.prompt) - 1)
+
+
+async def test_what_one_has_another_can_pull(nats_server: NatsServer, language_model: Path) -> None:
+    first_turn, turn = conversation(language_model)[:2]
+    tokens = pack_tokens(turn.prompt)
+    async with (
+        await NatsBus.connect(nats_server.url, name="asking") as bus,
+        language_stack(nats_server.url, language_model) as stack,
+        language_instance(nats_server.url, "decode-0", language_model) as first,
+    ):
+        await stack.served("decode-0")
+        await _said(stack, first_turn)
+        known = whole_blocks(len(first_turn.whole) - 1)
+        async with language_instance(nats_server.url, "decode-1", language_model) as second:
+            await stack.served("decode-1")
+            for sent in (known, 0):
+                ask = SendPrefix(tokens=tokens, to="decode-1")
+                assert (await bus.request(SEND_PREFIX, ask, "decode-0", deadline_s=PATIENCE_S)).tokens == sent
+            with pytest.raises(RemoteFailure):
+                await bus.request(
+                    SEND_PREFIX, SendPrefix(tokens=tokens, to="nobody"), "decode-0", deadline_s=PATIENCE_S
+                )
+            first.stop.set()
+            await stack.lost("decode-0")
+            assert await _said(stack, turn) == known
+            await second.settled()
 
 
 async def test_turns_at_once_are_sent_back_in_the_background(nats_server: NatsServer, language_model: Path) -> None:
