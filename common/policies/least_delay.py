@@ -37,7 +37,9 @@ class DelayModel:
             token whose keys and values are read.
         transfer_token_s: for one token's keys and values between two instances.
         kv_tokens: how many of them an instance has room for.
-        first_token_weight: how many seconds between later tokens a second before the first one counts for.
+        first_token_weight: how much more a second before a first token counts than one between later ones, for each
+            sequence that decodes at the average instance, and once more. So it keeps its weight against the stalls that
+            a prompt causes, which grow with their number.
     """
 
     prompt_token_s: float
@@ -150,9 +152,10 @@ class LeastDelay:
         """Take in one event; the routes that follow, the oldest sequence first."""
         match event:
             case InstanceJoined(name):
+                self._forget(name)
                 self._instances[name] = _Instance(name)
             case InstanceLeft(name):
-                self._instances.pop(name, None)
+                self._forget(name)
             case SequenceCame(name):
                 self._end(name)
                 self._waiting[name] = event
@@ -168,7 +171,8 @@ class LeastDelay:
 
     def _route(self, came: SequenceCame, now_s: float) -> ChooseInstances:
         places = list(self._instances.values())
-        prefill_s = {place.name: self._prefill_s(place, came) for place in places}
+        weight = self._weight()
+        prefill_s = {place.name: self._prefill_s(place, came, weight) for place in places}
         decode_s = {place.name: self._decode_s(place, came, now_s) for place in places}
         move_s = {place.name: self._uncached(came, place) * self._model.transfer_token_s for place in places}
         total_s, prefill, decode = min(
@@ -183,7 +187,12 @@ class LeastDelay:
         )
         return ChooseInstances(came.sequence, prefill, decode, came.prefix_tokens.get(prefill, 0), reason)
 
-    def _prefill_s(self, place: _Instance, came: SequenceCame) -> float:
+    def _weight(self) -> float:
+        """How many seconds between later tokens a second before a first one counts for now."""
+        decoding = sum(place.decoding for place in self._instances.values()) / len(self._instances)
+        return self._model.first_token_weight * (1 + decoding)
+
+    def _prefill_s(self, place: _Instance, came: SequenceCame, weight: float) -> float:
         """What is lost by prefilling it there."""
         model = self._model
         tokens = self._uncached(came, place)
@@ -196,8 +205,7 @@ class LeastDelay:
         # Of its chunks' time, a sequence that decodes loses what is beyond its usual steps.
         stall = max(0.0, 1 - model.floor_s / chunk_s)
         own_s = tokens * token_s
-        first_token_s = (before * token_s + own_s * (1 + longer)) * model.first_token_weight
-        return first_token_s + own_s * stall * place.decoding
+        return weight * (before * token_s + own_s * (1 + longer)) + own_s * stall * place.decoding
 
     def _decode_s(self, place: _Instance, came: SequenceCame, now_s: float) -> float:
         """What is lost by decoding it there."""
@@ -233,6 +241,16 @@ class LeastDelay:
         then.sequences += 1
         then.context_tokens += context
         self._sequences[came.sequence] = _Sequence(prefill, decode, tokens, context)
+
+    def _forget(self, instance: str) -> None:
+        """What was sent there is counted nowhere any more: the name may come back with other sequences."""
+        if self._instances.pop(instance, None) is None:
+            return
+        for sequence in self._sequences.values():
+            if sequence.prefill == instance:
+                sequence.prefill = ""
+            if sequence.decode == instance:
+                sequence.decode = ""
 
     def _prefilled(self, name: str) -> None:
         sequence = self._sequences.get(name)
