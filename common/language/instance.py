@@ -102,6 +102,13 @@ class LanguageInstance:
                 self._spawn(self.sending_back.run(), "send back")
                 await self._stepper.run()
         finally:
+            log.info(
+                "keys and values",
+                prefilled_tokens=self._engine.counts.prefilled,
+                found_tokens=self._engine.counts.found,
+                handed_over_bytes=self.hand_over.sent_bytes + self._ahead.sent_bytes,
+                moved_bytes=self.transfers.sent_bytes,
+            )
             self._ahead.stop()
             failure = self._failure("draining", f"{self._instance} is leaving")
             await self._tell_failed(self._sequences.all, failure)
