@@ -76,7 +76,7 @@ class CausalLM:
         Raises:
             WrongChunkError: a chunk that does not fit.
         """
-        if self.capture and self._graphs is not None and self._graphs.fit(chunks):
+        if stored is None and self.capture and self._graphs is not None and self._graphs.fit(chunks):
             # Another's next pass fills the same memory.
             return self._graphs(chunks, pool).to(torch.float32, copy=True)
         return self._run(pack(chunks, pool, self.context, self.device, self._kernels, stored)).float()
