@@ -41,8 +41,8 @@ def tetriinfer(name: str, prefill: int, decode: int) -> Setup:
 def fluid(instances: int) -> Setup:
     """Ours: prediction without a trained model, prefixes, preemption between chunks, and roles by least delay.
 
-    A sequence that has outlived its prediction is expected to have some more tokens; first tokens weigh so much that they
-    come no later than at coupled engines; one prompt alone is not sliced. Why, is in the decision note on roles.
+    A sequence that has outlived its prediction is expected to have some more tokens; first tokens weigh so much that
+    they come no later than at coupled engines; one prompt alone is not sliced.
     """
     return Setup(
         _OURS,
