@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from common.messages import cache, chat, cluster, failures, video
+from common.messages import cache, chat, cluster, failures, mempool, video
 from common.messages.base import Message
 
 Request = TypeVar("Request", bound=Message)
@@ -86,8 +86,10 @@ VIDEO_TIMELINES = Bucket("video_timelines", video.VideoTimeline, max_bytes=256 *
 VIDEO_FILES = ObjectBucket("video_files", max_bytes=4096 * _MB)
 
 ENCODE_PROMPT = RequestSubject("triptych.encoder.{}.encode", video.EncodePrompt, video.PromptEncoded)
+PROMPTS_SERVED = EventSubject("triptych.encoder.{}.served", video.PromptsServed)
 GRANT_LEASE = RequestSubject("triptych.dit.{}.lease", video.Lease, failures.Acknowledged)
-REVOKE_LEASE = RequestSubject("triptych.dit.{}.revoke", video.RevokeLease, failures.Acknowledged)
+REVOKE_LEASE = RequestSubject("triptych.dit.{}.revoke", video.RevokeLease, video.LeasesRevoked)
+FIND_LATENT = RequestSubject("triptych.dit.{}.find_latent", video.FindLatent, video.LatentFound)
 PARK_JOB = RequestSubject("triptych.dit.{}.park", video.ParkJob, failures.Acknowledged)
 DECODE_VIDEO = RequestSubject("triptych.vae.{}.decode", video.DecodeVideo, failures.Acknowledged)
 CANCEL_DECODING = RequestSubject("triptych.vae.{}.cancel", video.CancelDecoding, failures.Acknowledged)
@@ -119,6 +121,9 @@ GENERATE_TOKENS = RequestSubject("triptych.language.{}.generate", chat.GenerateT
 FIND_GENERATION = RequestSubject("triptych.language.{}.find", chat.FindGeneration, chat.GenerationFound)
 OFFER_KV = RequestSubject("triptych.language.{}.offer_kv", chat.OfferKV, failures.Acknowledged)
 TAKE_OVER = RequestSubject("triptych.language.{}.take_over", chat.TakeOver, failures.Acknowledged)
+MATCH_PREFIX = RequestSubject("triptych.language.{}.match", mempool.MatchPrefix, mempool.PrefixMatched)
+SEND_PREFIX = RequestSubject("triptych.language.{}.send", mempool.SendPrefix, mempool.PrefixMatched)
+MOVE_BLOCKS = RequestSubject("triptych.language.{}.move", mempool.MoveBlocks, mempool.BlocksMoved)
 # Heard at most once: what is missed is found out by FIND_GENERATION, or by the next tokens' offset.
 CANCEL_GENERATION = EventSubject("triptych.language.{}.cancel", chat.CancelGeneration)
 TOKENS_GENERATED = EventSubject("triptych.gateway.{}.tokens", chat.TokensGenerated)
@@ -127,6 +132,19 @@ TOKENS_GENERATED = EventSubject("triptych.gateway.{}.tokens", chat.TokensGenerat
 STORE_TENSOR = RequestSubject("triptych.cache_store.store", cache.StoreTensor, cache.TensorStored)
 FIND_TENSOR = RequestSubject("triptych.cache_store.find", cache.FindTensor, cache.TensorFound)
 DROP_TENSOR = RequestSubject("triptych.cache_store.drop", cache.DropTensor, failures.Acknowledged)
+STORE_TENSORS = RequestSubject("triptych.cache_store.store_many", cache.StoreTensors, cache.TensorsStored)
+HAVE_TENSORS = RequestSubject("triptych.cache_store.have_many", cache.HaveTensors, cache.TensorsHad)
+FIND_TENSORS = RequestSubject("triptych.cache_store.find_many", cache.FindTensors, cache.TensorsFound)
+DROP_TENSORS = RequestSubject("triptych.cache_store.drop_many", cache.DropTensors, failures.Acknowledged)
+
+# Between cache stores. What is found here is what this one has, without asking the others.
+COPY_TENSOR = RequestSubject("triptych.cache_store.{}.copy", cache.CopyTensor, cache.TensorStored)
+DROP_COPY = RequestSubject("triptych.cache_store.{}.drop", cache.DropCopy, failures.Acknowledged)
+FIND_COPY = RequestSubject("triptych.cache_store.{}.find", cache.FindTensor, cache.TensorFound)
+HAVE_COPIES = RequestSubject("triptych.cache_store.{}.have_many", cache.HaveTensors, cache.TensorsHad)
+FIND_COPIES = RequestSubject("triptych.cache_store.{}.find_many", cache.FindTensors, cache.TensorsFound)
+ASK_DIGESTS = RequestSubject("triptych.cache_store.{}.digests", cache.AskDigests, cache.Digests)
+LIST_BUCKET = RequestSubject("triptych.cache_store.{}.list", cache.ListBucket, cache.BucketListed)
 
 # The cluster
 MEMBERS = Bucket("members", cluster.Member, max_bytes=16 * _MB)

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.policies.continuous_batching import (
+    CachedPrefix,
     ContinuousBatching,
     Piece,
     PreemptSequence,
@@ -78,6 +79,32 @@ def test_a_victim_whose_blocks_are_shared_frees_less_than_it_holds() -> None:
     assert isinstance(itself, PreemptSequence) and itself.sequence == "a"
     assert batching.handle(StepDue(0), 0.0) == []
     assert _pieces(batching, 8)[0] == Piece("a", 0, 49, 4, True)
+
+
+def test_what_is_shared_is_not_computed_and_takes_no_block_that_somebody_holds() -> None:
+    batching = ContinuousBatching(blocks=8, chunk_tokens=64)
+    for name in "abc":
+        batching.handle(SequenceArrived(name, 40, 60), 0.0)
+    # Of five blocks to be had, a takes three. Two of b's are a's, so it takes one; nobody holds the two of c's.
+    cached = {"b": CachedPrefix(32, 2), "c": CachedPrefix(32, 0)}
+    (step,) = batching.handle(StepDue(5, cached), 0.0)
+    assert isinstance(step, RunStep)
+    assert step.pieces == (Piece("a", 0, 40, 3, True), Piece("b", 32, 8, 1, True))
+    batching.handle(StepFinished(), 0.0)
+    (step,) = batching.handle(StepDue(3, {"c": CachedPrefix(32, 0)}), 0.0)
+    assert isinstance(step, RunStep) and step.pieces[-1] == Piece("c", 32, 8, 1, True)
+    assert batching.prompt_tokens == 0
+
+
+def test_who_waits_for_what_another_computes_is_not_overtaken() -> None:
+    batching = ContinuousBatching(blocks=20, chunk_tokens=64)
+    for name in "abc":
+        batching.handle(SequenceArrived(name, 40, 60), 0.0)
+    (step,) = batching.handle(StepDue(20, {"b": CachedPrefix(awaited=True)}), 0.0)
+    assert isinstance(step, RunStep) and [piece.sequence for piece in step.pieces] == ["a"]
+    batching.handle(StepFinished(), 0.0)
+    (step,) = batching.handle(StepDue(17, {"b": CachedPrefix(32, 2)}), 0.0)
+    assert isinstance(step, RunStep) and [piece.sequence for piece in step.pieces] == ["a", "b", "c"]
 
 
 def test_what_can_never_fit_is_refused() -> None:
