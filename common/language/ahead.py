@@ -17,7 +17,7 @@ import structlog
 from common.bus.errors import BusError, RemoteFailure
 from common.bus.port import Bus
 from common.engine import Engine
-from common.language.blocks import Part, blocks_part, exported, layer_part
+from common.language.blocks import Part, blocks_part, bytes_in, exported, layer_part
 from common.language.held import Held
 from common.language.settings import LanguageSettings, TransferMode
 from common.language.stepper import Stepper
@@ -82,6 +82,7 @@ class SendingAhead:
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
         self._under_way: dict[str, _Ahead] = {}
+        self.sent_bytes = 0
         if settings.transfer_mode is TransferMode.BY_LAYER:
             engine.layer_stored = self._layer_stored
 
@@ -89,9 +90,8 @@ class SendingAhead:
         """From now on, send of this sequence what is computed. Nothing where its first token will be its last."""
         last = held.generated + 1 >= held.request.sampling.max_tokens
         if self._settings.transfer_mode is not TransferMode.BY_REQUEST and not last:
-            tokens = len(held.prompt) + held.generated
             layers = self._engine.pool.layout.layers
-            self._under_way[held.key] = _Ahead(held, tokens, [0] * layers)
+            self._under_way[held.key] = _Ahead(held, held.kv_tokens + 1, [0] * layers)
 
     def step_done(self) -> None:
         """A step is over: what it computed may leave."""
@@ -146,6 +146,8 @@ class SendingAhead:
 
     async def _send(self, ahead: _Ahead) -> None:
         try:
+            if not ahead.offers and await ahead.held.known_there():
+                self._break(ahead, "the receiver has its first tokens already, so the rest is little")
             while ahead.ready and not ahead.finishing:
                 parts, ahead.ready = ahead.ready, []
                 refusal = await self._offer(ahead, parts)
@@ -174,6 +176,7 @@ class SendingAhead:
                     parts=described,
                 )
                 await self._bus.request(OFFER_KV, offer, request.decode, deadline_s=wait_s)
+            self.sent_bytes += bytes_in(described)
             return None
         except RemoteFailure as refused:
             return refused.failure.message

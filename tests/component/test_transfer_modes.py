@@ -1,7 +1,6 @@
 """Prefill in one engine, decoding in another, by every transfer mode: tokens and log-probabilities are generate's."""
 
 import asyncio
-import random
 
 import pytest
 from hypothesis import given, settings
@@ -10,9 +9,11 @@ from hypothesis import strategies as st
 from common.engine import Engine, Output, Request
 from common.language.blocks import Part, blocks_part, checksum, exported, fetch_part, layer_part
 from common.language.settings import TransferMode
+from common.mempool.address import Address
+from common.messages.chat import pack_tokens, tokens_in
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, CausalLM, Chunk, KVPool
 from common.tensors.ucx import UcxTensors
-from tests.component.test_engine import ANSWER, GREEDY, PROMPTS, check_answer, run_engine, scattered
+from tests.component.test_engine import ANSWER, GREEDY, PROMPTS, check_answer, memory_of, run_engine
 from tests.support.causal_lms import FAMILIES, causal_lm
 
 PATIENCE_S = 60.0
@@ -79,18 +80,16 @@ class Sending:
 def test_what_is_handed_over_goes_on_as_generate_would(
     served: tuple[str, CausalLM],
     mode: TransferMode,
-    chosen: list[tuple[int, ...]],
-    company: list[tuple[int, ...]],
+    chosen: list[bytes],
+    company: list[bytes],
     chunks: tuple[int, int],
     blocks: tuple[int, int],
     scatter: int,
 ) -> None:
     family, model = served
-    chance = random.Random(scatter)
-    books = [scattered(count, chance) for count in blocks]
+    memories = [memory_of(model, count, scatter) for count in blocks]
     first, second = (
-        Engine(model, KVPool(model.layout, own.blocks), None, chunk, 8, own)
-        for own, chunk in zip(books, chunks, strict=True)
+        Engine(model, pool, None, chunk, 8, memory) for (pool, memory), chunk in zip(memories, chunks, strict=True)
     )
     answers: dict[str, list[Output]] = {}
     for number, prompt in enumerate(company):
@@ -105,12 +104,12 @@ def test_what_is_handed_over_goes_on_as_generate_would(
     for number, prompt in enumerate(company):
         check_answer(answers[f"first {number}"], family, prompt)
         check_answer(answers[f"second {number}"], family, prompt)
-    for own, count in zip(books, blocks, strict=True):
-        assert own.free_blocks == count and not own.set_aside_blocks
+    for (_, memory), count in zip(memories, blocks, strict=True):
+        assert memory.hbm.allocator.free_blocks == count and not memory.hbm.allocator.set_aside_blocks
 
 
 async def _handed_over(
-    first: Engine, second: Engine, mode: TransferMode, chosen: list[tuple[int, ...]], answers: dict[str, list[Output]]
+    first: Engine, second: Engine, mode: TransferMode, chosen: list[bytes], answers: dict[str, list[Output]]
 ) -> None:
     sending = Sending(first, mode)
     for number, prompt in enumerate(chosen):
@@ -123,17 +122,18 @@ async def _handed_over(
             sending.step_done()
             for name in [name for name in waiting if first.parked(name) is not None]:
                 prompt = waiting.pop(name)
-                token = answers[name][0].sampled.token
-                blocks = _allocated(second, len(prompt) + 1, answers)
-                await _moved(tensors, sending.of(name, len(prompt)), second.pool, blocks)
-                second.adopt(name, Request(prompt, ANSWER, GREEDY, answered=(token,)), blocks, 0.0)
+                answered = pack_tokens((answers[name][0].sampled.token,))
+                addresses = _allocated(second, tokens_in(prompt) + 1, answers)
+                blocks = [address.block for address in addresses]
+                await _moved(tensors, sending.of(name, tokens_in(prompt)), second.pool, blocks)
+                second.adopt(name, Request(prompt, ANSWER, GREEDY, answered=answered), addresses, 0.0)
                 first.cancel(name, 0.0)
 
 
-def _allocated(engine: Engine, tokens: int, answers: dict[str, list[Output]]) -> list[int]:
+def _allocated(engine: Engine, tokens: int, answers: dict[str, list[Output]]) -> list[Address]:
     """Blocks, as soon as those that are at work there leave enough of them."""
     count = engine.pool.layout.blocks_for(tokens)
-    while (blocks := engine.allocator.allocate(count)) is None:
+    while (blocks := engine.memory.alloc_mem(count)) is None:
         for output in engine.step(0.0):
             answers.setdefault(output.sequence, []).append(output)
     return blocks

@@ -1,0 +1,108 @@
+"""Where a request is computed. A router hears what the live scheduler hears, and nothing else."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.messages.cluster import LanguageRole
+from common.policies.chat_dispatch import (
+    ChatArrived,
+    ChatDispatch,
+    ChatEnded,
+    ChatPrefilled,
+    Event,
+    InstanceJoined,
+    RouteSequence,
+)
+from common.policies.least_delay import DelayModel, LeastDelay, SequenceCame, SequenceEnded, SequencePrefilled
+from common.policies.least_delay import InstanceJoined as Joined
+from common.policies.least_delay import InstanceLeft as Left
+from common.policies.length_prediction import LengthRange
+from loadgen.simulator.language.clock import Clock
+from loadgen.simulator.language.requests import ChatRequest
+
+_GATEWAY = "gateway"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Prefill there, decode there. The cluster's dispatcher, where it has one, chooses ``decode`` anew.
+
+    ``cached_tokens``: how much of the prompt need not be computed at the prefill instance.
+    """
+
+    prefill: str
+    decode: str
+    cached_tokens: int = 0
+
+
+class Router(Protocol):
+    """The global scheduler's part in a request's life."""
+
+    def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
+        """From now on the instance takes new requests for these; none: it takes none."""
+
+    def route(self, request: ChatRequest, predicted: LengthRange | None, held: Mapping[str, int]) -> Route:
+        """A request has come.
+
+        Args:
+            predicted: how long its answer will be; None: nobody predicts.
+            held: how many of its prompt's tokens an instance has already; 0 where it is not named.
+        """
+
+    def prefilled(self, request: ChatRequest) -> None:
+        """Its first token is there."""
+
+    def ended(self, request: ChatRequest) -> None:
+        """Its last token is there."""
+
+
+class LeastLoad:
+    """The least loaded instances, by the live scheduler's own class."""
+
+    def __init__(self) -> None:
+        self._dispatch = ChatDispatch()
+        self._epochs: dict[str, int] = {}
+
+    def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
+        self._tell(InstanceJoined(instance, tuple(roles)))
+
+    def route(self, request: ChatRequest, predicted: LengthRange | None, held: Mapping[str, int]) -> Route:
+        # What the live scheduler knows of the answer is the most that was asked for; here that is the answer itself.
+        arrived = ChatArrived(request.name, _GATEWAY, request.arrival_s, request.prompt_tokens, request.answer_tokens)
+        (routed,) = self._tell(arrived)
+        self._epochs[request.name] = routed.epoch
+        return Route(routed.prefill, routed.decode, held.get(routed.prefill, 0))
+
+    def prefilled(self, request: ChatRequest) -> None:
+        self._tell(ChatPrefilled(request.name, self._epochs[request.name]))
+
+    def ended(self, request: ChatRequest) -> None:
+        self._tell(ChatEnded(request.name, self._epochs.pop(request.name)))
+
+    def _tell(self, event: Event) -> list[RouteSequence]:
+        return self._dispatch.handle(event)
+
+
+class FluidRoles:
+    """Ours: least delay over all instances, whose roles are what they are given."""
+
+    def __init__(self, clock: Clock, model: DelayModel) -> None:
+        self._clock = clock
+        self._policy = LeastDelay(model)
+
+    def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
+        self._policy.handle(Joined(instance) if roles else Left(instance), self._clock.now_s)
+
+    def route(self, request: ChatRequest, predicted: LengthRange | None, held: Mapping[str, int]) -> Route:
+        if predicted is None:
+            raise ValueError("delays follow from predicted lengths: give the cluster a predictor")
+        came = SequenceCame(request.name, request.prompt_tokens, predicted, held)
+        (chosen,) = self._policy.handle(came, self._clock.now_s)
+        return Route(chosen.prefill, chosen.decode, chosen.cached_tokens)
+
+    def prefilled(self, request: ChatRequest) -> None:
+        self._policy.handle(SequencePrefilled(request.name), self._clock.now_s)
+
+    def ended(self, request: ChatRequest) -> None:
+        self._policy.handle(SequenceEnded(request.name), self._clock.now_s)
