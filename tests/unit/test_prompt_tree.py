@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.policies.prompt_tree import Holding, PromptTree
@@ -65,6 +65,7 @@ steps: st.SearchStrategy[Callable[[Tree], None]] = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(steps, max_size=25), st.lists(prompts, min_size=1, max_size=8))
 def test_any_history_gives_the_answers_of_the_plain_model(
     history: list[Callable[[Tree], None]], asked: list[bytes]
