@@ -1,0 +1,300 @@
+"""MemServe's global scheduler (arXiv 2406.17565, sections 5.3 and 6): which instances compute a request.
+
+It keeps the prompt index and a table of what every instance has yet to do, matches all kinds of instances at once, and
+leaves the choice to a rule (``routing_rules``). What it decides is a hint: the instance's own match is the authority.
+
+A request bears on its prefill instance until its first token is there, and on its decode instance until its last.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cache
+from typing import Protocol
+
+from common.policies.prefill_cost import DecodeCost, LinkCost
+from common.policies.prompt_index import IndexChange, IndexSnapshot, PromptIndex
+
+
+class InstanceKind(StrEnum):
+    """MemServe's three types. ``FUSED``: its PD-colocated."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FUSED = "fused"
+
+
+# --- events ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceJoined:
+    """It takes requests, and has nothing in its memory. ``kv_tokens``: how many it has room for."""
+
+    instance: str
+    kind: InstanceKind
+    kv_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLost:
+    """It is gone with all it had; who waits for its answers asks again."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    """A request waits for a route.
+
+    Attributes:
+        conversation: requests of one conversation carry the same.
+        tokens: its prompt, packed.
+        answer_tokens: how many it will probably have.
+    """
+
+    request_id: str
+    conversation: str
+    tokens: bytes
+    prompt_tokens: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPrefilled:
+    """Its first token is there."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnded:
+    """Its last token is there, or nobody waits for it any more."""
+
+    request_id: str
+
+
+Event = InstanceJoined | InstanceLost | RequestArrived | RequestPrefilled | RequestEnded
+
+
+# --- decisions ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Before prefill, get the keys and values of these tokens from ``source`` (section 5.3, equation 2)."""
+
+    source: str
+    from_token: int
+    to_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Prefill there, decode there. ``cached_tokens``: how many need not be computed, what is pulled included."""
+
+    request_id: str
+    prefill: str
+    decode: str
+    cached_tokens: int
+    pull: Pull | None
+    reason: str
+
+
+# --- what rules see ----------------------------------------------------------------------------------------------
+
+
+class PrefillCost(Protocol):
+    """``exec(x, y)`` of the paper."""
+
+    def exec_s(self, prompt_tokens: int, cached_tokens: int) -> float:
+        """Seconds to prefill a prompt of which the first tokens are cached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What is known of the machines, all alike."""
+
+    prefill: PrefillCost
+    decode: DecodeCost
+    link: LinkCost
+    kv_token_bytes: int
+    block_tokens: int
+
+    def send_s(self, tokens: int) -> float:
+        """Keys and values of so many tokens, to another instance."""
+        return self.link.send_s(tokens * self.kv_token_bytes, math.ceil(tokens / self.block_tokens))
+
+
+@dataclass(slots=True)
+class Site:
+    """An instance and what it has yet to do.
+
+    Attributes:
+        queue_s: predicted time of all prefills that are not done, the first part of equation 1.
+        prefill_tokens: that these have yet to compute.
+        sequences: that decode here or will.
+        context_tokens: of these, prompts and answers.
+        cached_tokens: of the request that is being routed.
+    """
+
+    name: str
+    kind: InstanceKind
+    kv_tokens: int
+    queue_s: float = 0.0
+    prefill_tokens: int = 0
+    sequences: int = 0
+    context_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def prefills(self) -> bool:
+        return self.kind is not InstanceKind.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        return self.kind is not InstanceKind.PREFILL
+
+
+class Ask:
+    """One request's question to a rule: the request, what it costs where."""
+
+    def __init__(self, request: RequestArrived, costs: Costs) -> None:
+        self.request = request
+        self.costs = costs
+        self.exec_s = cache(self._exec_s)
+
+    def _exec_s(self, cached_tokens: int) -> float:
+        """Its prefill, if so many of its tokens need not be computed. At least the last one is."""
+        tokens = self.request.prompt_tokens
+        return self.costs.prefill.exec_s(tokens, min(cached_tokens, tokens - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a rule answers. ``decode`` is ``prefill`` where that is fused."""
+
+    prefill: Site
+    decode: Site
+    pull: Pull | None
+    reason: str
+
+
+class Rule(Protocol):
+    """How to choose. It may remember what it chose, and must not change what it is given."""
+
+    def choose(self, ask: Ask, prefills: Sequence[Site], decodes: Sequence[Site]) -> Choice:
+        """One of each; neither is empty, and all fused sites are in both."""
+
+
+# --- the scheduler -----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Routed:
+    route: Route
+    exec_s: float
+    computed_tokens: int
+    context_tokens: int
+    prefilled: bool = False
+
+
+@dataclass(slots=True)
+class GlobalScheduler:
+    """Events in, routes out. What instances publish goes to ``published``.
+
+    Attributes:
+        expects: what is routed to an instance counts as cached there until it publishes it (ours; the paper learns of
+            it when the answer passes by). Two requests in flight with the same new beginning then meet.
+    """
+
+    rule: Rule
+    index: PromptIndex
+    costs: Costs
+    expects: bool = True
+    sites: dict[str, Site] = field(default_factory=dict)
+    _routed: dict[str, _Routed] = field(default_factory=dict)
+    _waiting: list[RequestArrived] = field(default_factory=list)
+
+    def handle(self, happened: Event, now_s: float) -> list[Route]:
+        """Take in what happened; the routes that follow from it."""
+        match happened:
+            case InstanceJoined(name, kind, kv_tokens):
+                self._lose(name)
+                self.sites[name] = Site(name, kind, kv_tokens)
+            case InstanceLost(name):
+                self._lose(name)
+            case RequestArrived():
+                self._end(happened.request_id)
+                self._waiting.append(happened)
+            case RequestPrefilled(request_id):
+                if (routed := self._routed.get(request_id)) is not None:
+                    self._prefilled(routed)
+            case RequestEnded(request_id):
+                self._end(request_id)
+        return self._route_waiting(now_s) if self._waiting else []
+
+    def published(self, told: IndexChange | IndexSnapshot, now_s: float) -> list[str]:
+        """Take in what an instance published; of which instances a snapshot is needed."""
+        return [asked.instance for asked in self.index.handle(told, now_s)]
+
+    def _route_waiting(self, now_s: float) -> list[Route]:
+        prefills = [site for site in self.sites.values() if site.prefills]
+        decodes = [site for site in self.sites.values() if site.decodes]
+        if not prefills or not decodes:
+            return []
+        waiting, self._waiting = self._waiting, []
+        return [self._route(request, prefills, decodes, now_s) for request in waiting]
+
+    def _route(self, request: RequestArrived, prefills: Sequence[Site], decodes: Sequence[Site], now_s: float) -> Route:
+        matched = self.index.match(request.tokens, now_s)
+        for name, site in self.sites.items():
+            site.cached_tokens = matched.get(name, 0) * self.costs.block_tokens
+        ask = Ask(request, self.costs)
+        choice = self.rule.choose(ask, prefills, decodes)
+        cached = choice.pull.to_token if choice.pull is not None else choice.prefill.cached_tokens
+        route = Route(request.request_id, choice.prefill.name, choice.decode.name, cached, choice.pull, choice.reason)
+        routed = _Routed(
+            route,
+            ask.exec_s(cached),
+            request.prompt_tokens - cached,
+            request.prompt_tokens + request.answer_tokens,
+        )
+        choice.prefill.queue_s += routed.exec_s
+        choice.prefill.prefill_tokens += routed.computed_tokens
+        choice.decode.sequences += 1
+        choice.decode.context_tokens += routed.context_tokens
+        self._routed[request.request_id] = routed
+        if self.expects:
+            self.index.expect(route.prefill, request.tokens)
+        return route
+
+    def _prefilled(self, routed: _Routed) -> None:
+        site = self.sites.get(routed.route.prefill)
+        if site is not None and not routed.prefilled:
+            site.queue_s -= routed.exec_s
+            site.prefill_tokens -= routed.computed_tokens
+            if not site.prefill_tokens:
+                site.queue_s = 0.0  # sums of floating-point numbers rarely end at zero
+        routed.prefilled = True
+
+    def _end(self, request_id: str) -> None:
+        self._waiting = [request for request in self._waiting if request.request_id != request_id]
+        routed = self._routed.pop(request_id, None)
+        if routed is None:
+            return
+        self._prefilled(routed)
+        site = self.sites.get(routed.route.decode)
+        if site is not None:
+            site.sequences -= 1
+            site.context_tokens -= routed.context_tokens
+
+    def _lose(self, name: str) -> None:
+        """What ran there bears on nobody any more, nor on another of the same name."""
+        self.index.forget(name)
+        if self.sites.pop(name, None) is None:
+            return
+        for request_id, routed in list(self._routed.items()):
+            if name in (routed.route.prefill, routed.route.decode):
+                self._end(request_id)
