@@ -167,18 +167,27 @@ class Engine:
 
     def step(self, now_s: float) -> list[Output]:
         """One forward pass; the tokens that came of it. None while prompts are only partly computed."""
-        outputs: list[Output] = []
-        decisions = self._batching.handle(StepDue(self.allocator.free_blocks), now_s)
-        self.stalled = not decisions
-        for decision in decisions:
-            if isinstance(decision, PreemptSequence):
-                sequence = self._sequences[decision.sequence]
-                self.allocator.release(sequence.table.blocks)
-                sequence.table = BlockTable()
-            elif isinstance(decision, RunStep):
-                outputs = self._run(decision.pieces)
-                self._batching.handle(StepFinished(self._leaving(outputs)), now_s)
+        step = self._plan(now_s)
+        self.stalled = step is None
+        if step is None:
+            return []
+        outputs = self._run(step.pieces)
+        self._batching.handle(StepFinished(self._leaving(outputs)), now_s)
         return outputs
+
+    def _plan(self, now_s: float) -> RunStep | None:
+        """What to compute, after as many preemptions as it takes; None: nothing can be."""
+        while True:
+            decisions = self._batching.handle(StepDue(self.allocator.free_blocks), now_s)
+            for decision in decisions:
+                if isinstance(decision, RunStep):
+                    return decision
+                if isinstance(decision, PreemptSequence):
+                    sequence = self._sequences[decision.sequence]
+                    self.allocator.release(sequence.table.blocks)
+                    sequence.table = BlockTable()
+            if not decisions:
+                return None
 
     def _leaving(self, outputs: list[Output]) -> frozenset[str]:
         """Who takes no part in further steps: the blocks of those at their end are free, others are parked in them."""

@@ -1,15 +1,21 @@
 """Continuous batching with chunked prefill: which tokens of which sequences the next forward pass computes.
 
 Sequences that decode take part in every pass with one token each, and beside them one chunk of fixed size of prompt
-tokens, sliced and merged across prompts in the order of arrival (TetriInfer, section 3.3.3; the order of preemption is
-vLLM's: who came last goes first, and is computed again later). Which tokens are meant is all a policy knows: how many a
-sequence has, how many of them are computed, and how many blocks it holds.
+tokens, sliced and merged across prompts (TetriInfer, section 3.3.3) in the order that ``PrefillSchedule`` gives. Who
+comes in, and who leaves where there is no room, says ``DecodeAdmission``. Without either it is vLLM's way: in the order
+of arrival, as long as there are blocks; who came last leaves first. Who left is computed again later. One leaves at a
+time, and what that freed is counted by who keeps the blocks: with shared ones it is less than the sequence held. Which
+tokens are meant is all a policy knows: how many a sequence has, how many of them are computed, and how many blocks it
+holds.
 """
 
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from common.policies.decode_admission import DecodeAdmission
+from common.policies.prefill_schedule import PrefillSchedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +26,8 @@ class SequenceArrived:
         tokens: how many it has.
         most_tokens: how many it may come to have, those included.
         computed: of how many of them it brings the keys and values, and in how many blocks: then it need not wait.
+            With no blocks it waits for some like any other, into which those keys and values then come.
+        expected_tokens: how many it is predicted to come to have; 0: nothing is predicted.
     """
 
     sequence: str
@@ -27,6 +35,7 @@ class SequenceArrived:
     most_tokens: int
     computed: int = 0
     blocks: int = 0
+    expected_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,11 @@ class StepFinished:
 
 @dataclass(frozen=True, slots=True)
 class StepDue:
-    """The model has nothing to do. ``free_blocks`` are those that could be given out now."""
+    """The model has nothing to do. ``free_blocks`` are those that could be given out now.
+
+    The answer is a step, nothing at all, or one sequence to preempt. Then ask again, with what is free after that:
+    blocks that others share, or that are being read, do not become free with one holder less.
+    """
 
     free_blocks: int
 
@@ -103,9 +116,13 @@ Decision = RunStep | PreemptSequence | RefuseSequence
 class _Sequence:
     name: str
     order: int
+    arrived_s: float
     tokens: int
-    computed: int = 0
-    blocks: int = 0
+    computed: int
+    blocks: int
+    expected_tokens: int
+    # Whether the schedule has it: it is more than one token behind, or waits.
+    scheduled: bool = False
 
     @property
     def left(self) -> int:
@@ -113,6 +130,12 @@ class _Sequence:
 
     def __lt__(self, other: "_Sequence") -> bool:
         return self.order < other.order
+
+
+class _Planned(NamedTuple):
+    sequence: _Sequence
+    count: int
+    new_blocks: int
 
 
 class ContinuousBatching:
@@ -123,22 +146,33 @@ class ContinuousBatching:
         block_tokens: how many tokens one holds.
         chunk_tokens: at most so many prompt tokens a pass.
         most_sequences: at most so many sequences hold blocks at once.
+        schedule: in which order prompts are computed; its own, as it keeps books of them (None: of arrival).
+        admission: who may hold blocks (None: whoever comes, as long as there are any).
     """
 
-    def __init__(self, blocks: int, block_tokens: int = 16, chunk_tokens: int = 512, most_sequences: int = 256) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        block_tokens: int = 16,
+        chunk_tokens: int = 512,
+        most_sequences: int = 256,
+        schedule: PrefillSchedule | None = None,
+        admission: DecodeAdmission | None = None,
+    ) -> None:
         if min(blocks, block_tokens, chunk_tokens, most_sequences) < 1:
             raise ValueError("blocks, their tokens, the chunk and the number of sequences are at least 1")
         self._pool_blocks = blocks
         self._block_tokens = block_tokens
         self._chunk_tokens = chunk_tokens
         self._most_sequences = most_sequences
+        self._schedule = schedule or PrefillSchedule()
+        self._admission = admission or DecodeAdmission()
         self._sequences: dict[str, _Sequence] = {}
-        # Both in the order of arrival.
-        self._waiting: list[_Sequence] = []
+        # Who holds blocks, in the order of arrival.
         self._running: list[_Sequence] = []
         self._computing: tuple[Piece, ...] = ()
         self._arrivals = 0
-        self._handlers: dict[type[Any], Callable[[Any], list[Decision]]] = {
+        self._handlers: dict[type[Any], Callable[[Any, float], list[Decision]]] = {
             SequenceArrived: self._arrived,
             SequenceLeft: self._left,
             StepFinished: self._finished,
@@ -148,112 +182,134 @@ class ContinuousBatching:
     @property
     def waiting(self) -> int:
         """How many sequences hold no blocks."""
-        return len(self._waiting)
+        return len(self._sequences) - len(self._running)
 
     @property
     def running(self) -> int:
         return len(self._running)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens wait to be computed before their sequences can go on."""
+        return self._schedule.tokens
+
     def handle(self, event: Event, now_s: float) -> list[Decision]:
         """Take in one event; returns what to do, in order."""
-        return self._handlers[type(event)](event)
+        return self._handlers[type(event)](event, now_s)
 
-    def _arrived(self, event: SequenceArrived) -> list[Decision]:
+    def _arrived(self, event: SequenceArrived, now_s: float) -> list[Decision]:
         if event.sequence in self._sequences:
             return []
         need = self._blocks_for(event.most_tokens)
         if need > self._pool_blocks:
             reason = f"{event.most_tokens} tokens take {need} blocks, the pool has {self._pool_blocks}"
             return [RefuseSequence(event.sequence, reason)]
-        sequence = _Sequence(event.sequence, self._arrivals, event.tokens, event.computed, event.blocks)
+        sequence = _Sequence(
+            event.sequence, self._arrivals, now_s, event.tokens, event.computed, event.blocks, event.expected_tokens
+        )
         self._arrivals += 1
         self._sequences[event.sequence] = sequence
-        (self._running if event.blocks else self._waiting).append(sequence)
+        if event.blocks:
+            self._running.append(sequence)
+        if not event.blocks or sequence.left > 1:
+            self._schedule_again(sequence)
         return []
 
-    def _left(self, event: SequenceLeft) -> list[Decision]:
+    def _left(self, event: SequenceLeft, now_s: float) -> list[Decision]:
         sequence = self._sequences.pop(event.sequence, None)
         if sequence is not None:
-            (self._running if sequence.blocks else self._waiting).remove(sequence)
+            self._schedule.remove(event.sequence)
+            if sequence.blocks:
+                self._running.remove(sequence)
         return []
 
-    def _finished(self, event: StepFinished) -> list[Decision]:
+    def _finished(self, event: StepFinished, now_s: float) -> list[Decision]:
         for piece in self._computing:
             sequence = self._sequences.get(piece.sequence)
             if sequence is None:
                 continue
             sequence.computed += piece.count
             if piece.sequence in event.ended:
-                self._left(SequenceLeft(piece.sequence))
+                self._left(SequenceLeft(piece.sequence), now_s)
             elif piece.last:
                 sequence.tokens += 1
         self._computing = ()
         return []
 
-    def _due(self, event: StepDue) -> list[Decision]:
+    def _due(self, event: StepDue, now_s: float) -> list[Decision]:
         if self._computing:
             raise RuntimeError("a step is under way")
-        decisions: list[Decision] = []
-        pieces, free = self._continue_running(event.free_blocks, decisions)
-        if not decisions:
-            self._admit(pieces, free)
-        if pieces:
-            self._computing = tuple(pieces)
-            tokens = sum(piece.count for piece in pieces)
-            reason = f"{len(pieces)} of {len(self._sequences)} sequences, {tokens} tokens"
-            decisions.append(RunStep(self._computing, reason))
-        return decisions
+        planned: list[_Planned] = []
+        free = event.free_blocks
+        for sequence in self._running:
+            need = self._need(sequence)
+            if need > free:
+                return [self._preempt(sequence)]
+            free -= need  # also for those whose turn in the chunk has not come yet
+            if not sequence.scheduled:
+                planned.append(_Planned(sequence, 1, need))
+        planned += self._chunk(free)
+        if not planned:
+            return []
+        self._computing = tuple(self._piece(*plan) for plan in planned)
+        tokens = sum(plan.count for plan in planned)
+        return [RunStep(self._computing, f"{len(planned)} of {len(self._sequences)} sequences, {tokens} tokens")]
 
-    def _continue_running(self, free: int, decisions: list[Decision]) -> tuple[list[Piece], int]:
-        """One token for each that decodes, in the order of arrival, and of the chunk what those before it leave."""
-        pieces: list[Piece] = []
+    def _chunk(self, free: int) -> list[_Planned]:
+        """Prompts in the schedule's order, with blocks for all tokens they have; nobody overtakes one that must wait,
+        but those go on that hold blocks already, lest it waits for ever.
+        """
+        planned: list[_Planned] = []
         room = self._chunk_tokens
-        place = 0
-        while place < len(self._running):
-            sequence = self._running[place]
-            # One that was adopted may have brought a block to spare.
-            need = max(0, self._blocks_for(sequence.tokens) - sequence.blocks)
-            while need > free and self._running[-1] is not sequence:
-                free += self._preempt(self._running[-1], sequence.name, decisions)
-            if need > free:
-                free += self._preempt(sequence, sequence.name, decisions)
-                break
-            decodes = sequence.left == 1
-            count = 1 if decodes else min(sequence.left, room)
-            if count:
-                pieces.append(self._piece(sequence, count, need))
-                free -= need
-                room -= 0 if decodes else count
-            place += 1
-        return pieces, free
+        while room > 0 and (name := self._schedule.head(bool(planned))) is not None:
+            sequence = self._sequences[name]
+            if not sequence.blocks:
+                if len(self._running) >= self._most_sequences or self._refused(sequence, free):
+                    return planned + self._go_on(room, planned)
+                insort(self._running, sequence)
+                free -= self._need(sequence)
+            planned.append(self._take(sequence, room))
+            room -= planned[-1].count
+        return planned
 
-    def _admit(self, pieces: list[Piece], free: int) -> None:
-        """Who waits comes in, in the order of arrival, with blocks for all tokens it has; nobody overtakes."""
-        room = self._chunk_tokens - sum(piece.count for piece in pieces if piece.count > 1 or not piece.last)
-        while self._waiting and room > 0 and len(self._running) < self._most_sequences:
-            sequence = self._waiting[0]
-            need = self._blocks_for(sequence.tokens)
-            if need > free:
-                return
-            del self._waiting[0]
-            insort(self._running, sequence)
-            count = min(sequence.left, room)
-            pieces.append(self._piece(sequence, count, need))
-            room -= count
-            free -= need
+    def _go_on(self, room: int, planned: list[_Planned]) -> list[_Planned]:
+        """What those with blocks and a prompt left can make of the room."""
+        more: list[_Planned] = []
+        for sequence in [one for one in self._running if one.scheduled]:
+            if room > 0 and all(sequence is not plan.sequence for plan in planned):
+                more.append(self._take(sequence, room))
+                room -= more[-1].count
+        return more
 
-    def _preempt(self, sequence: _Sequence, in_favour: str, decisions: list[Decision]) -> int:
-        freed = sequence.blocks
+    def _take(self, sequence: _Sequence, room: int) -> _Planned:
+        count = min(sequence.left, room)
+        self._schedule.computed(sequence.name, count)
+        sequence.scheduled = count < sequence.left
+        return _Planned(sequence, count, self._need(sequence))
+
+    def _refused(self, sequence: _Sequence, free: int) -> bool:
+        return self._admission.refusal(sequence, self._running, free, self._block_tokens) is not None
+
+    def _preempt(self, in_favour: _Sequence) -> PreemptSequence:
+        name, why = self._admission.victim(self._running)
+        sequence = self._sequences[name]
         self._running.remove(sequence)
+        self._schedule.remove(sequence.name)
         sequence.computed = sequence.blocks = 0
-        insort(self._waiting, sequence)
-        reason = f"no block is left for {in_favour}; of those running it came last"
-        decisions.append(PreemptSequence(sequence.name, reason))
-        return freed
+        self._schedule_again(sequence)
+        return PreemptSequence(sequence.name, f"no block is left for {in_favour.name}; of those running {why}")
+
+    def _schedule_again(self, sequence: _Sequence) -> None:
+        sequence.scheduled = True
+        self._schedule.add(sequence.name, sequence.left, sequence.order, sequence.arrived_s)
 
     def _piece(self, sequence: _Sequence, count: int, new_blocks: int) -> Piece:
         sequence.blocks += new_blocks
         return Piece(sequence.name, sequence.computed, count, new_blocks, count == sequence.left)
+
+    def _need(self, sequence: _Sequence) -> int:
+        """How many blocks it lacks for the tokens it has; one that was adopted may have brought some to spare."""
+        return max(0, self._blocks_for(sequence.tokens) - sequence.blocks)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)

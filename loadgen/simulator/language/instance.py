@@ -1,0 +1,214 @@
+"""One engine in virtual time: the live batching policy, a memory for keys and values, and a step that costs time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.policies.continuous_batching import (
+    ContinuousBatching,
+    Piece,
+    PreemptSequence,
+    RefuseSequence,
+    RunStep,
+    SequenceArrived,
+    StepDue,
+    StepFinished,
+)
+from loadgen.simulator.language.clock import Clock
+from loadgen.simulator.language.cost import Machine, StepWork
+from loadgen.simulator.language.requests import ChatRequest
+
+
+class CannotServe(RuntimeError):
+    """A request that no instance of this kind could ever hold."""
+
+
+class Watcher(Protocol):
+    """Who is told how requests get on. Called at the end of a step, before the next one begins."""
+
+    def began(self, request: ChatRequest, instance: "Instance") -> None:
+        """The first piece of its prompt is computed."""
+
+    def prefilled(self, request: ChatRequest, instance: "Instance") -> None:
+        """Its prompt is computed, and with it the first token is there."""
+
+    def ended(self, request: ChatRequest, instance: "Instance") -> None:
+        """Its last token is there."""
+
+    def preempted(self, request: ChatRequest, instance: "Instance") -> None:
+        """Its blocks were taken: it will be computed again."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    request: ChatRequest
+    generated: int
+    hands_over: bool
+    began: bool
+    blocks: int = 0
+
+
+class Instance:
+    """What computes. Whether it prefills, decodes or does both is a matter of what it is given.
+
+    Args:
+        batching: over as many blocks as the machine has.
+        padded_to: a pass with prompt tokens computes at least so many (TetriInfer pads a chunk that is not full).
+        slowed: given a span without disturbance, its start and length, how long it takes (a predictor that runs beside
+            the model); None: as long as it takes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        clock: Clock,
+        machine: Machine,
+        batching: ContinuousBatching,
+        watcher: Watcher,
+        padded_to: int = 0,
+        slowed: Callable[[float, float], float] | None = None,
+    ) -> None:
+        self.name = name
+        self.machine = machine
+        self.batching = batching
+        self.busy_s = 0.0
+        self.last_busy_s = 0.0
+        self.steps = 0
+        self.computed_prompt_tokens = 0
+        self.padding_tokens = 0
+        self._clock = clock
+        self._watcher = watcher
+        self._padded_to = padded_to
+        self._slowed = slowed
+        self._sequences: dict[str, _Sequence] = {}
+        self._parked: dict[str, _Sequence] = {}
+        self._held_blocks = 0
+        self._stepping = False
+
+    @property
+    def free_blocks(self) -> int:
+        return self.machine.blocks - self._held_blocks
+
+    @property
+    def sequences(self) -> int:
+        """How many are here and not at their end, those that wait for their transfer included."""
+        return len(self._sequences) + len(self._parked)
+
+    @property
+    def idle(self) -> bool:
+        return not self._stepping and not self.sequences
+
+    def prefill(
+        self, request: ChatRequest, hands_over: bool, expected_tokens: int | None = None, cached_tokens: int = 0
+    ) -> None:
+        """Compute a prompt; and then the answer, or keep the prompt's blocks until ``release``.
+
+        ``cached_tokens`` of the prompt are here already and only take memory.
+
+        Raises:
+            CannotServe: it never fits.
+        """
+        answer = 1 if hands_over else request.answer_tokens
+        most = request.prompt_tokens + answer - 1
+        arrival = SequenceArrived(request.name, request.prompt_tokens, most, cached_tokens)
+        self._take_in(_Sequence(request, 0, hands_over, began=False), arrival)
+
+    def decode(self, request: ChatRequest, expected_tokens: int | None = None) -> None:
+        """Go on with a request whose prompt's keys and values have come, and wait for room.
+
+        Raises:
+            CannotServe: it never fits.
+        """
+        most = request.prompt_tokens + request.answer_tokens - 1
+        arrival = SequenceArrived(request.name, request.prompt_tokens + 1, most, request.prompt_tokens)
+        self._take_in(_Sequence(request, 1, hands_over=False, began=True), arrival)
+
+    def release(self, name: str) -> None:
+        """The keys and values of a prompt that was handed over are not needed any more."""
+        self._held_blocks -= self._parked.pop(name).blocks
+        self._wake()
+
+    def _take_in(self, sequence: _Sequence, arrival: SequenceArrived) -> None:
+        for decision in self.batching.handle(arrival, self._clock.now_s):
+            if isinstance(decision, RefuseSequence):
+                raise CannotServe(f"{sequence.request.name} at {self.name}: {decision.reason}")
+        self._sequences[sequence.request.name] = sequence
+        self._wake()
+
+    def _wake(self) -> None:
+        """Begin the next step, if none is under way and there is one."""
+        if self._stepping:
+            return
+        step = self._plan()
+        if step is None:
+            return
+        self._stepping = True
+        work = self._work(step.pieces)
+        now_s = self._clock.now_s
+        takes_s = self.machine.cost.step_s(work)
+        if self._slowed is not None:
+            takes_s = self._slowed(now_s, takes_s)
+        self.busy_s += takes_s
+        self.last_busy_s = now_s + takes_s
+        self.steps += 1
+        self._clock.after(takes_s, lambda: self._finish(step.pieces))
+
+    def _plan(self) -> RunStep | None:
+        """The next step, after as many preemptions as it takes."""
+        while decisions := self.batching.handle(StepDue(self.free_blocks), self._clock.now_s):
+            for decision in decisions:
+                if isinstance(decision, RunStep):
+                    return decision
+                if isinstance(decision, PreemptSequence):
+                    sequence = self._sequences[decision.sequence]
+                    self._held_blocks -= sequence.blocks
+                    sequence.blocks = 0
+                    self._watcher.preempted(sequence.request, self)
+        return None
+
+    def _work(self, pieces: tuple[Piece, ...]) -> StepWork:
+        prompt = attended = decoding = context = 0
+        for piece in pieces:
+            count = piece.count
+            if piece.new_blocks:
+                self._sequences[piece.sequence].blocks += piece.new_blocks
+                self._held_blocks += piece.new_blocks
+            if count == 1 and piece.last:
+                decoding += 1
+                context += piece.start + 1
+            else:
+                prompt += count
+                attended += count * piece.start + count * (count + 1) // 2
+        self.computed_prompt_tokens += prompt
+        if 0 < prompt < self._padded_to:
+            self.padding_tokens += self._padded_to - prompt
+            prompt = self._padded_to
+        return StepWork(prompt, attended, decoding, context)
+
+    def _finish(self, pieces: tuple[Piece, ...]) -> None:
+        leaving = []
+        for piece in pieces:
+            sequence = self._sequences[piece.sequence]
+            if not sequence.began:
+                sequence.began = True
+                self._watcher.began(sequence.request, self)
+            if not piece.last:
+                continue
+            sequence.generated += 1
+            if sequence.generated == sequence.request.answer_tokens or sequence.hands_over:
+                leaving.append(piece.sequence)
+            if sequence.generated == 1:
+                self._watcher.prefilled(sequence.request, self)
+        self.batching.handle(StepFinished(frozenset(leaving)), self._clock.now_s)
+        for name in leaving:
+            self._leave(name)
+        self._stepping = False
+        self._wake()
+
+    def _leave(self, name: str) -> None:
+        sequence = self._sequences.pop(name)
+        if sequence.hands_over and sequence.generated < sequence.request.answer_tokens:
+            self._parked[name] = sequence
+            return
+        self._held_blocks -= sequence.blocks
+        self._watcher.ended(sequence.request, self)

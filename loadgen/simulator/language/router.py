@@ -1,0 +1,74 @@
+"""Where a request is computed. A router hears what the live scheduler hears, and nothing else."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.messages.cluster import LanguageRole
+from common.policies.chat_dispatch import (
+    ChatArrived,
+    ChatDispatch,
+    ChatEnded,
+    ChatPrefilled,
+    Event,
+    InstanceJoined,
+    RouteSequence,
+)
+from loadgen.simulator.language.requests import ChatRequest
+
+_GATEWAY = "gateway"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Prefill there, decode there. The cluster's dispatcher, where it has one, chooses ``decode`` anew.
+
+    ``cached_tokens``: how much of the prompt need not be computed at the prefill instance.
+    """
+
+    prefill: str
+    decode: str
+    cached_tokens: int = 0
+
+
+class Router(Protocol):
+    """The global scheduler's part in a request's life."""
+
+    def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
+        """From now on the instance takes new requests for these; none: it takes none."""
+
+    def route(self, request: ChatRequest) -> Route:
+        """A request has come."""
+
+    def prefilled(self, request: ChatRequest) -> None:
+        """Its first token is there."""
+
+    def ended(self, request: ChatRequest) -> None:
+        """Its last token is there."""
+
+
+class LeastLoad:
+    """The least loaded instances, by the live scheduler's own class."""
+
+    def __init__(self) -> None:
+        self._dispatch = ChatDispatch()
+        self._epochs: dict[str, int] = {}
+
+    def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
+        self._tell(InstanceJoined(instance, tuple(roles)))
+
+    def route(self, request: ChatRequest) -> Route:
+        # What the live scheduler knows of the answer is the most that was asked for; here that is the answer itself.
+        arrived = ChatArrived(request.name, _GATEWAY, request.arrival_s, request.prompt_tokens, request.answer_tokens)
+        (routed,) = self._tell(arrived)
+        self._epochs[request.name] = routed.epoch
+        return Route(routed.prefill, routed.decode)
+
+    def prefilled(self, request: ChatRequest) -> None:
+        self._tell(ChatPrefilled(request.name, self._epochs[request.name]))
+
+    def ended(self, request: ChatRequest) -> None:
+        self._tell(ChatEnded(request.name, self._epochs.pop(request.name)))
+
+    def _tell(self, event: Event) -> list[RouteSequence]:
+        return self._dispatch.handle(event)
