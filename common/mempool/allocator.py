@@ -40,6 +40,7 @@ class BlockAllocator:
         self._holders = np.zeros(blocks, dtype=np.int32)
         self._accesses = np.zeros(blocks, dtype=np.int32)
         self._epochs = np.zeros(blocks, dtype=np.int64)
+        self._indexed = np.zeros(blocks, dtype=np.bool_)
         self._free_blocks = blocks
 
     @property
@@ -59,6 +60,20 @@ class BlockAllocator:
     def set_aside_blocks(self) -> int:
         """How many have no holder any more and wait for the end of an access."""
         return self.blocks - self.free_blocks - self.held_blocks
+
+    @property
+    def indexed_blocks(self) -> int:
+        """How many the index holds, whoever else does."""
+        return int(np.count_nonzero(self._indexed))
+
+    @property
+    def idle_blocks(self) -> int:
+        """How many only the index holds, and nobody accesses."""
+        return int(np.count_nonzero(self._indexed & (self._holders == 1) & (self._accesses == 0)))
+
+    def is_idle(self, block: int) -> bool:
+        """Whether the index alone holds it, and nobody accesses it."""
+        return bool(self._indexed[block]) and self._holders[block] == 1 and not self._accesses[block]
 
     def epoch(self, block: int) -> int:
         """How often the block has been given out."""
@@ -103,6 +118,20 @@ class BlockAllocator:
         for block in blocks:
             self._holders[block] -= 1
             self._free_if_idle(block)
+
+    def index(self, blocks: Sequence[int]) -> None:
+        """The index of historical KV holds them from now on, beside their other holders. Raises: see ``share``."""
+        if self._indexed[list(blocks)].any():
+            raise WrongBlock(f"of blocks {list(blocks)}, some are in the index")
+        self.share(blocks)
+        self._indexed[list(blocks)] = True
+
+    def unindex(self, blocks: Sequence[int]) -> None:
+        """It lets go of them. Raises: WrongBlock, and changes nothing, if it does not hold one."""
+        if not self._indexed[list(blocks)].all():
+            raise WrongBlock(f"of blocks {list(blocks)}, some are not in the index")
+        self._indexed[list(blocks)] = False
+        self.release(blocks)
 
     def begin_access(self, blocks: Iterable[int]) -> Access:
         """A write to them or a read from them starts. Raises WrongBlock if one is not held."""

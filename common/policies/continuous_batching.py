@@ -165,8 +165,8 @@ class ContinuousBatching:
         self._block_tokens = block_tokens
         self._chunk_tokens = chunk_tokens
         self._most_sequences = most_sequences
-        self._schedule = schedule or PrefillSchedule()
-        self._admission = admission or DecodeAdmission()
+        self._schedule = PrefillSchedule() if schedule is None else schedule
+        self._admission = DecodeAdmission() if admission is None else admission
         self._sequences: dict[str, _Sequence] = {}
         # Who holds blocks, in the order of arrival.
         self._running: list[_Sequence] = []

@@ -63,6 +63,17 @@ async def test_a_message_that_never_came_is_made_up_for(nats_server: NatsServer,
         assert 'triptych_sequence_reroutes_total{why="gap"} 1.0' in metrics
 
 
+async def test_an_answer_that_gets_on_may_change_its_instance_as_often_as_it_has_to(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    async with chat_stack(nats_server, tmp_path, **SOON) as stack:
+        worker = stack.workers["fused-0"]
+        # Of every attempt, all messages but the first are lost.
+        worker.faults.drop = set(range(1, 2 * MAX_ATTEMPTS, 2))
+        assert (await streamed(stack))[0] == ANSWER
+        assert worker.requests.qsize() == MAX_ATTEMPTS + 1
+
+
 async def test_an_instance_that_forgets_a_sequence_loses_it(nats_server: NatsServer, tmp_path: Path) -> None:
     async with chat_stack(nats_server, tmp_path, roles=TWO, **SOON) as stack:
         for worker in stack.workers.values():

@@ -6,14 +6,18 @@ import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from common.bus.nats_bus import NatsBus
 from common.language.blocks import checksum
+from common.language.settings import TransferMode
 from common.messages.chat import (
     CancelGeneration,
     GenerateTokens,
+    KVPart,
     Sampling,
     TakeOver,
     TokensGenerated,
@@ -30,15 +34,19 @@ from tests.support.language_model import BLOCK_BYTES
 from tests.support.nats_server import NatsServer
 
 WAIT_S = 60.0
+MODES = tuple(TransferMode)
 
 
+@pytest.mark.parametrize("mode", MODES)
 async def test_answers_go_from_prefill_to_decode_and_are_generates(
-    nats_server: NatsServer, language_model: Path
+    nats_server: NatsServer, language_model: Path, mode: str
 ) -> None:
     prompts = known_prompts(language_model)
     async with (
         language_stack(nats_server.url, language_model) as stack,
-        language_instance(nats_server.url, "prefill-0", language_model, PREFILL, chunk_tokens=32) as prefill,
+        language_instance(
+            nats_server.url, "prefill-0", language_model, PREFILL, chunk_tokens=32, transfer_mode=mode
+        ) as prefill,
         language_instance(nats_server.url, "decode-0", language_model, DECODE) as decode,
     ):
         await stack.served("prefill-0", "decode-0")
@@ -46,6 +54,8 @@ async def test_answers_go_from_prefill_to_decode_and_are_generates(
         for text, expected in zip(answers, prompts.values(), strict=True):
             assert text == shown(expected)
         assert decode.instance.receiving.outcomes == {"taken": len(prompts)}
+        assert bool(decode.instance.receiving.offers) == (mode != "by_request")
+        assert set(decode.instance.receiving.offers) <= {"taken"}
         # The first token is the whole answer: nothing is handed over.
         prompt, expected = next(iter(prompts.items()))
         assert await stack.text(prompt, 1) == shown(expected[:1])
@@ -75,13 +85,19 @@ async def test_drawn_answers_are_the_same_wherever_they_are_computed(
     assert len(set(fused)) > 1
 
 
-async def test_pools_too_small_for_all_and_clients_that_leave(nats_server: NatsServer, language_model: Path) -> None:
+@pytest.mark.parametrize("mode", MODES)
+async def test_pools_too_small_for_all_and_clients_that_leave(
+    nats_server: NatsServer, language_model: Path, mode: str
+) -> None:
+    small: dict[str, Any] = {"kv_bytes": 24 * BLOCK_BYTES}
     chance = random.Random(8)
     prompts = known_prompts(language_model)
     async with (
         language_stack(nats_server.url, language_model) as stack,
-        language_instance(nats_server.url, "prefill-0", language_model, PREFILL, kv_bytes=24 * BLOCK_BYTES) as prefill,
-        language_instance(nats_server.url, "decode-0", language_model, DECODE, kv_bytes=24 * BLOCK_BYTES) as decode,
+        language_instance(
+            nats_server.url, "prefill-0", language_model, PREFILL, chunk_tokens=24, transfer_mode=mode, **small
+        ) as prefill,
+        language_instance(nats_server.url, "decode-0", language_model, DECODE, **small) as decode,
     ):
         await stack.served("prefill-0", "decode-0")
 
@@ -116,6 +132,7 @@ class PlayedPrefill:
     answer: list[int]
 
     def offer(self, name: str, refs: tuple[TensorRef, ...], value: int | None) -> TakeOver:
+        """The sequence with all its blocks."""
         request = GenerateTokens(
             request_id=name,
             epoch=1,
@@ -129,10 +146,9 @@ class PlayedPrefill:
         return TakeOver(
             request=request,
             prefill="prefill-0",
-            kv=refs,
+            parts=(KVPart(first_token=0, tokens=len(self.prompt), kv=refs, checksum=value),),
             kv_tokens=len(self.prompt),
             block_tokens=BLOCK_TOKENS,
-            checksum=value,
         )
 
     async def told(self, name: str) -> list[int]:

@@ -48,6 +48,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, batch: Batch, 
     Returns:
         [tokens, heads * head_dim].
     """
+    if batch.stored is not None:
+        batch.stored(layer)
     if query.is_cuda and not scoring.softcap:
         return attend_packed(query, layer, batch, scoring.scale, scoring.window)
     pool = batch.pool.layers[layer]

@@ -48,8 +48,12 @@ class CausalLM:
             self._run = FusedDecoder(model, self._kernels) if fuse and can_fuse(model) else _Interfaced(model)
 
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk], pool: KVPool) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], pool: KVPool, stored: Callable[[int], None] | None = None) -> Tensor:
         """One pass over all chunks; their keys and values are in the pool afterwards.
+
+        Args:
+            stored: told each layer whose keys and values are in the pool (on a GPU: that will be, for what is queued
+                behind), while the layer is still computed.
 
         Returns:
             [wanted, vocabulary] float32: the logits after the last token of each chunk that wants them, in order.
@@ -57,7 +61,7 @@ class CausalLM:
         Raises:
             WrongChunkError: a chunk that does not fit.
         """
-        return self._run(pack(chunks, pool, self.context, self.device, self._kernels)).float()
+        return self._run(pack(chunks, pool, self.context, self.device, self._kernels, stored)).float()
 
 
 class _Interfaced:

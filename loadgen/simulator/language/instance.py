@@ -53,7 +53,9 @@ class Instance:
 
     Args:
         batching: over as many blocks as the machine has.
-        padded_to: a pass with prompt tokens computes at least so many (TetriInfer pads a chunk that is not full).
+        padded_to: a pass with nothing but prompts computes at least so many tokens (TetriInfer pads a chunk that is not
+            full).
+        chunk_overhead_s: what a pass with prompt tokens costs beside the pass itself.
         slowed: given a span without disturbance, its start and length, how long it takes (a predictor that runs beside
             the model); None: as long as it takes.
     """
@@ -66,6 +68,7 @@ class Instance:
         batching: ContinuousBatching,
         watcher: Watcher,
         padded_to: int = 0,
+        chunk_overhead_s: float = 0.0,
         slowed: Callable[[float, float], float] | None = None,
     ) -> None:
         self.name = name
@@ -79,6 +82,7 @@ class Instance:
         self._clock = clock
         self._watcher = watcher
         self._padded_to = padded_to
+        self._chunk_overhead_s = chunk_overhead_s
         self._slowed = slowed
         self._sequences: dict[str, _Sequence] = {}
         self._parked: dict[str, _Sequence] = {}
@@ -90,6 +94,16 @@ class Instance:
         return self.machine.blocks - self._held_blocks
 
     @property
+    def waiting_blocks(self) -> int:
+        """How many blocks those will take, to begin with, that have none yet."""
+        size = self.machine.block_tokens
+        return sum(
+            -(-(one.request.prompt_tokens + one.generated) // size)
+            for one in self._sequences.values()
+            if not one.blocks
+        )
+
+    @property
     def sequences(self) -> int:
         """How many are here and not at their end, those that wait for their transfer included."""
         return len(self._sequences) + len(self._parked)
@@ -98,35 +112,46 @@ class Instance:
     def idle(self) -> bool:
         return not self._stepping and not self.sequences
 
-    def prefill(
-        self, request: ChatRequest, hands_over: bool, expected_tokens: int | None = None, cached_tokens: int = 0
-    ) -> None:
+    def prefill(self, request: ChatRequest, hands_over: bool, expected_tokens: int = 0, cached_tokens: int = 0) -> None:
         """Compute a prompt; and then the answer, or keep the prompt's blocks until ``release``.
 
-        ``cached_tokens`` of the prompt are here already and only take memory.
+        ``cached_tokens`` of the prompt are here already and only take memory; prompt and answer are predicted to come
+        to ``expected_tokens`` (0: nobody knows).
 
         Raises:
             CannotServe: it never fits.
         """
         answer = 1 if hands_over else request.answer_tokens
         most = request.prompt_tokens + answer - 1
-        arrival = SequenceArrived(request.name, request.prompt_tokens, most, cached_tokens)
+        arrival = SequenceArrived(
+            request.name, request.prompt_tokens, most, cached_tokens, expected_tokens=expected_tokens
+        )
         self._take_in(_Sequence(request, 0, hands_over, began=False), arrival)
 
-    def decode(self, request: ChatRequest, expected_tokens: int | None = None) -> None:
+    def keep(self, request: ChatRequest, expected_tokens: int = 0) -> None:
+        """Go on with a prompt that was computed to be handed over: it stays here, in its blocks."""
+        sequence = self._parked.pop(request.name)
+        sequence.hands_over = False
+        self._take_in(sequence, self._arrival(request, sequence.blocks, expected_tokens))
+
+    def decode(self, request: ChatRequest, expected_tokens: int = 0) -> None:
         """Go on with a request whose prompt's keys and values have come, and wait for room.
 
         Raises:
             CannotServe: it never fits.
         """
-        most = request.prompt_tokens + request.answer_tokens - 1
-        arrival = SequenceArrived(request.name, request.prompt_tokens + 1, most, request.prompt_tokens)
-        self._take_in(_Sequence(request, 1, hands_over=False, began=True), arrival)
+        self._take_in(_Sequence(request, 1, hands_over=False, began=True), self._arrival(request, 0, expected_tokens))
 
     def release(self, name: str) -> None:
         """The keys and values of a prompt that was handed over are not needed any more."""
         self._held_blocks -= self._parked.pop(name).blocks
         self._wake()
+
+    def _arrival(self, request: ChatRequest, blocks: int, expected_tokens: int) -> SequenceArrived:
+        """Of a sequence whose prompt's keys and values are there, in so many blocks of this instance."""
+        most = request.prompt_tokens + request.answer_tokens - 1
+        prompt = request.prompt_tokens
+        return SequenceArrived(request.name, prompt + 1, most, prompt, blocks, expected_tokens)
 
     def _take_in(self, sequence: _Sequence, arrival: SequenceArrived) -> None:
         for decision in self.batching.handle(arrival, self._clock.now_s):
@@ -145,7 +170,7 @@ class Instance:
         self._stepping = True
         work = self._work(step.pieces)
         now_s = self._clock.now_s
-        takes_s = self.machine.cost.step_s(work)
+        takes_s = self.machine.cost.step_s(work) + (self._chunk_overhead_s if work.prompt_tokens else 0.0)
         if self._slowed is not None:
             takes_s = self._slowed(now_s, takes_s)
         self.busy_s += takes_s
@@ -180,35 +205,41 @@ class Instance:
                 prompt += count
                 attended += count * piece.start + count * (count + 1) // 2
         self.computed_prompt_tokens += prompt
-        if 0 < prompt < self._padded_to:
+        if 0 < prompt < self._padded_to and not decoding:
             self.padding_tokens += self._padded_to - prompt
             prompt = self._padded_to
         return StepWork(prompt, attended, decoding, context)
 
     def _finish(self, pieces: tuple[Piece, ...]) -> None:
-        leaving = []
+        """The step is done: book what came of it, then tell who wants to know, then begin the next one."""
+        began, prefilled, leaving, ended = [], [], [], []
         for piece in pieces:
             sequence = self._sequences[piece.sequence]
             if not sequence.began:
                 sequence.began = True
-                self._watcher.began(sequence.request, self)
+                began.append(sequence.request)
             if not piece.last:
                 continue
             sequence.generated += 1
-            if sequence.generated == sequence.request.answer_tokens or sequence.hands_over:
-                leaving.append(piece.sequence)
             if sequence.generated == 1:
-                self._watcher.prefilled(sequence.request, self)
+                prefilled.append(sequence.request)
+            if sequence.generated == sequence.request.answer_tokens:
+                ended.append(sequence.request)
+                leaving.append(piece.sequence)
+            elif sequence.hands_over:
+                leaving.append(piece.sequence)
+                self._parked[piece.sequence] = sequence
         self.batching.handle(StepFinished(frozenset(leaving)), self._clock.now_s)
         for name in leaving:
-            self._leave(name)
+            sequence = self._sequences.pop(name)
+            if name not in self._parked:
+                self._held_blocks -= sequence.blocks
+        for tell, requests in (
+            (self._watcher.began, began),
+            (self._watcher.prefilled, prefilled),
+            (self._watcher.ended, ended),
+        ):
+            for request in requests:
+                tell(request, self)
         self._stepping = False
         self._wake()
-
-    def _leave(self, name: str) -> None:
-        sequence = self._sequences.pop(name)
-        if sequence.hands_over and sequence.generated < sequence.request.answer_tokens:
-            self._parked[name] = sequence
-            return
-        self._held_blocks -= sequence.blocks
-        self._watcher.ended(sequence.request, self)

@@ -1,0 +1,73 @@
+"""The memory that a pool's blocks lie in: one tier for each medium, each with its own books.
+
+MemServe, section 3 has HBM and DRAM; the disk is ours. A tier is a tensor of blocks, wherever that lies: a disk's is a
+file mapped into memory, which is nobody's once the process has ended.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.mempool.address import Medium
+from common.mempool.allocator import BlockAllocator
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """``memory``: [blocks, ...], each block contiguous."""
+
+    medium: Medium
+    memory: Tensor
+    allocator: BlockAllocator
+
+    @classmethod
+    def over(cls, memory: Tensor, medium: Medium = Medium.HBM, allocator: BlockAllocator | None = None) -> "Tier":
+        """A tier of memory that is there already. ``allocator``: its books, if some of it is given out."""
+        return cls(medium, memory, allocator or BlockAllocator(len(memory)))
+
+    def copy_to(self, other: "Tier", source: Sequence[int], target: Sequence[int]) -> None:
+        """Copy blocks of this tier to as many of another one, or of this one."""
+        read = self.memory[torch.tensor(source, device=self.memory.device)]
+        other.memory[torch.tensor(target, device=other.memory.device)] = read.to(other.memory.device)
+
+
+def dram_tier(like: Tensor, tier_bytes: int) -> Tier | None:
+    """A tier in the host's memory for blocks like those of ``like`` [blocks, ...]; None: not one fits.
+
+    Beside a GPU it is pinned, so that copies need no detour.
+    """
+    blocks = _fitting(like, tier_bytes)
+    if not blocks:
+        return None
+    memory = torch.zeros((blocks, *like.shape[1:]), dtype=like.dtype, pin_memory=like.is_cuda)
+    return Tier.over(memory, Medium.DRAM)
+
+
+def disk_tier(like: Tensor, tier_bytes: int, folder: Path) -> Tier | None:
+    """A tier in a new file under ``folder``; None: not one block fits. The file has no name, so it ends with us.
+
+    Raises:
+        OSError: there is no such folder, or no room in it.
+    """
+    blocks = _fitting(like, tier_bytes)
+    if not blocks:
+        return None
+    size = blocks * _block_bytes(like)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="triptych-kv-") as file:
+        # All of it now: writing to a mapped file when the disk is full would kill the process.
+        os.posix_fallocate(file.fileno(), 0, size)
+        flat = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
+    return Tier.over(flat.view(like.dtype).view(blocks, *like.shape[1:]), Medium.DISK)
+
+
+def _block_bytes(like: Tensor) -> int:
+    return like[0].numel() * like.element_size()
+
+
+def _fitting(like: Tensor, tier_bytes: int) -> int:
+    return tier_bytes // _block_bytes(like)

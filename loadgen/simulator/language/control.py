@@ -1,0 +1,207 @@
+"""The control plane in virtual time: predictors beside prefill, dispatchers, the monitor's broadcasts, and flips.
+
+Everything that decides is a class of ``common.policies``; this carries events to them and decisions from them.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from common.messages.cluster import LanguageRole
+from common.policies.cluster_monitor import ClusterMonitor, LoadReported, PeriodPassed, StoppedDecoding
+from common.policies.decode_dispatch import (
+    ChooseDecode,
+    DecodeDispatch,
+    DecodeLoad,
+    LoadsBroadcast,
+    SequenceBegan,
+    SequenceHandedOver,
+)
+from common.policies.flip import FlipInstance, FlipPolicy, InstanceLoad
+from common.policies.length_prediction import LengthRange
+from loadgen.simulator.language.clock import Clock
+from loadgen.simulator.language.instance import Instance
+from loadgen.simulator.language.requests import ChatRequest
+from loadgen.simulator.language.router import Router
+
+FLIP_S = 0.006  # 5 to 7 ms in the paper (brief, section 9.3)
+
+
+class PrefixBook(Protocol):
+    """How many of a prompt's tokens an instance has already."""
+
+    def tokens_at(self, request: ChatRequest) -> Mapping[str, int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FlipDone:
+    """One flip as it was carried out: when it was decided, when the instance had nothing left, when it was done."""
+
+    instance: str
+    role: LanguageRole
+    decided_s: float
+    drained_s: float
+    done_s: float
+    reason: str
+
+
+@dataclass(slots=True)
+class _Member:
+    instance: Instance
+    role: LanguageRole
+    flip: FlipInstance | None = None
+    flip_decided_s: float = 0.0
+    switching: bool = False
+    # What was sent here or is on its way, by whether it is heavy.
+    decodes: dict[str, bool] = field(default_factory=dict)
+    inbound: set[str] = field(default_factory=set)
+
+
+class ControlPlane:
+    """TetriInfer's cluster: every instance has one role, and prefill instances choose who goes on.
+
+    Args:
+        new_dispatch: makes a dispatcher for an instance that begins to prefill.
+        chosen: is called when a sequence's decode instance is.
+        flips: None: roles stay what they are.
+        draws: numbers in [0, 1), two for each dispatch.
+        heavy_above: an answer of which more tokens are predicted counts as heavy in what instances report.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        router: Router,
+        new_dispatch: Callable[[], DecodeDispatch],
+        chosen: Callable[[str, str], None],
+        draws: np.random.Generator,
+        flips: FlipPolicy | None = None,
+        prefixes: PrefixBook | None = None,
+        period_s: float = 0.1,
+        heavy_above: int = 128,
+    ) -> None:
+        self.flipped: list[FlipDone] = []
+        self.dispatched: list[ChooseDecode] = []
+        self._clock = clock
+        self._router = router
+        self._new_dispatch = new_dispatch
+        self._chosen = chosen
+        self._draws = draws
+        self._flips = flips
+        self._prefixes = prefixes
+        self.period_s = period_s
+        self._heavy_above = heavy_above
+        self._monitor = ClusterMonitor(period_s)
+        self._members: dict[str, _Member] = {}
+        self._dispatchers: dict[str, DecodeDispatch] = {}
+        self._heavy: dict[str, bool] = {}
+
+    def add(self, instance: Instance, role: LanguageRole) -> None:
+        """An instance begins to take what its role does."""
+        self._members[instance.name] = _Member(instance, role)
+        self._begin(self._members[instance.name])
+
+    def roles(self) -> Collection[LanguageRole]:
+        """What there is now; who flips counts as neither."""
+        return [member.role for member in self._members.values() if member.flip is None]
+
+    def tick(self) -> None:
+        """Instances report, the monitor tells, flips are thought of. Once every period."""
+        now_s = self._clock.now_s
+        for member in self._members.values():
+            if member.role is LanguageRole.DECODE and member.flip is None:
+                self._monitor.handle(LoadReported(_load(member)), now_s)
+        self._broadcast(self._monitor.handle(PeriodPassed(), now_s))
+        if self._flips is not None:
+            for flip in self._flips.handle([_as_flips_see(member) for member in self._members.values()], now_s):
+                self._decide(flip)
+        for member in self._members.values():
+            self._go_on(member)
+
+    def began(self, request: ChatRequest, prefill: str, predicted: LengthRange) -> None:
+        """A sequence's first chunk is computed, and its length predicted."""
+        first, second = self._draws.random(2).tolist()
+        self._heavy[request.name] = predicted.low > self._heavy_above
+        prefixes = self._prefixes.tokens_at(request) if self._prefixes is not None else {}
+        event = SequenceBegan(request.name, request.prompt_tokens, predicted, (first, second), prefixes)
+        self._carry_out(self._dispatchers[prefill].handle(event))
+
+    def handed_over(self, request: ChatRequest, prefill: str, decode: str) -> None:
+        """Keys and values are there."""
+        self._members[decode].inbound.discard(request.name)
+        if (dispatcher := self._dispatchers.get(prefill)) is not None:
+            dispatcher.handle(SequenceHandedOver(request.name))
+
+    def ended(self, request: ChatRequest, instance: str) -> None:
+        self._heavy.pop(request.name, None)
+        self._members[instance].decodes.pop(request.name, None)
+
+    # --- flips --------------------------------------------------------------------------------------------------
+
+    def _decide(self, flip: FlipInstance) -> None:
+        member = self._members[flip.instance]
+        member.flip = flip
+        member.flip_decided_s = self._clock.now_s
+        self._router.has_roles(flip.instance, ())
+        if member.role is LanguageRole.DECODE:
+            self._broadcast(self._monitor.handle(StoppedDecoding(flip.instance), self._clock.now_s))
+
+    def _go_on(self, member: _Member) -> None:
+        """Once an instance that flips has nothing left, it takes a few milliseconds."""
+        drained = member.instance.idle and not member.inbound and not self._holds(member)
+        if member.flip is None or member.switching or not drained:
+            return
+        member.switching = True
+        drained_s = self._clock.now_s
+        self._clock.after(FLIP_S, lambda: self._switch(member, drained_s))
+
+    def _holds(self, member: _Member) -> bool:
+        dispatcher = self._dispatchers.get(member.instance.name)
+        return dispatcher is not None and dispatcher.held > 0
+
+    def _switch(self, member: _Member, drained_s: float) -> None:
+        flip = member.flip
+        if flip is None:
+            raise RuntimeError(f"{member.instance.name} changes its role without having been told to")
+        member.role, member.flip, member.switching = flip.role, None, False
+        now_s = self._clock.now_s
+        self.flipped.append(FlipDone(flip.instance, flip.role, member.flip_decided_s, drained_s, now_s, flip.reason))
+        self._begin(member)
+
+    def _begin(self, member: _Member) -> None:
+        name = member.instance.name
+        self._dispatchers.pop(name, None)
+        if member.role is LanguageRole.PREFILL:
+            self._dispatchers[name] = self._new_dispatch()
+            self._router.has_roles(name, (LanguageRole.PREFILL,))
+        else:
+            self._router.has_roles(name, (LanguageRole.DECODE,))
+
+    # --- decisions ----------------------------------------------------------------------------------------------
+
+    def _broadcast(self, broadcasts: list[LoadsBroadcast]) -> None:
+        for broadcast in broadcasts:
+            for dispatcher in list(self._dispatchers.values()):
+                self._carry_out(dispatcher.handle(broadcast))
+
+    def _carry_out(self, choices: list[ChooseDecode]) -> None:
+        for choice in choices:
+            self.dispatched.append(choice)
+            member = self._members[choice.instance]
+            member.inbound.add(choice.sequence)
+            member.decodes[choice.sequence] = self._heavy[choice.sequence]
+            self._chosen(choice.sequence, choice.instance)
+
+
+def _load(member: _Member) -> DecodeLoad:
+    """What a decode instance reports: of what has arrived."""
+    here = [heavy for name, heavy in member.decodes.items() if name not in member.inbound]
+    free = member.instance.free_blocks - member.instance.waiting_blocks
+    return DecodeLoad(member.instance.name, free, sum(here), len(here) - sum(here))
+
+
+def _as_flips_see(member: _Member) -> InstanceLoad:
+    waiting = member.instance.batching.waiting
+    return InstanceLoad(member.instance.name, member.role, waiting, not member.instance.idle, member.flip is not None)

@@ -1,0 +1,141 @@
+"""What is compared: clusters by name, and how one is put together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from common.messages.cluster import LanguageRole
+from common.policies.continuous_batching import ContinuousBatching
+from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
+from common.policies.decode_dispatch import DecodeDispatch, DispatchRule
+from common.policies.flip import FlipPolicy
+from common.policies.length_prediction import LengthBuckets
+from common.policies.prefill_schedule import PrefillOrder, PrefillSchedule
+from loadgen.arrivals import generator
+from loadgen.simulator.language.clock import Clock
+from loadgen.simulator.language.cluster import FUSED, Cluster
+from loadgen.simulator.language.control import ControlPlane
+from loadgen.simulator.language.cost import OPT_13B_2_V100, Machine
+from loadgen.simulator.language.instance import Instance
+from loadgen.simulator.language.link import NVLINK, LinkKind, Network
+from loadgen.simulator.language.predictors import Histogram, NoisyOracle, Oracle, Predictor, PredictorTax
+from loadgen.simulator.language.requests import ChatRequest
+from loadgen.simulator.language.router import LeastLoad, Router
+
+_DRAWS = 21
+CHUNK_TOKENS = 512  # where prefill saturates OPT-13B on two V100s (brief, section 5.1)
+# A chunk of 512 takes 144 ms by figure 2; the steps in figures 11 to 16 are 150 to 155 ms apart.
+CHUNK_OVERHEAD_S = 0.008
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One cluster and its policies.
+
+    Attributes:
+        fused, prefill, decode: how many instances of each kind.
+        chunk_tokens: prompt tokens in one pass, at most.
+        most_sequences: that hold memory at one instance at once.
+        accuracy: of the predictor; 1.0 an oracle; None: nobody predicts; ``histogram`` learns as it goes.
+        taxed: whether the predictor shares the prefill instance's accelerator.
+        padded: whether a chunk that is not full costs what a full one does.
+        chunk_overhead_s: what a chunk costs beside its pass.
+    """
+
+    name: str
+    fused: int = 0
+    prefill: int = 0
+    decode: int = 0
+    chunk_tokens: int = CHUNK_TOKENS
+    most_sequences: int = 256
+    order: PrefillOrder = PrefillOrder.FCFS
+    batch: int = 16
+    ageing: float = 0.0
+    merges_batches: bool = True
+    admission: AdmissionRule = AdmissionRule.GREEDY
+    victim: VictimRule = VictimRule.LATEST
+    past_tokens: int = 1
+    dispatch: DispatchRule = DispatchRule.POWER_OF_TWO
+    counts_pending: bool = True
+    granularity: int = 200
+    accuracy: float | None = None
+    histogram: bool = False
+    taxed: bool = False
+    padded: bool = False
+    chunk_overhead_s: float = 0.0
+    link: LinkKind = NVLINK
+    flips: Callable[[], FlipPolicy] | None = None
+
+    @property
+    def instances(self) -> int:
+        return self.fused + self.prefill + self.decode
+
+
+@dataclass(slots=True)
+class Built:
+    cluster: Cluster
+    network: Network
+    clock: Clock
+    predictor: Predictor | None = field(default=None)
+
+
+def build(
+    setup: Setup,
+    requests: list[ChatRequest],
+    seed: int,
+    machine: Machine = OPT_13B_2_V100,
+    router: Router | None = None,
+) -> Built:
+    """A fresh cluster for these requests."""
+    clock = Clock()
+    network = Network(clock, setup.link)
+    predictor = _predictor(setup, requests, seed)
+    names = [f"language-{number}" for number in range(setup.instances)]
+    taxes = {name: PredictorTax() for name in names} if setup.taxed else {}
+    router = router or LeastLoad()
+    cluster = Cluster(clock, router, network, predictor, taxes)
+    if setup.prefill:
+        cluster.control = ControlPlane(
+            clock,
+            router,
+            lambda: DecodeDispatch(setup.dispatch, counts_pending=setup.counts_pending),
+            cluster.chosen,
+            generator(seed, _DRAWS),
+            setup.flips() if setup.flips is not None else None,
+        )
+    roles: list[tuple[LanguageRole, ...]] = [
+        *[FUSED] * setup.fused,
+        *[(LanguageRole.PREFILL,)] * setup.prefill,
+        *[(LanguageRole.DECODE,)] * setup.decode,
+    ]
+    for name, of_one in zip(names, roles, strict=True):
+        tax = taxes.get(name)
+        padded_to = setup.chunk_tokens if setup.padded else 0
+        slowed = tax.slowed if tax is not None else None
+        instance = Instance(name, clock, machine, batching(setup, machine), cluster, padded_to, setup.chunk_overhead_s, slowed)
+        cluster.add(instance, of_one)
+    return Built(cluster, network, clock, predictor)
+
+
+def batching(setup: Setup, machine: Machine) -> ContinuousBatching:
+    """The policies inside an instance."""
+    return ContinuousBatching(
+        machine.blocks,
+        machine.block_tokens,
+        setup.chunk_tokens,
+        setup.most_sequences,
+        PrefillSchedule(setup.order, setup.batch, setup.ageing, setup.merges_batches),
+        DecodeAdmission(setup.admission, setup.victim, setup.past_tokens),
+    )
+
+
+def _predictor(setup: Setup, requests: list[ChatRequest], seed: int) -> Predictor | None:
+    buckets = LengthBuckets(setup.granularity, -(-2200 // setup.granularity))
+    if setup.histogram:
+        return Histogram(buckets)
+    if setup.accuracy is None:
+        return None
+    if setup.accuracy == 1.0:
+        return Oracle(buckets)
+    noisy = NoisyOracle(buckets, setup.accuracy, seed)
+    noisy.prepare([request.name for request in requests])
+    return noisy
