@@ -9,6 +9,7 @@ what is cached. A whole pass takes no less than ``floor_s``.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 
@@ -42,15 +43,21 @@ class OperatorCost:
     floor_s: float
 
     def exec_s(self, prompt_tokens: int, cached_tokens: int) -> float:
-        """Of one prompt of which the first tokens are cached; or of a batch, with both summed over it."""
-        computed = prompt_tokens - cached_tokens
-        layer_s = (
-            self._products_s(computed)
-            + self.attention_pair_s * computed * computed / 2
-            + self.cached_pair_s * computed * cached_tokens
-            + self.token_s * computed
-            + self.layer_s
-        )
+        """Of one prompt of which the first tokens are cached."""
+        return self.batch_s([(prompt_tokens, cached_tokens)])
+
+    def batch_s(self, prompts: Sequence[tuple[int, int]]) -> float:
+        """Of prompts in one pass, each given as its tokens and how many of them are cached.
+
+        Departure: the paper sums lengths and ratios over the batch. But a prompt's tokens look back at their own only.
+        """
+        computed_tokens = 0
+        attention_s = 0.0
+        for tokens, cached in prompts:
+            computed = tokens - cached
+            computed_tokens += computed
+            attention_s += computed * (self.attention_pair_s * computed / 2 + self.cached_pair_s * cached)
+        layer_s = self._products_s(computed_tokens) + attention_s + self.token_s * computed_tokens + self.layer_s
         return max(self.floor_s, self.layers * layer_s / self.parallelism)
 
     def _products_s(self, tokens: int) -> float:

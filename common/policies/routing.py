@@ -7,7 +7,7 @@ A request bears on its prefill instance until its first token is there, and on i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -133,20 +133,26 @@ class Site:
 
     Attributes:
         queue_s: predicted time of all prefills that are not done, the first part of equation 1.
+        left_s: the same, less what the first of them has had already.
         prefill_tokens: that these have yet to compute.
         sequences: that decode here or will.
         context_tokens: of these, prompts and answers.
         cached_tokens: of the request that is being routed.
+        unfinished: predicted times of the prefills that are not done, in order; ``first_began_s``: since when the first
+            of them has been computed, as far as can be told.
     """
 
     name: str
     kind: InstanceKind
     kv_tokens: int
     queue_s: float = 0.0
+    left_s: float = 0.0
     prefill_tokens: int = 0
     sequences: int = 0
     context_tokens: int = 0
     cached_tokens: int = 0
+    unfinished: dict[str, float] = field(default_factory=dict)
+    first_began_s: float = 0.0
 
     @property
     def prefills(self) -> bool:
@@ -197,7 +203,6 @@ class _Routed:
     exec_s: float
     computed_tokens: int
     context_tokens: int
-    prefilled: bool = False
 
 
 @dataclass(slots=True)
@@ -221,18 +226,18 @@ class GlobalScheduler:
         """Take in what happened; the routes that follow from it."""
         match happened:
             case InstanceJoined(name, kind, kv_tokens):
-                self._lose(name)
+                self._lose(name, now_s)
                 self.sites[name] = Site(name, kind, kv_tokens)
             case InstanceLost(name):
-                self._lose(name)
+                self._lose(name, now_s)
             case RequestArrived():
-                self._end(happened.request_id)
+                self._end(happened.request_id, now_s)
                 self._waiting.append(happened)
             case RequestPrefilled(request_id):
                 if (routed := self._routed.get(request_id)) is not None:
-                    self._prefilled(routed)
+                    self._prefilled(routed, now_s)
             case RequestEnded(request_id):
-                self._end(request_id)
+                self._end(request_id, now_s)
         return self._route_waiting(now_s) if self._waiting else []
 
     def published(self, told: IndexChange | IndexSnapshot, now_s: float) -> list[str]:
@@ -251,6 +256,7 @@ class GlobalScheduler:
         matched = self.index.match(request.tokens, now_s)
         for name, site in self.sites.items():
             site.cached_tokens = matched.get(name, 0) * self.costs.block_tokens
+            site.left_s = site.queue_s - min(site.queue_s and now_s - site.first_began_s, _first(site.unfinished))
         ask = Ask(request, self.costs)
         choice = self.rule.choose(ask, prefills, decodes)
         cached = choice.pull.to_token if choice.pull is not None else choice.prefill.cached_tokens
@@ -261,6 +267,9 @@ class GlobalScheduler:
             request.prompt_tokens - cached,
             request.prompt_tokens + request.answer_tokens,
         )
+        if not choice.prefill.unfinished:
+            choice.prefill.first_began_s = now_s
+        choice.prefill.unfinished[request.request_id] = routed.exec_s
         choice.prefill.queue_s += routed.exec_s
         choice.prefill.prefill_tokens += routed.computed_tokens
         choice.decode.sequences += 1
@@ -270,31 +279,34 @@ class GlobalScheduler:
             self.index.expect(route.prefill, request.tokens)
         return route
 
-    def _prefilled(self, routed: _Routed) -> None:
+    def _prefilled(self, routed: _Routed, now_s: float) -> None:
         site = self.sites.get(routed.route.prefill)
-        if site is not None and not routed.prefilled:
-            site.queue_s -= routed.exec_s
+        if site is not None and site.unfinished.pop(routed.route.request_id, None) is not None:
+            site.first_began_s = now_s
             site.prefill_tokens -= routed.computed_tokens
-            if not site.prefill_tokens:
-                site.queue_s = 0.0  # sums of floating-point numbers rarely end at zero
-        routed.prefilled = True
+            # Sums of floating-point numbers rarely end at zero.
+            site.queue_s = site.queue_s - routed.exec_s if site.unfinished else 0.0
 
-    def _end(self, request_id: str) -> None:
+    def _end(self, request_id: str, now_s: float) -> None:
         self._waiting = [request for request in self._waiting if request.request_id != request_id]
         routed = self._routed.pop(request_id, None)
         if routed is None:
             return
-        self._prefilled(routed)
+        self._prefilled(routed, now_s)
         site = self.sites.get(routed.route.decode)
         if site is not None:
             site.sequences -= 1
             site.context_tokens -= routed.context_tokens
 
-    def _lose(self, name: str) -> None:
+    def _lose(self, name: str, now_s: float) -> None:
         """What ran there bears on nobody any more, nor on another of the same name."""
         self.index.forget(name)
         if self.sites.pop(name, None) is None:
             return
         for request_id, routed in list(self._routed.items()):
             if name in (routed.route.prefill, routed.route.decode):
-                self._end(request_id)
+                self._end(request_id, now_s)
+
+
+def _first(times_s: Mapping[str, float]) -> float:
+    return next(iter(times_s.values()), 0.0)

@@ -126,7 +126,7 @@ class AddedTime:
     def _added_s(self, ask: Ask, site: Site, decode: Site, cached_tokens: int, start_s: float) -> float:
         exec_s, costs, answer = ask.exec_s(cached_tokens), ask.costs.decode, ask.request.answer_tokens
         context = ask.request.prompt_tokens + answer / 2
-        added_s = max(site.queue_s, start_s) + exec_s
+        added_s = max(site.left_s, start_s) + exec_s
         if decode is site:
             # The prefill stops those that decode here, those that wait for theirs included.
             added_s += exec_s * site.sequences
