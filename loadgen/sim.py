@@ -2,7 +2,8 @@
 
 ``--experiment ddit`` measures every policy at the points of the paper's evaluation (``loadgen/simulator/points.py``)
 and writes the JSON that ``loadgen report`` makes a page of. ``--day`` simulates one day and says how long that took.
-``--record`` simulates the requests of a recorded run.
+``--record`` simulates the requests of a recorded run. ``--experiment memserve`` and ``--trace`` simulate language:
+MemServe's evaluation, and the routing rules on a public trace (``loadgen/simulator/memserve``).
 """
 
 import argparse
@@ -25,8 +26,9 @@ from loadgen.simulator.sweep import Setting
 from loadgen.simulator.write import write_experiment
 from loadgen.workloads import MIXES, UnknownMix, WrongMix, mix_named
 
-EXPERIMENTS = ("ddit",)
+EXPERIMENTS = ("ddit", "memserve")
 SIZES = (8, 64)
+FORMATS = ("mooncake",)
 
 
 class WrongArgument(ValueError):
@@ -38,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--experiment", choices=EXPERIMENTS, default="ddit", help="a paper's evaluation")
     what.add_argument("--day", action="store_true", help="one day; prints the seconds that it took")
     what.add_argument("--record", type=Path, metavar="FILE", help="the requests of a recorded run, on its slots")
+    what.add_argument("--trace", type=Path, metavar="FILE", help="a public trace's requests; instances instead of GPUs")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="of the trace (default: %(default)s)")
+    parser.add_argument("--speed", type=float, default=1.0, help="with --trace: how many times as fast requests come")
     parser.add_argument(
         "--policy", nargs="+", metavar="NAME", help="only these (default: all but fifo, which is sdop:1; --day: ddit)"
     )
@@ -64,7 +69,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     """
     try:
         _check(options)
-        result = _result(options)
+        result = _memserve(options) if _is_memserve(options) else _result(options)
     except (UnknownPolicy, UnknownMix, WrongMix, WrongSize, WrongRib, WrongRecord, WrongArgument, Stuck) as error:
         raise SystemExit(f"loadgen sim: {error}") from None
     if options.out is not None:
@@ -72,6 +77,17 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     if result["experiment"] == "ddit":
         print_summary(result["runs"])
     return result
+
+
+def _is_memserve(options: argparse.Namespace) -> bool:
+    return options.trace is not None or options.experiment == "memserve"
+
+
+def _memserve(options: argparse.Namespace) -> dict[str, Any]:
+    # Its instances' memory is the live one, which is made of tensors: torch takes seconds to load.
+    from loadgen.simulator.memserve.command import run_memserve
+
+    return run_memserve(options)
 
 
 def _result(options: argparse.Namespace) -> dict[str, Any]:
@@ -131,6 +147,12 @@ def _check(options: argparse.Namespace) -> None:
         raise WrongArgument(f"--record {options.record}: there is no such file")
     if options.out is not None and not options.out.resolve().parent.is_dir():
         raise WrongArgument(f"--json {options.out}: the folder does not exist; make it first")
+    if options.speed <= 0:
+        raise WrongArgument(f"--speed {options.speed}: give a number above 0, for example 2")
+    if _is_memserve(options):
+        if options.gpus is not None and options.gpus < 1:
+            raise WrongArgument(f"--gpus {options.gpus}: give the number of instances, 1 or more")
+        return
     if options.gpus is not None:
         check_gpus(options.gpus)
     for name in options.policy or ():

@@ -136,7 +136,7 @@ class Site:
         left_s: the same, less what the first of them has had already.
         prefill_tokens: that these have yet to compute.
         sequences: that decode here or will.
-        context_tokens: of these, prompts and answers.
+        context_tokens: of these, prompts and answers; ``answer_tokens``: answers alone.
         cached_tokens: of the request that is being routed.
         unfinished: predicted times of the prefills that are not done, in order; ``first_began_s``: since when the first
             of them has been computed, as far as can be told.
@@ -150,6 +150,7 @@ class Site:
     prefill_tokens: int = 0
     sequences: int = 0
     context_tokens: int = 0
+    answer_tokens: int = 0
     cached_tokens: int = 0
     unfinished: dict[str, float] = field(default_factory=dict)
     first_began_s: float = 0.0
@@ -203,6 +204,7 @@ class _Routed:
     exec_s: float
     computed_tokens: int
     context_tokens: int
+    answer_tokens: int
 
 
 @dataclass(slots=True)
@@ -266,6 +268,7 @@ class GlobalScheduler:
             ask.exec_s(cached),
             request.prompt_tokens - cached,
             request.prompt_tokens + request.answer_tokens,
+            request.answer_tokens,
         )
         if not choice.prefill.unfinished:
             choice.prefill.first_began_s = now_s
@@ -274,6 +277,7 @@ class GlobalScheduler:
         choice.prefill.prefill_tokens += routed.computed_tokens
         choice.decode.sequences += 1
         choice.decode.context_tokens += routed.context_tokens
+        choice.decode.answer_tokens += routed.answer_tokens
         self._routed[request.request_id] = routed
         if self.expects:
             self.index.expect(route.prefill, request.tokens)
@@ -297,6 +301,7 @@ class GlobalScheduler:
         if site is not None:
             site.sequences -= 1
             site.context_tokens -= routed.context_tokens
+            site.answer_tokens -= routed.answer_tokens
 
     def _lose(self, name: str, now_s: float) -> None:
         """What ran there bears on nobody any more, nor on another of the same name."""

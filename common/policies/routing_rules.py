@@ -19,6 +19,19 @@ class UnknownRule(ValueError):
     """There is no routing rule of that name; the message says which there are."""
 
 
+class RoundRobin:
+    """One after the other; decode instances likewise. The first bar of figure 15."""
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def choose(self, ask: Ask, prefills: Sequence[Site], decodes: Sequence[Site]) -> Choice:
+        prefill = prefills[self._turn % len(prefills)]
+        decode = prefill if prefill.kind is InstanceKind.FUSED else decodes[self._turn % len(decodes)]
+        self._turn += 1
+        return Choice(prefill, decode, None, "its turn")
+
+
 class LeastLoad:
     """The instance with the fewest tokens to prefill; of those, the one with the fewest to look back at."""
 
@@ -126,7 +139,7 @@ class AddedTime:
     def _added_s(self, ask: Ask, site: Site, decode: Site, cached_tokens: int, start_s: float) -> float:
         exec_s, costs, answer = ask.exec_s(cached_tokens), ask.costs.decode, ask.request.answer_tokens
         context = ask.request.prompt_tokens + answer / 2
-        added_s = max(site.left_s, start_s) + exec_s
+        added_s = max(site.left_s, start_s, _room_s(ask, decode)) + exec_s
         if decode is site:
             # The prefill stops those that decode here, those that wait for theirs included.
             added_s += exec_s * site.sequences
@@ -138,6 +151,7 @@ class AddedTime:
 
 
 RULES: dict[str, Callable[[], Rule]] = {
+    "round_robin": RoundRobin,
     "least_load": LeastLoad,
     "session": Session,
     "prompt_tree": LongestPrefix,
@@ -174,6 +188,16 @@ def worthwhile_pull(ask: Ask, prefill: Site, sites: Sequence[Site]) -> Pull | No
         if ask.costs.send_s(site.cached_tokens - cached) <= gain_s:
             return Pull(site.name, cached, site.cached_tokens)
     return None
+
+
+def _room_s(ask: Ask, site: Site) -> float:
+    """About how long until enough of what decodes there has ended for the request to have room."""
+    need = site.context_tokens + ask.request.prompt_tokens + ask.request.answer_tokens
+    if need <= site.kv_tokens or not site.sequences:
+        return 0.0
+    # Sequences are half done on average, and end one after the other.
+    left_s = site.answer_tokens / site.sequences / 2 * ask.costs.decode.step_s(site.sequences, site.context_tokens)
+    return left_s * min(1.0, (need - site.kv_tokens) / site.context_tokens) * 2
 
 
 def _sources(sites: Sequence[Site]) -> list[tuple[int, str]]:

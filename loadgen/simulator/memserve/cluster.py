@@ -163,7 +163,7 @@ class Cluster:
             self._let_go(job, engine)
             return
         if asked.attempts == 1 or asked.first_token_s == float("inf"):
-            asked.first_token_s = self._clock.now_s + self._setup.machine.extra_ttft_s
+            asked.first_token_s = self._clock.now_s
         self.scheduler.handle(RequestPrefilled(job.turn.name), self._clock.now_s)
         if not job.hands_over or job.turn.answer_tokens == 1:
             self.counts.fused += 1
@@ -179,7 +179,7 @@ class Cluster:
         turn, asked = job.turn, self.asked[job.turn.name]
         if job.attempt != asked.attempts:
             return
-        asked.end_s = self._clock.now_s + self._setup.machine.extra_ttft_s
+        asked.end_s = self._clock.now_s
         asked.decoded_by = engine.name
         route = self._routes.pop(turn.name)
         self.scheduler.handle(RequestEnded(turn.name), self._clock.now_s)

@@ -152,7 +152,7 @@ class Engine:
         self._state = "prefilling"
         parts = [(job.turn.prompt_tokens, job.cached_tokens) for job in jobs]
         swapped = sum(job.held.swapped for job in jobs if job.held is not None) * self._machine.block_tokens
-        takes_s = self._machine.prefill.batch_s(parts) + self._stolen_s
+        takes_s = self._machine.prefill.batch_s(parts) + self._machine.pass_extra_s + self._stolen_s
         takes_s += swapped * self._machine.kv_token_bytes / self._machine.swap_bytes_per_s
         self._stolen_s = 0.0
         self.busy_s += takes_s

@@ -48,8 +48,8 @@ class Machine:
     Attributes:
         kv_tokens, dram_tokens: how many tokens' keys and values the cards and the host's memory have room for.
         block_tokens: of an indexed block.
-        swap_bytes_per_s: between the host's memory and the cards.
-        extra_ttft_s: tokenizing, sampling, answering; it holds nothing up.
+        swap_bytes_per_s: between the host's memory and the cards, by what figure 13d loses to figure 13a.
+        pass_extra_s: what a pass with prompts takes beyond computing: scheduling, sampling, answering.
         pass_tokens: prompts are computed together up to so many tokens.
     """
 
@@ -60,8 +60,8 @@ class Machine:
     kv_token_bytes: int
     block_tokens: int
     dram_tokens: int = 0
-    swap_bytes_per_s: float = 100e9
-    extra_ttft_s: float = 0.025
+    swap_bytes_per_s: float = 156e9
+    pass_extra_s: float = 0.025
     pass_tokens: int = 4096
 
 
