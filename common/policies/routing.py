@@ -180,12 +180,17 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a rule answers. ``decode`` is ``prefill`` where that is fused."""
+    """What a rule answers. ``decode`` is ``prefill`` where that is fused.
+
+    ``wait_s``: how long its prefill will wait for something else than those before it, as far as the rule knows. It
+    holds up those after it.
+    """
 
     prefill: Site
     decode: Site
     pull: Pull | None
     reason: str
+    wait_s: float = 0.0
 
 
 class Rule(Protocol):
@@ -265,7 +270,7 @@ class GlobalScheduler:
         route = Route(request.request_id, choice.prefill.name, choice.decode.name, cached, choice.pull, choice.reason)
         routed = _Routed(
             route,
-            ask.exec_s(cached),
+            ask.exec_s(cached) + choice.wait_s,
             request.prompt_tokens - cached,
             request.prompt_tokens + request.answer_tokens,
             request.answer_tokens,

@@ -112,34 +112,40 @@ class AddedTime:
     That is equation 1 with what it leaves out: a pull is weighed where it would be made, not after the choice; a
     prefill holds up every sequence that decodes beside it; and the request slows the batch that it decodes with, as
     that slows it. So a fused instance is left alone where it would hold up many, and a hand-over is made where it pays.
+
+    ``first_token``: how many times the wait for the first token counts. Twice: for that token, and for the last one.
     """
 
+    first_token: float = 2.0
+
     def choose(self, ask: Ask, prefills: Sequence[Site], decodes: Sequence[Site]) -> Choice:
-        # What many have in part only few have whole: no others are worth a pull.
-        sources = sorted({*_sources(prefills), *_sources(decodes)}, key=lambda one: (-one[0], one[1]))[:1]
+        source = min([*prefills, *decodes], key=lambda site: (-site.cached_tokens, *_context(site)))
         best: tuple[float, str] | None = None
-        chosen: tuple[Site, Site, Pull | None] | None = None
+        choice: Choice | None = None
         for site in prefills:
-            cached, start_s, pull = site.cached_tokens, 0.0, None
-            for tokens, name in sources:
-                sending_s = ask.costs.send_s(tokens - cached)
-                if tokens > cached and sending_s + ask.exec_s(tokens) < ask.exec_s(cached):
-                    pull, cached, start_s = Pull(name, cached, tokens), tokens, sending_s
+            pull, cached, start_s = None, site.cached_tokens, 0.0
+            if source.cached_tokens > cached:
+                send_s = ask.costs.send_s(source.cached_tokens - cached)
+                if send_s + ask.exec_s(source.cached_tokens) < ask.exec_s(cached):
+                    pull, cached, start_s = (
+                        Pull(source.name, cached, source.cached_tokens),
+                        source.cached_tokens,
+                        send_s,
+                    )
             decode = choose_decode(site, decodes)
+            start_s = max(site.left_s, start_s, _room_s(ask, decode))
             added_s = self._added_s(ask, site, decode, cached, start_s)
             if best is None or (added_s, site.name) < best:
-                best, chosen = (added_s, site.name), (site, decode, pull)
-        assert best is not None
-        assert chosen is not None
-        prefill, decode, pull = chosen
-        return Choice(
-            prefill, decode, pull, f"least time added: {best[0]:.3f} s, {prefill.cached_tokens} tokens cached"
-        )
+                best = added_s, site.name
+                reason = f"least time added: {added_s:.3f} s, {cached} tokens cached"
+                choice = Choice(site, decode, pull, reason, wait_s=max(0.0, start_s - site.left_s))
+        assert choice is not None
+        return choice
 
     def _added_s(self, ask: Ask, site: Site, decode: Site, cached_tokens: int, start_s: float) -> float:
         exec_s, costs, answer = ask.exec_s(cached_tokens), ask.costs.decode, ask.request.answer_tokens
         context = ask.request.prompt_tokens + answer / 2
-        added_s = max(site.left_s, start_s, _room_s(ask, decode)) + exec_s
+        added_s = self.first_token * (start_s + exec_s)
         if decode is site:
             # The prefill stops those that decode here, those that wait for theirs included.
             added_s += exec_s * site.sequences
@@ -198,10 +204,6 @@ def _room_s(ask: Ask, site: Site) -> float:
     # Sequences are half done on average, and end one after the other.
     left_s = site.answer_tokens / site.sequences / 2 * ask.costs.decode.step_s(site.sequences, site.context_tokens)
     return left_s * min(1.0, (need - site.kv_tokens) / site.context_tokens) * 2
-
-
-def _sources(sites: Sequence[Site]) -> list[tuple[int, str]]:
-    return [(site.cached_tokens, site.name) for site in sites if site.cached_tokens]
 
 
 def _load(site: Site) -> tuple[int, int, str]:

@@ -35,6 +35,8 @@ from loadgen.simulator.memserve.memory import Held, Memory
 from loadgen.simulator.memserve.outcome import Asked, Counts
 from loadgen.simulator.memserve.turns import Turn
 
+_GUESSED_ANSWER = 256
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -72,11 +74,12 @@ class _NoisyCost:
     """A prediction that is wrong by up to ``spread``, always in the same way for the same prompt."""
 
     exact: PrefillCost
+    extra_s: float
     spread: float
 
     def exec_s(self, prompt_tokens: int, cached_tokens: int) -> float:
         wrong = ((prompt_tokens * 2_654_435_761 + cached_tokens * 40_503) % 65_536) / 32_768 - 1
-        return self.exact.exec_s(prompt_tokens, cached_tokens) * (1 + self.spread * wrong)
+        return (self.exact.exec_s(prompt_tokens, cached_tokens) + self.extra_s) * (1 + self.spread * wrong)
 
 
 @dataclass(slots=True, eq=False)
@@ -113,6 +116,8 @@ class Cluster:
         self._waiting: dict[str, list[_Handover]] = {}
         self._kinds: dict[str, InstanceKind] = {}
         self._lives = 0
+        # What answers will be is not known: a scheduler can only go by what they were, here from one guess on.
+        self._answers = _GUESSED_ANSWER, 1
         for number, kind in enumerate(setup.kinds):
             self._start(f"{kind.value}-{number:03}", kind)
 
@@ -180,6 +185,7 @@ class Cluster:
         if job.attempt != asked.attempts:
             return
         asked.end_s = self._clock.now_s
+        self._answers = self._answers[0] + turn.answer_tokens, self._answers[1] + 1
         asked.decoded_by = engine.name
         route = self._routes.pop(turn.name)
         self.scheduler.handle(RequestEnded(turn.name), self._clock.now_s)
@@ -226,7 +232,8 @@ class Cluster:
         self._route(turn)
 
     def _route(self, turn: Turn) -> None:
-        arrived = RequestArrived(turn.name, turn.conversation, turn.tokens, turn.prompt_tokens, turn.answer_tokens)
+        probably = round(self._answers[0] / self._answers[1])
+        arrived = RequestArrived(turn.name, turn.conversation, turn.tokens, turn.prompt_tokens, probably)
         (route,) = self.scheduler.handle(arrived, self._clock.now_s)
         self._routes[turn.name] = route
         engine = self.engines[route.prefill]
@@ -398,5 +405,5 @@ class Cluster:
 
 def _seen_costs(setup: Setup) -> Costs:
     exact = costs_of(setup.machine, setup.transfers)
-    noisy = _NoisyCost(exact.prefill, setup.view.cost_noise)
+    noisy = _NoisyCost(exact.prefill, setup.machine.pass_extra_s, setup.view.cost_noise)
     return Costs(noisy, exact.decode, exact.link, exact.kv_token_bytes, exact.block_tokens)

@@ -95,12 +95,14 @@ def make_turns(chats: Chats, requests: int, rate: float, seed: int) -> list[Turn
 
 
 def repeated(chats: Chats, sessions: int, turns: int, times: int, rate: float, seed: int) -> list[Turn]:
-    """The scheduler's study (figure 15): a set of sessions, asked ``times`` times by clients that know nothing of each
-    other, so that only prompts tell what they share."""
+    """The scheduler's study (figure 15): a set of sessions, asked by ``times`` crowds of clients at once, each of them
+    with its own ``rate``, that know nothing of each other: only prompts tell what they share."""
     chance = random.Random(seed)
     once = [_conversation(chats, f"{chats.name}-{number}", chance)[:turns] for number in range(sessions)]
     copies = [[_renamed(turn, copy) for turn in one] for copy in range(times) for one in once]
-    return _arriving(copies, rate, chance, window=STUDY_WINDOW)
+    # Each crowd goes through the sessions in the same order.
+    copies = [copies[copy * sessions + number] for number in range(sessions) for copy in range(times)]
+    return _arriving(copies, rate * times, chance, window=STUDY_WINDOW * times)
 
 
 def alike(requests: int, prompt_tokens: int, answer_tokens: int, rate: float, seed: int) -> list[Turn]:
