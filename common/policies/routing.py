@@ -122,6 +122,10 @@ class Costs:
     kv_token_bytes: int
     block_tokens: int
 
+    def whole_blocks(self, tokens: int) -> int:
+        """So many tokens, rounded up."""
+        return math.ceil(tokens / self.block_tokens) * self.block_tokens
+
     def send_s(self, tokens: int) -> float:
         """Keys and values of so many tokens, to another instance."""
         return self.link.send_s(tokens * self.kv_token_bytes, math.ceil(tokens / self.block_tokens))
@@ -134,12 +138,14 @@ class Site:
     Attributes:
         queue_s: predicted time of all prefills that are not done, the first part of equation 1.
         left_s: the same, less what the first of them has had already.
+        link_s: how long the pulls from it and to it will take yet.
         prefill_tokens: that these have yet to compute.
-        sequences: that decode here or will.
-        context_tokens: of these, prompts and answers; ``answer_tokens``: answers alone.
+        contexts: of each sequence that decodes here or will, prompt and answer, in the order of their routes.
+        context_tokens: of all of them; ``answer_tokens``: answers alone.
         cached_tokens: of the request that is being routed.
         unfinished: predicted times of the prefills that are not done, in order; ``first_began_s``: since when the first
             of them has been computed, as far as can be told.
+        link_until_s: until when its pulls will take.
     """
 
     name: str
@@ -147,13 +153,20 @@ class Site:
     kv_tokens: int
     queue_s: float = 0.0
     left_s: float = 0.0
+    link_s: float = 0.0
     prefill_tokens: int = 0
-    sequences: int = 0
     context_tokens: int = 0
     answer_tokens: int = 0
     cached_tokens: int = 0
+    contexts: dict[str, int] = field(default_factory=dict)
     unfinished: dict[str, float] = field(default_factory=dict)
     first_began_s: float = 0.0
+    link_until_s: float = 0.0
+
+    @property
+    def sequences(self) -> int:
+        """How many decode here or will."""
+        return len(self.contexts)
 
     @property
     def prefills(self) -> bool:
@@ -210,6 +223,7 @@ class _Routed:
     computed_tokens: int
     context_tokens: int
     answer_tokens: int
+    prefilled: bool = False
 
 
 @dataclass(slots=True)
@@ -263,6 +277,7 @@ class GlobalScheduler:
         matched = self.index.match(request.tokens, now_s)
         for name, site in self.sites.items():
             site.cached_tokens = matched.get(name, 0) * self.costs.block_tokens
+            site.link_s = max(0.0, site.link_until_s - now_s)
             site.left_s = site.queue_s - min(site.queue_s and now_s - site.first_began_s, _first(site.unfinished))
         ask = Ask(request, self.costs)
         choice = self.rule.choose(ask, prefills, decodes)
@@ -272,15 +287,20 @@ class GlobalScheduler:
             route,
             ask.exec_s(cached) + choice.wait_s,
             request.prompt_tokens - cached,
-            request.prompt_tokens + request.answer_tokens,
+            self.costs.whole_blocks(request.prompt_tokens + request.answer_tokens),
             request.answer_tokens,
         )
+        if choice.pull is not None:
+            source = self.sites[choice.pull.source]
+            until_s = now_s + max(source.link_s, choice.prefill.link_s)
+            until_s += self.costs.send_s(choice.pull.to_token - choice.pull.from_token)
+            source.link_until_s = choice.prefill.link_until_s = until_s
         if not choice.prefill.unfinished:
             choice.prefill.first_began_s = now_s
         choice.prefill.unfinished[request.request_id] = routed.exec_s
         choice.prefill.queue_s += routed.exec_s
         choice.prefill.prefill_tokens += routed.computed_tokens
-        choice.decode.sequences += 1
+        choice.decode.contexts[request.request_id] = routed.context_tokens
         choice.decode.context_tokens += routed.context_tokens
         choice.decode.answer_tokens += routed.answer_tokens
         self._routed[request.request_id] = routed
@@ -289,6 +309,7 @@ class GlobalScheduler:
         return route
 
     def _prefilled(self, routed: _Routed, now_s: float) -> None:
+        routed.prefilled = True
         site = self.sites.get(routed.route.prefill)
         if site is not None and site.unfinished.pop(routed.route.request_id, None) is not None:
             site.first_began_s = now_s
@@ -303,8 +324,7 @@ class GlobalScheduler:
             return
         self._prefilled(routed, now_s)
         site = self.sites.get(routed.route.decode)
-        if site is not None:
-            site.sequences -= 1
+        if site is not None and site.contexts.pop(request_id, None) is not None:
             site.context_tokens -= routed.context_tokens
             site.answer_tokens -= routed.answer_tokens
 
@@ -314,7 +334,8 @@ class GlobalScheduler:
         if self.sites.pop(name, None) is None:
             return
         for request_id, routed in list(self._routed.items()):
-            if name in (routed.route.prefill, routed.route.decode):
+            route = routed.route
+            if route.decode == name or (route.prefill == name and not routed.prefilled):
                 self._end(request_id, now_s)
 
 

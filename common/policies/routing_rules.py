@@ -113,13 +113,14 @@ class AddedTime:
     prefill holds up every sequence that decodes beside it; and the request slows the batch that it decodes with, as
     that slows it. So a fused instance is left alone where it would hold up many, and a hand-over is made where it pays.
 
-    ``first_token``: how many times the wait for the first token counts. Twice: for that token, and for the last one.
+    ``first_token``: how many times the wait for the first token counts. More than twice (for that token and for the
+    last one) since a request that waits is one that others will wait for.
     """
 
-    first_token: float = 2.0
+    first_token: float = 6.0
 
     def choose(self, ask: Ask, prefills: Sequence[Site], decodes: Sequence[Site]) -> Choice:
-        source = min([*prefills, *decodes], key=lambda site: (-site.cached_tokens, *_context(site)))
+        source = min([*prefills, *decodes], key=lambda site: (-site.cached_tokens, site.link_s, *_context(site)))
         best: tuple[float, str] | None = None
         choice: Choice | None = None
         for site in prefills:
@@ -198,12 +199,21 @@ def worthwhile_pull(ask: Ask, prefill: Site, sites: Sequence[Site]) -> Pull | No
 
 def _room_s(ask: Ask, site: Site) -> float:
     """About how long until enough of what decodes there has ended for the request to have room."""
-    need = site.context_tokens + ask.request.prompt_tokens + ask.request.answer_tokens
-    if need <= site.kv_tokens or not site.sequences:
+    need = ask.costs.whole_blocks(ask.request.prompt_tokens + ask.request.answer_tokens)
+    lacking = site.context_tokens + need - ask.costs.whole_blocks(site.kv_tokens - ask.costs.block_tokens + 1)
+    if lacking <= 0 or not site.contexts:
         return 0.0
-    # Sequences are half done on average, and end one after the other.
-    left_s = site.answer_tokens / site.sequences / 2 * ask.costs.decode.step_s(site.sequences, site.context_tokens)
-    return left_s * min(1.0, (need - site.kv_tokens) / site.context_tokens) * 2
+    # Who ends when is not known. Let each have as much ahead as an answer takes on average, by chance: then the first
+    # of n ends after 1/n of that time, the next after 1/(n - 1) more.
+    answer_s = site.answer_tokens / site.sequences * ask.costs.decode.step_s(site.sequences, site.context_tokens)
+    left, wait_s = site.sequences, 0.0
+    for context_tokens in site.contexts.values():
+        wait_s += answer_s / left
+        left -= 1
+        lacking -= context_tokens
+        if lacking <= 0:
+            break
+    return wait_s
 
 
 def _load(site: Site) -> tuple[int, int, str]:

@@ -139,7 +139,7 @@ def test_decode_goes_where_most_is_held_unless_that_has_much_more_to_do() -> Non
 def test_added_time_spares_those_that_decode() -> None:
     scene = Scene(AddedTime(), "ff")
     scene.has("f1", 1)
-    scene.scheduler.sites["f1"].sequences = 20
+    scene.scheduler.sites["f1"].contexts = {str(number): 0 for number in range(20)}
     assert scene.route("r", 1, *range(2, 30)).prefill == "f0"
 
 
@@ -147,7 +147,7 @@ def test_added_time_sees_where_there_is_no_room() -> None:
     scene = Scene(AddedTime(), "ff")
     scene.has("f1", *range(1, 30))
     site = scene.scheduler.sites["f1"]
-    site.sequences, site.context_tokens, site.answer_tokens = 1, 135_000, 4000
+    site.contexts, site.context_tokens, site.answer_tokens = {"long": 135_000}, 135_000, 4000
     assert scene.route("r", *range(1, 30)).prefill == "f0"
 
 

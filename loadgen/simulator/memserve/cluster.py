@@ -14,6 +14,7 @@ from common.policies.routing import (
     InstanceKind,
     InstanceLost,
     PrefillCost,
+    Pull,
     RequestArrived,
     RequestEnded,
     RequestPrefilled,
@@ -113,6 +114,7 @@ class Cluster:
         self._followers: dict[str, list[Turn]] = {}
         self._routes: dict[str, Route] = {}
         self._handovers: dict[str, _Handover] = {}
+        self._taken_over: set[str] = set()
         self._waiting: dict[str, list[_Handover]] = {}
         self._kinds: dict[str, InstanceKind] = {}
         self._lives = 0
@@ -141,12 +143,17 @@ class Cluster:
             if engine in (handover.source, handover.target):
                 self._drop(handover)
         self.scheduler.handle(InstanceLost(instance), self._clock.now_s)
-        again = [name for name, route in self._routes.items() if instance in (route.prefill, route.decode)]
+        again = [name for name, route in self._routes.items() if self._needs(name, route, instance)]
         for name in again:
             turn = self.asked[name].request
             assert isinstance(turn, Turn)
             self.asked[name].attempts += 1
+            self._taken_over.discard(name)
             self._route(turn)
+
+    def _needs(self, name: str, route: Route, instance: str) -> bool:
+        """Whether a request is lost with the instance."""
+        return route.decode == instance or (route.prefill == instance and name not in self._taken_over)
 
     # --- what engines tell ---------------------------------------------------------------------------------------
 
@@ -188,6 +195,7 @@ class Cluster:
         self._answers = self._answers[0] + turn.answer_tokens, self._answers[1] + 1
         asked.decoded_by = engine.name
         route = self._routes.pop(turn.name)
+        self._taken_over.discard(turn.name)
         self.scheduler.handle(RequestEnded(turn.name), self._clock.now_s)
         if not self._setup.view.publishes:
             self._remember(turn, route)
@@ -238,8 +246,9 @@ class Cluster:
         self._routes[turn.name] = route
         engine = self.engines[route.prefill]
         job = Job(turn, route.decode != route.prefill, self.asked[turn.name].attempts)
-        if route.pull is None or not self._pull(route, job):
-            engine.prefill(job)
+        if route.pull is not None:
+            self._pull(route.pull, job, engine)
+        engine.prefill(job)
 
     # --- what the scheduler comes to know ------------------------------------------------------------------------
 
@@ -285,22 +294,20 @@ class Cluster:
         size = round(transfers.alone_s(tokens, machine) * LINK_BYTES_PER_S)
         self._network.send(source, target, size, calls, arrived)
 
-    def _pull(self, route: Route, job: Job) -> bool:
-        """Get a prefix from elsewhere first; whether there is one to get."""
-        assert route.pull is not None
+    def _pull(self, pull: Pull, job: Job, target: Engine) -> None:
+        """Get a prefix from elsewhere first, if it is there still."""
         turn, block = job.turn, self._setup.machine.block_tokens
-        source, target = self.engines.get(route.pull.source), self.engines[route.prefill]
-        if source is None:
-            return False
-        blocks = min(source.memory.known_blocks(turn.tokens), route.pull.to_token // block)
-        there = target.memory.known_blocks(turn.tokens)
-        held = source.memory.take(turn.tokens[: blocks * KEY_BYTES], blocks, blocks) if blocks > there else None
-        if held is None:
-            return False
+        source = self.engines[pull.source]
+        held = source.memory.hold(turn.tokens, pull.to_token // block)
+        blocks, there = held.cached, target.memory.known_blocks(turn.tokens)
+        if blocks <= there:
+            source.memory.free(held)
+            return
         tokens = (blocks - there) * block
         self.counts.pulls += 1
         self.counts.pulled_tokens += tokens
         self.asked[turn.name].pulled_tokens = tokens
+        job.ready = False
 
         def arrived() -> None:
             if not source.lost:
@@ -309,10 +316,10 @@ class Cluster:
             if not target.lost:
                 if not source.lost:
                     self._keep(target, turn.tokens[: blocks * KEY_BYTES])
-                target.prefill(job)
+                job.ready = True
+                target.poke()
 
         self._send(source.name, target.name, tokens, arrived)
-        return True
 
     def _keep(self, engine: Engine, tokens: bytes) -> None:
         """What was received becomes historical, if there is room for it."""
@@ -357,13 +364,14 @@ class Cluster:
         if self._setup.transfers.mode is TransferMode.BY_LAYER:
             machine = self._setup.machine
             last_s = self._setup.transfers.alone_s(handover.missing_tokens, machine) / machine.prefill.layers
-        self._clock.after(last_s, lambda: self._taken_over(handover))
+        self._clock.after(last_s, lambda: self._take_over(handover))
 
-    def _taken_over(self, handover: _Handover) -> None:
+    def _take_over(self, handover: _Handover) -> None:
         job = handover.job
         if self._handovers.get(job.turn.name) is not handover:
             return
         del self._handovers[job.turn.name]
+        self._taken_over.add(job.turn.name)
         self._let_go(job, handover.source)
         assert handover.held is not None
         job.held = handover.held

@@ -23,11 +23,18 @@ class CannotServe(RuntimeError):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request at an engine. ``hands_over``: it will be decoded elsewhere. ``cached_tokens``: found when it began."""
+    """A request at an engine.
+
+    Attributes:
+        hands_over: it will be decoded elsewhere.
+        ready: False: what is pulled for it is still to come. It keeps its place.
+        cached_tokens: found when it began.
+    """
 
     turn: Turn
     hands_over: bool
     attempt: int
+    ready: bool = True
     held: Held | None = None
     cached_tokens: int = 0
 
@@ -137,7 +144,7 @@ class Engine:
         while self._waiting:
             job = self._waiting[0]
             turn = job.turn
-            if jobs and tokens + turn.prompt_tokens > self._machine.pass_tokens:
+            if not job.ready or (jobs and tokens + turn.prompt_tokens > self._machine.pass_tokens):
                 break
             most_cached = (turn.prompt_tokens - 1) // self._machine.block_tokens if self._caches else 0
             job.held = self.memory.take(turn.tokens if self._caches else b"", most_cached, self._blocks_of(job))

@@ -59,6 +59,11 @@ class Memory:
             return None
         return Held(near + fresh, len(near), swapped)
 
+    def hold(self, tokens: bytes, blocks: int) -> Held:
+        """Hold what is known of a sequence, at most so much, wherever it is: to be read, not to be computed with."""
+        known = self._pool.match(tokens[: blocks * KEY_BYTES], hold=True)
+        return Held(known, len(known), 0)
+
     def index(self, held: Held, tokens: bytes) -> None:
         """The first blocks of a sequence are written: others may find them. It goes on holding all of them."""
         whole = len(tokens) // KEY_BYTES
