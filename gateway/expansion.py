@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import structlog
 
-from common.messages.chat import FinishReason, Sampling
+from common.messages.chat import FinishReason, Sampling, tokens_in
 from common.messages.cluster import LanguageModelInfo, VideoModelInfo
 from gateway.chat.asked import Asked
 from gateway.chat.desk import LanguageDesk
@@ -86,7 +86,7 @@ async def _answer(desk: LanguageDesk, info: LanguageModelInfo, idea: str) -> str
         prompt = await desk.encode_chat([{"role": "user", "content": idea}], {})
     except TemplateRefusal as refusal:
         raise _NoCaption(f"the chat template refuses it: {refusal}") from refusal
-    room = info.context_tokens - len(prompt)
+    room = info.context_tokens - tokens_in(prompt)
     if room < 1:
         raise _NoCaption(f"it fills the context of {info.context_tokens} tokens")
     sampling = Sampling(temperature=0.0, seed=0, max_tokens=min(MAX_TOKENS, room))

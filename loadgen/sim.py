@@ -2,8 +2,11 @@
 
 ``--experiment ddit`` measures every policy at the points of the paper's evaluation (``loadgen/simulator/points.py``)
 and writes the JSON that ``loadgen report`` makes a page of. ``--day`` simulates one day and says how long that took.
-``--record`` simulates the requests of a recorded run. ``--experiment memserve`` and ``--trace`` simulate language:
-MemServe's evaluation, and the routing rules on a public trace (``loadgen/simulator/memserve``).
+``--record`` simulates the requests of a recorded run.
+
+``--experiment tetriinfer`` does so for language (``loadgen/simulator/language/experiment.py``), and ``--trace`` for the
+requests of a trace of production. ``--experiment memserve`` and ``--format mooncake`` do so for caching and routing, on
+traces that tell which prompts begin alike (``loadgen/simulator/memserve``).
 """
 
 import argparse
@@ -18,6 +21,17 @@ from common.policies.registry import UnknownPolicy, make_policy, policy_names
 from common.policies.rib import Rib, WrongRib, paper_rib
 from loadgen.simulator.cost import CostModel, Noise, Overheads
 from loadgen.simulator.experiment import Plan, print_summary, run_experiment
+from loadgen.simulator.language.arms import UnknownArm
+from loadgen.simulator.language.experiment import (
+    GPUS_PER_INSTANCE,
+    language_environment,
+    print_language_summary,
+    run_tetriinfer,
+    run_trace,
+)
+from loadgen.simulator.language.experiment import POINTS as TETRIINFER_POINTS
+from loadgen.simulator.language.instance import CannotServe
+from loadgen.simulator.language.workloads import WrongTrace, azure_requests
 from loadgen.simulator.loop import Stuck
 from loadgen.simulator.points import NAMES, WrongSize, check_gpus
 from loadgen.simulator.replay import WrongRecord, from_lines
@@ -26,32 +40,62 @@ from loadgen.simulator.sweep import Setting
 from loadgen.simulator.write import write_experiment
 from loadgen.workloads import MIXES, UnknownMix, WrongMix, mix_named
 
-EXPERIMENTS = ("ddit", "memserve")
+EXPERIMENTS = ("ddit", "tetriinfer", "memserve")
+TRACES = {"azure": azure_requests}
 SIZES = (8, 64)
-FORMATS = ("mooncake",)
 
 
 class WrongArgument(ValueError):
     """An argument that makes no sense; the message says what to change."""
 
 
+_MISTAKES = (
+    UnknownPolicy,
+    UnknownArm,
+    UnknownMix,
+    WrongMix,
+    WrongSize,
+    WrongRib,
+    WrongRecord,
+    WrongTrace,
+    WrongArgument,
+    CannotServe,
+    Stuck,
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to simulate (default: --experiment ddit)").add_mutually_exclusive_group()
     what.add_argument("--experiment", choices=EXPERIMENTS, default="ddit", help="a paper's evaluation")
     what.add_argument("--day", action="store_true", help="one day; prints the seconds that it took")
+    what.add_argument("--trace", type=Path, metavar="FILE", help="chats of a trace; --format says of which form it is")
     what.add_argument("--record", type=Path, metavar="FILE", help="the requests of a recorded run, on its slots")
-    what.add_argument("--trace", type=Path, metavar="FILE", help="a public trace's requests; instances instead of GPUs")
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="of the trace (default: %(default)s)")
     parser.add_argument("--speed", type=float, default=1.0, help="with --trace: how many times as fast requests come")
     parser.add_argument(
         "--policy", nargs="+", metavar="NAME", help="only these (default: all but fifo, which is sdop:1; --day: ddit)"
     )
-    parser.add_argument("--gpus", type=int, metavar="N", help="in servers of 8 (default: 8 and 64; --day: 64)")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="in servers of 8 (default: 8 and 64; --day: 64); a language instance has 2 (default: 8; --trace: 16)",
+    )
+    parser.add_argument("--format", choices=(*TRACES, "mooncake"), default="azure", help="of --trace (default: azure)")
     parser.add_argument("--mix", nargs="+", metavar="NAME", help=f"only these, of {', '.join(MIXES)}")
-    parser.add_argument("--point", nargs="+", choices=NAMES, metavar="NAME", help=f"only these, of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--point",
+        nargs="+",
+        metavar="NAME",
+        help=f"only these, of {', '.join(NAMES)}; of tetriinfer's, {', '.join(TETRIINFER_POINTS)}",
+    )
     parser.add_argument("--load", type=float, default=0.8, help="with --day: the load, of saturation (default: 0.8)")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of every policy at every point (default: 20)")
-    parser.add_argument("--requests", type=int, metavar="N", help="videos in a run (default: by the number of GPUs)")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        metavar="N",
+        help="videos in a run (default: by the number of GPUs); of --trace, the first N",
+    )
     parser.add_argument("--rib", type=Path, metavar="FILE", help="a profile (default: the paper's figures)")
     parser.add_argument("--step-240p", type=float, metavar="S", help="the paper's 240p step on one GPU (default: 0.25)")
     parser.add_argument("--no-overheads", action="store_true", help="changes of a lease take no time (default: 1 ms)")
@@ -70,17 +114,19 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     try:
         _check(options)
         result = _memserve(options) if _is_memserve(options) else _result(options)
-    except (UnknownPolicy, UnknownMix, WrongMix, WrongSize, WrongRib, WrongRecord, WrongArgument, Stuck) as error:
+    except _MISTAKES as error:
         raise SystemExit(f"loadgen sim: {error}") from None
     if options.out is not None:
         write_experiment(options.out, result)
     if result["experiment"] == "ddit":
         print_summary(result["runs"])
+    elif result["experiment"] in ("tetriinfer", "trace"):
+        print_language_summary(result["runs"])
     return result
 
 
 def _is_memserve(options: argparse.Namespace) -> bool:
-    return options.trace is not None or options.experiment == "memserve"
+    return options.experiment == "memserve" or (options.trace is not None and options.format == "mooncake")
 
 
 def _memserve(options: argparse.Namespace) -> dict[str, Any]:
@@ -91,6 +137,8 @@ def _memserve(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _result(options: argparse.Namespace) -> dict[str, Any]:
+    if options.trace is not None or options.experiment == "tetriinfer":
+        return _language_result(options)
     rib = _rib(options)
     overheads = Overheads.none() if options.no_overheads else Overheads()
     environment = _environment(rib, overheads, options)
@@ -106,6 +154,26 @@ def _result(options: argparse.Namespace) -> dict[str, Any]:
     found = run_experiment(_plan(options), Setting(rib.to_json(), overheads, options.noise))
     environment["wall_s"] = found.pop("wall_s")
     return {"experiment": "ddit", "environment": environment, **found}
+
+
+def _language_result(options: argparse.Namespace) -> dict[str, Any]:
+    environment = _machine() | language_environment()
+    if options.trace is not None:
+        requests = TRACES[options.format](options.trace.read_text(encoding="utf-8"))[: options.requests]
+        instances = (options.gpus or 16) // GPUS_PER_INSTANCE
+        environment["trace"] = f"{options.trace.name}, {len(requests):,} requests"
+        runs = run_trace(requests, options.policy, instances, options.workers)
+        return {"experiment": "trace", "environment": environment, "runs": runs}
+    found = run_tetriinfer(
+        options.policy,
+        options.seeds or (2 if options.quick else 10),
+        options.point or TETRIINFER_POINTS,
+        options.gpus // GPUS_PER_INSTANCE if options.gpus else None,
+        options.workers,
+        options.quick,
+    )
+    environment["wall_s"] = found.pop("wall_s")
+    return {"experiment": "tetriinfer", "environment": environment, **found}
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -149,12 +217,23 @@ def _check(options: argparse.Namespace) -> None:
         raise WrongArgument(f"--json {options.out}: the folder does not exist; make it first")
     if options.speed <= 0:
         raise WrongArgument(f"--speed {options.speed}: give a number above 0, for example 2")
+    if options.trace is not None and not options.trace.is_file():
+        raise WrongArgument(f"--trace {options.trace}: there is no such file")
     if _is_memserve(options):
         if options.gpus is not None and options.gpus < 1:
             raise WrongArgument(f"--gpus {options.gpus}: give the number of instances, 1 or more")
         return
     if options.gpus is not None:
         check_gpus(options.gpus)
+    language = options.trace is not None or options.experiment == "tetriinfer"
+    points = TETRIINFER_POINTS if language else NAMES
+    for name in options.point or ():
+        if name not in points:
+            raise WrongArgument(f"--point {name}: there are {', '.join(points)}")
+    if language:
+        if options.gpus is not None and options.gpus < 4 * GPUS_PER_INSTANCE:
+            raise WrongArgument(f"--gpus {options.gpus}: give 8 or more, that is 4 instances of 2 GPUs")
+        return
     for name in options.policy or ():
         make_policy(name)
     for name in options.mix or ():
@@ -163,13 +242,19 @@ def _check(options: argparse.Namespace) -> None:
 
 def _environment(rib: Rib, overheads: Overheads, options: argparse.Namespace) -> dict[str, Any]:
     return {
-        "simulated": True,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **_machine(),
         "rib": rib.to_json(),
         "rib_from": str(options.rib) if options.rib else "the paper's figures (brief, section 2.6)",
         "overheads_s": {name: getattr(overheads, name) for name in overheads.__slots__},
         "noise": options.noise,
         "saturation": "GPUs over the mean GPU-seconds of a request at degree 1, VAE included",
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "simulated": True,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }

@@ -2,13 +2,20 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from common.engine.blocks import Prefixes, SequenceBlocks
 from common.engine.request import Finish, Output, Request
+from common.mempool.address import TOKEN_BYTES, Address
 from common.mempool.allocator import BlockAllocator
+from common.mempool.caching import Caching
+from common.mempool.pool import MemPool
+from common.mempool.tiers import Tier
+from common.messages.chat import pack_tokens, tokens_in, unpack_tokens
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, CausalLM, Chunk, KVPool
 from common.models.causal_lm.sampling import History, Sampled, sample
 from common.models.causal_lm.text import Detokenizer, StopStrings
@@ -30,14 +37,33 @@ class RequestRefused(ValueError):
 
 
 @dataclass(slots=True)
+class EngineCounts:
+    """What an engine has done so far, in tokens: computed before a sequence's next token, and found in the memory."""
+
+    prefilled: int = 0
+    found: int = 0
+
+
+@dataclass(slots=True)
 class _Sequence:
+    """``computed``: of so many of its tokens keys and values are there. ``keeps``: for others too, then."""
+
     request: Request
-    tokens: list[int]
+    tokens: bytearray
     history: History
     detokenizer: Detokenizer | None
     stops: StopStrings
-    table: BlockTable = field(default_factory=BlockTable)
+    blocks: SequenceBlocks
+    keeps: bool
+    computed: int = 0
+    prefilled: bool = False
+    cached: int | None = None
     parked: bool = False
+
+    @property
+    def known(self) -> bytes:
+        """The tokens whose keys and values others may have."""
+        return bytes(self.tokens[: TOKEN_BYTES * self.computed]) if self.keeps else b""
 
 
 class Engine:
@@ -47,7 +73,8 @@ class Engine:
         model: with the pool made for its layout.
         tokenizer: for text and stop strings; None: answers have tokens alone.
         chunk_tokens, most_sequences: see ``ContinuousBatching``.
-        allocator: the books of the pool, if others use it too.
+        memory: the pool with its books, and with what is kept in it; None: they are made here.
+        caching: what is kept.
     """
 
     def __init__(
@@ -57,12 +84,14 @@ class Engine:
         tokenizer: PreTrainedTokenizerFast | None = None,
         chunk_tokens: int = 512,
         most_sequences: int = 256,
-        allocator: BlockAllocator | None = None,
+        memory: MemPool | None = None,
+        caching: Caching = Caching.PD_BASIC,
     ) -> None:
         self._model = model
         self._pool = pool
         self._tokenizer = tokenizer
-        self.allocator = allocator or BlockAllocator(pool.blocks.shape[0])
+        self.memory = memory or MemPool("", Tier.over(pool.blocks))
+        self.caching = caching
         self._chunk_tokens = chunk_tokens
         self._most_sequences = most_sequences
         self._batching = self._new_batching()
@@ -72,11 +101,17 @@ class Engine:
         """Told the chunks of a step and a layer whose keys and values of them are in the pool, within the step."""
         self.computed: tuple[Piece, ...] = ()
         """What the last step computed."""
+        self.counts = EngineCounts()
         self.stalled = False
         """Whether the last step could do nothing: blocks that others hold are waited for."""
 
     def _new_batching(self) -> ContinuousBatching:
         return ContinuousBatching(self.allocator.blocks, BLOCK_TOKENS, self._chunk_tokens, self._most_sequences)
+
+    @property
+    def allocator(self) -> BlockAllocator:
+        """The books of the blocks that the model computes with."""
+        return self.memory.hbm.allocator
 
     @property
     def pool(self) -> KVPool:
@@ -105,7 +140,7 @@ class Engine:
             )
         if request.stops and self._tokenizer is None:
             raise RequestRefused(f"{name}: stop strings need a tokenizer")
-        if not all(0 <= token < self._model.vocabulary for token in (*request.prompt, *request.answered)):
+        if np.frombuffer(request.prompt + request.answered, "<u4").max() >= self._model.vocabulary:
             raise RequestRefused(f"{name}: a token is none of the model's {self._model.vocabulary}")
         blocks = self._pool.layout.blocks_for(needed)
         if blocks > self.allocator.blocks:
@@ -118,49 +153,63 @@ class Engine:
             RequestRefused: see ``check``.
             ValueError: the name is in use.
         """
-        self._take_in(name, request, BlockTable(), 0, now_s)
+        self._take_in(name, request, (), 0, now_s)
 
-    def adopt(self, name: str, request: Request, blocks: Sequence[int], now_s: float) -> None:
+    def adopt(self, name: str, request: Request, addresses: Sequence[Address], now_s: float) -> None:
         """Take in a request whose keys and values are here already, but for the last token's.
 
         Args:
-            blocks: held for this sequence; they are the engine's from now on.
+            addresses: of blocks held for this sequence; they are the engine's from now on.
 
         Raises:
             RequestRefused, ValueError: see ``add``; the blocks stay the caller's.
         """
-        computed = len(request.prompt) + len(request.answered) - 1
-        self._take_in(name, request, BlockTable(blocks), computed, now_s)
+        computed = tokens_in(request.prompt) + tokens_in(request.answered) - 1
+        self._take_in(name, request, addresses, computed, now_s)
+        sequence = self._sequences[name]
+        if sequence.keeps:
+            sequence.blocks.keep(sequence.known)
 
-    def _take_in(self, name: str, request: Request, table: BlockTable, computed: int, now_s: float) -> None:
+    def _take_in(self, name: str, request: Request, addresses: Sequence[Address], computed: int, now_s: float) -> None:
         if name in self._sequences:
             raise ValueError(f"{name} is being answered already")
         self.check(name, request)
-        tokens = [*request.prompt, *request.answered]
-        arrival = SequenceArrived(name, len(tokens), request.computed_tokens, computed, len(table.blocks))
+        tokens = bytearray(request.prompt + request.answered)
+        arrival = SequenceArrived(name, len(tokens) // TOKEN_BYTES, request.computed_tokens, computed, len(addresses))
         for decision in self._batching.handle(arrival, now_s):
             if isinstance(decision, RefuseSequence):
                 raise RequestRefused(f"{name}: {decision.reason}")
-        history = History(frozenset(request.prompt), Counter(request.answered), len(request.answered))
-        detokenizer = Detokenizer(self._tokenizer) if self._tokenizer is not None else None
-        self._sequences[name] = _Sequence(request, tokens, history, detokenizer, StopStrings(request.stops), table)
+        answered = unpack_tokens(request.answered)
+        repeats = request.sampling.repetition_penalty != 1
+        prompt = frozenset(unpack_tokens(request.prompt)) if repeats else frozenset[int]()
+        self._sequences[name] = _Sequence(
+            request,
+            tokens,
+            History(prompt, Counter(answered), len(answered)),
+            Detokenizer(self._tokenizer) if self._tokenizer is not None else None,
+            StopStrings(request.stops),
+            SequenceBlocks(self.memory, addresses),
+            self.caching.keeps_received if addresses else self.caching.keeps_computed,
+            computed,
+            prefilled=bool(addresses),
+        )
 
     def parked(self, name: str) -> BlockTable | None:
         """The blocks of a parked sequence, the last token's keys and values not in them; None: it is not parked."""
         sequence = self._sequences.get(name)
-        return sequence.table if sequence is not None and sequence.parked else None
+        return sequence.blocks.table if sequence is not None and sequence.parked else None
 
     def table(self, name: str) -> BlockTable | None:
         """The blocks of a sequence, of which the engine is to stay the only writer; None: there is no such sequence."""
         sequence = self._sequences.get(name)
-        return None if sequence is None else sequence.table
+        return None if sequence is None else sequence.blocks.table
 
     def cancel(self, name: str, now_s: float) -> None:
         """Give an answer up, or what is parked of it; nothing if it is at its end."""
         sequence = self._sequences.pop(name, None)
         if sequence is not None:
             self._parked -= sequence.parked
-            self.allocator.release(sequence.table.blocks)
+            sequence.blocks.release(sequence.known)
             self._batching.handle(SequenceLeft(name), now_s)
 
     def abandon(self) -> list[str]:
@@ -171,7 +220,7 @@ class Engine:
         """
         lost = [name for name, sequence in self._sequences.items() if not sequence.parked]
         for name in lost:
-            self.allocator.release(self._sequences.pop(name).table.blocks)
+            self._sequences.pop(name).blocks.release()
         self._batching = self._new_batching()
         return lost
 
@@ -189,16 +238,23 @@ class Engine:
     def _plan(self, now_s: float) -> RunStep | None:
         """What to compute, after as many preemptions as it takes; None: nothing can be."""
         while True:
-            decisions = self._batching.handle(StepDue(self.allocator.free_blocks), now_s)
+            due = StepDue(self.memory.available_blocks, self._prefixes() if self.caching.keeps_computed else {})
+            decisions = self._batching.handle(due, now_s)
             for decision in decisions:
                 if isinstance(decision, RunStep):
                     return decision
                 if isinstance(decision, PreemptSequence):
                     sequence = self._sequences[decision.sequence]
-                    self.allocator.release(sequence.table.blocks)
-                    sequence.table = BlockTable()
+                    sequence.blocks.release(sequence.known)
+                    sequence.computed, sequence.prefilled = 0, False
             if not decisions:
                 return None
+
+    def _prefixes(self) -> Prefixes:
+        computing = [
+            bytes(one.tokens) for one in self._sequences.values() if one.blocks.addresses and not one.prefilled
+        ]
+        return Prefixes(self.memory, lambda name: bytes(self._sequences[name].tokens), computing)
 
     def _leaving(self, outputs: list[Output]) -> frozenset[str]:
         """Who takes no part in further steps: the blocks of those at their end are free, others are parked in them."""
@@ -206,7 +262,8 @@ class Engine:
         for output in outputs:
             name = output.sequence
             if output.finish is not None:
-                self.allocator.release(self._sequences.pop(name).table.blocks)
+                sequence = self._sequences.pop(name)
+                sequence.blocks.release(sequence.known)
             elif self._sequences[name].request.park:
                 self._sequences[name].parked = True
                 self._parked += 1
@@ -216,30 +273,53 @@ class Engine:
         return frozenset(leaving)
 
     def _run(self, pieces: tuple[Piece, ...]) -> list[Output]:
+        self._share(pieces)
         chunks = [self._chunk(piece) for piece in pieces]
         stored = None if self.layer_stored is None else partial(self.layer_stored, chunks)
         logits = self._model.forward(chunks, self._pool, stored)
+        self._note(pieces)
         names = [piece.sequence for piece in pieces if piece.last]
         speaking = [self._sequences[name] for name in names]
         parameters = [sequence.request.sampling for sequence in speaking]
         sampled = sample(logits, parameters, [sequence.history for sequence in speaking]) if speaking else []
         return [self._take(*named) for named in zip(names, speaking, sampled, strict=True)]
 
+    def _share(self, pieces: tuple[Piece, ...]) -> None:
+        """Give those who begin in the midst of their tokens the blocks of what is before."""
+        beginning = [(piece, one) for piece in pieces if not (one := self._sequences[piece.sequence]).blocks.addresses]
+        for piece, sequence in beginning:
+            sequence.blocks.share(bytes(sequence.tokens[: TOKEN_BYTES * piece.start]))
+            sequence.computed = piece.start
+            self.counts.found += piece.start
+            if sequence.cached is None:
+                sequence.cached = piece.start
+        # Only now, as it may take evicting what nobody holds.
+        for _, sequence in beginning:
+            sequence.blocks.bring()
+
     def _chunk(self, piece: Piece) -> Chunk:
         sequence = self._sequences[piece.sequence]
         if piece.new_blocks:
-            blocks = sequence.table.blocks
-            new = self.allocator.allocate(piece.new_blocks, blocks[-1] if blocks else None)
-            if new is None:
-                raise RuntimeError(f"{piece.sequence}: the policy gave out {piece.new_blocks} blocks that are not free")
-            sequence.table.extend(new)
-        tokens = sequence.tokens[piece.start : piece.start + piece.count]
-        return Chunk(piece.sequence, tokens, piece.start, sequence.table, piece.last)
+            sequence.blocks.grow(piece.new_blocks)
+        end = piece.start + piece.count
+        tokens = unpack_tokens(bytes(sequence.tokens[TOKEN_BYTES * piece.start : TOKEN_BYTES * end]))
+        return Chunk(piece.sequence, tokens, piece.start, sequence.blocks.table, piece.last)
+
+    def _note(self, pieces: tuple[Piece, ...]) -> None:
+        """These are computed now. What a prompt's end completes is kept for others while it goes on."""
+        for piece in pieces:
+            sequence = self._sequences[piece.sequence]
+            sequence.computed = piece.start + piece.count
+            if not sequence.prefilled:
+                self.counts.prefilled += piece.count
+                sequence.prefilled = piece.last
+                if piece.last and sequence.keeps:
+                    sequence.blocks.keep(sequence.known)
 
     def _take(self, name: str, sequence: _Sequence, sampled: Sampled) -> Output:
         """Note a sequence's new token, and see whether it is the last."""
         token = sampled.token
-        sequence.tokens.append(token)
+        sequence.tokens += pack_tokens((token,))
         sequence.history.add(token)
         finish: Finish | None = None
         text = ""
@@ -255,4 +335,5 @@ class Engine:
             finish = Finish.LENGTH
         if finish is not None and sequence.stops.stopped is None and sequence.detokenizer is not None:
             text += sequence.stops.add(sequence.detokenizer.finish()) + sequence.stops.finish()
-        return Output(name, sampled, text, finish)
+        cached, sequence.cached = sequence.cached, 0
+        return Output(name, sampled, text, finish, cached or 0)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from common.messages.chat import tokens_in
 from common.models.causal_lm.sampling import Sampled, SamplingParameters
 
 
@@ -19,32 +20,32 @@ class Request:
     """One answer to one prompt.
 
     Attributes:
-        prompt: token ids, at least one.
+        prompt: token ids, at least one, packed (``common.messages.chat.pack_tokens``).
         most_tokens: the answer's length at most, at least 1.
         stops: strings that end the answer and are not part of it.
         ignore_end: go on after a token that ends answers.
         stop_tokens: ids that end the answer beside the model's own.
-        answered: what of the answer there is already; it counts in ``most_tokens`` and in penalties.
+        answered: what of the answer there is already, packed; it counts in ``most_tokens`` and in penalties.
         park: compute one token only, and keep the blocks for somebody who goes on from there (``Engine.parked``).
     """
 
-    prompt: tuple[int, ...]
+    prompt: bytes
     most_tokens: int
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
     stops: tuple[str, ...] = ()
     ignore_end: bool = False
     stop_tokens: frozenset[int] = frozenset()
-    answered: tuple[int, ...] = ()
+    answered: bytes = b""
     park: bool = False
 
     def __post_init__(self) -> None:
-        if not self.prompt or self.most_tokens <= len(self.answered):
+        if not self.prompt or self.most_tokens <= tokens_in(self.answered):
             raise ValueError("a request needs a prompt and room for one token")
 
     @property
     def computed_tokens(self) -> int:
         """Of how many tokens keys and values are computed in the end. The last token's never are."""
-        return len(self.prompt) + (len(self.answered) if self.park else self.most_tokens - 1)
+        return tokens_in(self.prompt) + (tokens_in(self.answered) if self.park else self.most_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +57,15 @@ class Output:
         sampled: the token; one that ends the answer is told, but has no text.
         text: what may be shown by now, given that characters and stop strings may be incomplete.
         finish: why this is the last, None if it is not.
+        cached_tokens: how many of the sequence's tokens were not computed, as their keys and values were there; the
+            first token says it.
     """
 
     sequence: str
     sampled: Sampled
     text: str
     finish: Finish | None
+    cached_tokens: int = 0
 
 
 def alternatives(request: Request, count: int) -> Sequence[Request]:

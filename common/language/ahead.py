@@ -89,9 +89,8 @@ class SendingAhead:
         """From now on, send of this sequence what is computed. Nothing where its first token will be its last."""
         last = held.generated + 1 >= held.request.sampling.max_tokens
         if self._settings.transfer_mode is not TransferMode.BY_REQUEST and not last:
-            tokens = len(held.prompt) + held.generated
             layers = self._engine.pool.layout.layers
-            self._under_way[held.key] = _Ahead(held, tokens, [0] * layers)
+            self._under_way[held.key] = _Ahead(held, held.kv_tokens + 1, [0] * layers)
 
     def step_done(self) -> None:
         """A step is over: what it computed may leave."""

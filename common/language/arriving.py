@@ -7,6 +7,7 @@ from functools import partial
 from common.engine import Engine
 from common.language.blocks import fetch_part
 from common.language.stepper import Stepper
+from common.mempool.address import Address
 from common.mempool.allocator import Access
 from common.messages.chat import KVPart
 from common.models.causal_lm import BlockTable
@@ -28,7 +29,7 @@ class Arriving:
     """
 
     def __init__(
-        self, engine: Engine, stepper: Stepper, request_id: str, epoch: int, tokens: int, blocks: list[int]
+        self, engine: Engine, stepper: Stepper, request_id: str, epoch: int, tokens: int, held: list[Address]
     ) -> None:
         self.request_id = request_id
         self.epoch = epoch
@@ -37,8 +38,9 @@ class Arriving:
         self._engine = engine
         self._stepper = stepper
         self._tokens = tokens
-        self._table = BlockTable(blocks)
-        self._access: Access | None = engine.allocator.begin_access(blocks)
+        self._held = held
+        self._table = BlockTable(address.block for address in held)
+        self._access: Access | None = engine.allocator.begin_access(self._table.blocks)
         # So many tokens of each layer are here.
         self._arrived = [0] * engine.pool.layout.layers
         self._gone = False
@@ -46,9 +48,9 @@ class Arriving:
 
     @classmethod
     def reserve(cls, engine: Engine, stepper: Stepper, request_id: str, epoch: int, tokens: int) -> "Arriving | None":
-        """Between two steps: None where there are not enough free blocks now."""
-        blocks = engine.allocator.allocate(engine.pool.layout.blocks_for(tokens + 1))
-        return None if blocks is None else cls(engine, stepper, request_id, epoch, tokens, blocks)
+        """Between two steps: None where there are not enough blocks to be had now."""
+        held = engine.memory.alloc_mem(engine.pool.layout.blocks_for(tokens + 1))
+        return None if held is None else cls(engine, stepper, request_id, epoch, tokens, held)
 
     async def fill(self, parts: Sequence[KVPart], tensors: Tensors, deadline_s: float, check: bool) -> None:
         """Fetch these parts, of each layer the next tokens, by ``deadline_s`` (the loop's time).
@@ -102,10 +104,10 @@ class Arriving:
         if deadline_s is not None and expired is not None and not self._gone:
             self._timer = asyncio.get_running_loop().call_at(deadline_s, expired)
 
-    def taken(self) -> list[int]:
+    def taken(self) -> list[Address]:
         """The blocks, which are the engine's from now on. Between two steps."""
         self._end_access()
-        return self._table.blocks
+        return self._held
 
     def drop(self) -> None:
         """Give the blocks back, as soon as nothing is written to them any more."""
@@ -117,7 +119,7 @@ class Arriving:
 
     def _release(self) -> None:
         self._stepper.soon(self._end_access)
-        self._stepper.soon(partial(self._engine.allocator.release, self._table.blocks))
+        self._stepper.soon(partial(self._engine.memory.free_mem, self._held))
 
     def _end_access(self) -> None:
         if self._access is not None:

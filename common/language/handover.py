@@ -66,22 +66,22 @@ class HandOver:
         table = self._engine.parked(held.key)
         if table is None:
             return None
-        count = self._engine.pool.layout.blocks_for(_kv_tokens(held))
+        count = self._engine.pool.layout.blocks_for(held.kv_tokens)
         return BlockTable(table.blocks), self._engine.allocator.begin_access(table.blocks[:count])
 
     async def _offer(self, held: Held, table: BlockTable) -> Failure | None:
         wait_s = self._settings.transfer_s + MARGIN_S
         sent = await self.ahead.finish(held.key)
         parts: list[Part] = list(sent.parts)
-        if sent.tokens < _kv_tokens(held):
-            parts.append(blocks_part(self._engine.pool, table, sent.tokens, _kv_tokens(held)))
+        if sent.tokens < held.kv_tokens:
+            parts.append(blocks_part(self._engine.pool, table, sent.tokens, held.kv_tokens))
         try:
             async with exported(self._tensors, parts, wait_s, self._settings.kv_checksum) as described:
                 message = TakeOver(
                     request=held.so_far(),
                     prefill=self._instance,
                     parts=described,
-                    kv_tokens=_kv_tokens(held),
+                    kv_tokens=held.kv_tokens,
                     block_tokens=BLOCK_TOKENS,
                     offers=sent.offers,
                 )
@@ -95,8 +95,3 @@ class HandOver:
             return Failure(stage=Stage.DECODE, code="not_taken_over", message=str(error), retryable=True)
         finally:
             self.ahead.taken_over(held.key)
-
-
-def _kv_tokens(held: Held) -> int:
-    """Of so many tokens there are keys and values: of all but the last."""
-    return len(held.prompt) + held.generated - 1

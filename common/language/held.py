@@ -4,7 +4,8 @@ import asyncio
 from dataclasses import dataclass
 
 from common.engine import Finish, Output, Request
-from common.messages.chat import FinishReason, GenerateTokens, SequenceTokens, TokenLogprobs, pack_tokens, unpack_tokens
+from common.mempool.address import TOKEN_BYTES
+from common.messages.chat import FinishReason, GenerateTokens, SequenceTokens, TokenLogprobs, pack_tokens, tokens_in
 from common.messages.failures import Failure
 from common.models.causal_lm.sampling import SamplingParameters
 from common.policies.fence import Fence, StaleEpoch
@@ -14,20 +15,20 @@ _REASONS = {Finish.STOP: FinishReason.STOP, Finish.LENGTH: FinishReason.LENGTH}
 
 @dataclass(slots=True)
 class Held:
-    """One attempt at a sequence. ``answered`` is what of the answer there is, over all attempts."""
+    """One attempt at a sequence, its tokens packed. ``answered`` is what of the answer there is, over all attempts."""
 
     request: GenerateTokens
-    prompt: tuple[int, ...]
-    answered: list[int]
+    prompt: bytes
+    answered: bytearray
 
     @classmethod
     def of(cls, request: GenerateTokens) -> "Held":
         """Raises: ValueError: its tokens are none, or fewer than it says to be generated."""
-        tokens = unpack_tokens(request.tokens)
-        prompt = len(tokens) - request.generated
-        if prompt < 1:
-            raise ValueError(f"{len(tokens)} tokens, {request.generated} of them generated, are no prompt")
-        return cls(request, tuple(tokens[:prompt]), tokens[prompt:])
+        count = tokens_in(request.tokens)
+        if count <= request.generated or len(request.tokens) % TOKEN_BYTES:
+            raise ValueError(f"{count} tokens, {request.generated} of them generated, are no prompt")
+        end = TOKEN_BYTES * (count - request.generated)
+        return cls(request, request.tokens[:end], bytearray(request.tokens[end:]))
 
     @property
     def key(self) -> str:
@@ -36,7 +37,17 @@ class Held:
 
     @property
     def generated(self) -> int:
-        return len(self.answered)
+        return len(self.answered) // TOKEN_BYTES
+
+    @property
+    def tokens(self) -> bytes:
+        """The prompt, and what of the answer there is."""
+        return self.prompt + bytes(self.answered)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Of so many tokens there are keys and values once the next token is to be computed: of all but the last."""
+        return tokens_in(self.prompt) + self.generated - 1
 
     def asked(self, park: bool) -> Request:
         """What the engine is asked for. Raises: ValueError: a value is out of its range."""
@@ -57,7 +68,7 @@ class Held:
             ),
             ignore_end=sampling.ignore_end,
             stop_tokens=frozenset(sampling.stop_token_ids),
-            answered=tuple(self.answered),
+            answered=bytes(self.answered),
             park=park,
         )
 
@@ -74,8 +85,9 @@ class Held:
             tokens=(sampled.token,),
             logprobs=told,
             finish=None if output.finish is None else _REASONS[output.finish],
+            cached_tokens=output.cached_tokens,
         )
-        self.answered.append(sampled.token)
+        self.answered += pack_tokens((sampled.token,))
         return news
 
     def failed(self, failure: Failure) -> SequenceTokens:
@@ -85,8 +97,7 @@ class Held:
 
     def so_far(self) -> GenerateTokens:
         """The request to go on from here."""
-        tokens = pack_tokens((*self.prompt, *self.answered))
-        return self.request.model_copy(update={"tokens": tokens, "generated": self.generated})
+        return self.request.model_copy(update={"tokens": self.tokens, "generated": self.generated})
 
 
 class Sequences:

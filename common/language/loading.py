@@ -8,6 +8,8 @@ import torch
 
 from common.engine import Engine
 from common.language.settings import LanguageSettings
+from common.mempool.pool import MemPool
+from common.mempool.tiers import Tier
 from common.messages.cluster import LanguageModelInfo
 from common.models.causal_lm import KVPool, ModelLoadError, load
 from common.runtime.process import CannotServe
@@ -36,7 +38,8 @@ def load_model(settings: LanguageSettings, device: torch.device, dtype: torch.dt
         pool = KVPool.of_bytes(model.layout, settings.kv_bytes, device)
     except ValueError as error:
         raise CannotServe(f"TRIPTYCH_KV_BYTES: {error}") from error
-    engine = Engine(model, pool, None, settings.chunk_tokens, settings.most_sequences)
+    memory = MemPool(settings.instance, Tier.over(pool.blocks))
+    engine = Engine(model, pool, None, settings.chunk_tokens, settings.most_sequences, memory, settings.caching)
     return LoadedModel(engine, LanguageModelInfo(name=model_name(location), context_tokens=engine.context))
 
 

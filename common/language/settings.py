@@ -4,6 +4,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
+from common.mempool.caching import Caching
 from common.runtime.settings import ComputeSettings
 
 
@@ -22,7 +23,8 @@ class LanguageSettings(ComputeSettings):
     (TetriInfer, section 3.3.3), and at most ``most_sequences`` hold blocks at once. A hand-over that takes longer than
     ``transfer_s`` seconds is given up: its receiver computes the keys and values itself. ``transfer_mode`` says when
     they leave: ``by_request`` all at once after the prompt, ``by_chunk`` whole blocks after each pass, ``by_layer``
-    each layer's while later ones are computed. ``kv_checksum`` compares the bytes at both ends.
+    each layer's while later ones are computed. ``kv_checksum`` compares the bytes at both ends. ``caching`` says what
+    is kept for later sequences.
     """
 
     language_model: str = "demo"
@@ -32,3 +34,4 @@ class LanguageSettings(ComputeSettings):
     transfer_s: float = Field(default=10.0, gt=0)
     transfer_mode: TransferMode = TransferMode.BY_REQUEST
     kv_checksum: bool = True
+    caching: Caching = Caching.PD_CACHING_3

@@ -123,7 +123,7 @@ class Receiving:
 
     async def _transfer(self, held: Held, handed: TakeOver, deadline_s: float) -> str:
         arriving = self._come_ahead(held, handed)
-        tokens = len(held.prompt) + held.generated - 1
+        tokens = held.kv_tokens
         adopted = False
         try:
             if (handed.kv_tokens, handed.block_tokens, handed.first_block) != (tokens, BLOCK_TOKENS, 0):

@@ -10,8 +10,8 @@ holds.
 """
 
 from bisect import insort
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from common.policies.decode_admission import DecodeAdmission
@@ -56,14 +56,36 @@ class StepFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class CachedPrefix:
+    """What of a waiting sequence somebody else has computed.
+
+    Attributes:
+        tokens: its first so many are in blocks that it may share; whole blocks, and not all it has.
+        held_blocks: how many of those others hold too, so that sharing them takes none of the free ones.
+        awaited: much of the rest is just being computed by another sequence: it waits for that.
+    """
+
+    tokens: int = 0
+    held_blocks: int = 0
+    awaited: bool = False
+
+
+_NOTHING_CACHED = CachedPrefix()
+
+
+@dataclass(frozen=True, slots=True)
 class StepDue:
     """The model has nothing to do. ``free_blocks`` are those that could be given out now.
 
     The answer is a step, nothing at all, or one sequence to preempt. Then ask again, with what is free after that:
     blocks that others share, or that are being read, do not become free with one holder less.
+
+    ``cached``: of those who wait, what is in shared blocks (MemServe, section 5). Those that nobody holds are among the
+    free ones until they are shared.
     """
 
     free_blocks: int
+    cached: Mapping[str, CachedPrefix] = field(default_factory=dict)
 
 
 Event = SequenceArrived | SequenceLeft | StepFinished | StepDue
@@ -74,7 +96,8 @@ class Piece:
     """Tokens `start` to `start` + `count` of a sequence.
 
     Attributes:
-        new_blocks: how many blocks to give it before.
+        new_blocks: how many blocks to give it before, beside the shared ones of its first ``start`` tokens where it
+            holds none yet.
         last: whether they are the last it has, so that the next token follows from them.
     """
 
@@ -134,7 +157,7 @@ class _Sequence:
 
 class _Planned(NamedTuple):
     sequence: _Sequence
-    count: int
+    tokens: int
     new_blocks: int
 
 
@@ -146,6 +169,8 @@ class ContinuousBatching:
         block_tokens: how many tokens one holds.
         chunk_tokens: at most so many prompt tokens a pass.
         most_sequences: at most so many sequences hold blocks at once.
+        alone_tokens: at most so many prompt tokens a pass where only one prompt waits: slicing lets others in between,
+            and there are none (0: ``chunk_tokens``).
         schedule: in which order prompts are computed; its own, as it keeps books of them (None: of arrival).
         admission: who may hold blocks (None: whoever comes, as long as there are any).
     """
@@ -156,6 +181,7 @@ class ContinuousBatching:
         block_tokens: int = 16,
         chunk_tokens: int = 512,
         most_sequences: int = 256,
+        alone_tokens: int = 0,
         schedule: PrefillSchedule | None = None,
         admission: DecodeAdmission | None = None,
     ) -> None:
@@ -165,6 +191,7 @@ class ContinuousBatching:
         self._block_tokens = block_tokens
         self._chunk_tokens = chunk_tokens
         self._most_sequences = most_sequences
+        self._alone_tokens = max(chunk_tokens, alone_tokens)
         self._schedule = PrefillSchedule() if schedule is None else schedule
         self._admission = DecodeAdmission() if admission is None else admission
         self._sequences: dict[str, _Sequence] = {}
@@ -248,28 +275,31 @@ class ContinuousBatching:
             free -= need  # also for those whose turn in the chunk has not come yet
             if not sequence.scheduled:
                 planned.append(_Planned(sequence, 1, need))
-        planned += self._chunk(free)
+        planned += self._chunk(free, event.cached)
         if not planned:
             return []
         self._computing = tuple(self._piece(*plan) for plan in planned)
-        tokens = sum(plan.count for plan in planned)
+        tokens = sum(plan.tokens for plan in planned)
         return [RunStep(self._computing, f"{len(planned)} of {len(self._sequences)} sequences, {tokens} tokens")]
 
-    def _chunk(self, free: int) -> list[_Planned]:
+    def _chunk(self, free: int, cached: Mapping[str, CachedPrefix]) -> list[_Planned]:
         """Prompts in the schedule's order, with blocks for all tokens they have; nobody overtakes one that must wait,
         but those go on that hold blocks already, lest it waits for ever.
         """
         planned: list[_Planned] = []
-        room = self._chunk_tokens
+        room = self._alone_tokens if len(self._schedule) == 1 else self._chunk_tokens
         while room > 0 and (name := self._schedule.head(bool(planned))) is not None:
             sequence = self._sequences[name]
             if not sequence.blocks:
-                if len(self._running) >= self._most_sequences or self._refused(sequence, free):
+                prefix = cached.get(name, _NOTHING_CACHED)
+                full = len(self._running) >= self._most_sequences
+                if full or prefix.awaited or self._refused(sequence, free + prefix.held_blocks):
                     return planned + self._go_on(room, planned)
                 insort(self._running, sequence)
-                free -= self._need(sequence)
+                free += prefix.held_blocks - self._need(sequence)
+                self._share(sequence, prefix.tokens)
             planned.append(self._take(sequence, room))
-            room -= planned[-1].count
+            room -= planned[-1].tokens
         return planned
 
     def _go_on(self, room: int, planned: list[_Planned]) -> list[_Planned]:
@@ -278,7 +308,7 @@ class ContinuousBatching:
         for sequence in [one for one in self._running if one.scheduled]:
             if room > 0 and all(sequence is not plan.sequence for plan in planned):
                 more.append(self._take(sequence, room))
-                room -= more[-1].count
+                room -= more[-1].tokens
         return more
 
     def _take(self, sequence: _Sequence, room: int) -> _Planned:
@@ -286,6 +316,13 @@ class ContinuousBatching:
         self._schedule.computed(sequence.name, count)
         sequence.scheduled = count < sequence.left
         return _Planned(sequence, count, self._need(sequence))
+
+    def _share(self, sequence: _Sequence, tokens: int) -> None:
+        """Its first ``tokens`` need not be computed."""
+        if tokens > sequence.computed:
+            self._schedule.computed(sequence.name, tokens - sequence.computed)
+            sequence.computed = tokens
+        sequence.blocks = tokens // self._block_tokens
 
     def _refused(self, sequence: _Sequence, free: int) -> bool:
         return self._admission.refusal(sequence, self._running, free, self._block_tokens) is not None

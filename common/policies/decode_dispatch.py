@@ -28,9 +28,11 @@ class DispatchRule(StrEnum):
 
 class RatioMode(StrEnum):
     """What of a candidate is compared: its heavy:light ratio with the sequence, the mean ratio of both candidates if it
-    goes there, or its ratio as it is.
+    goes there, or its ratio as it is. By any of these, light ones all go where few are heavy, as nothing says how many
+    there are already. ``BY_KIND`` sends heavy ones by their ratio and light ones to the freest memory.
     """
 
+    BY_KIND = "by_kind"
     AFTER = "after"
     AVERAGE = "average"
     LITERAL = "literal"
@@ -157,7 +159,7 @@ class DecodeDispatch:
         rule: DispatchRule = DispatchRule.POWER_OF_TWO,
         heavy_above: int = 128,
         counts_pending: bool = True,
-        ratio_mode: RatioMode = RatioMode.AFTER,
+        ratio_mode: RatioMode = RatioMode.BY_KIND,
         room_for_high: bool = False,
         holds: bool = True,
         delay: DelayCost | None = None,
@@ -244,17 +246,23 @@ class DecodeDispatch:
             return view.ratio(None)
         if self._ratio_mode is RatioMode.AVERAGE:
             return sum(other.ratio(heavy if other is view else None) for other in two) / len(two)
+        if self._ratio_mode is RatioMode.BY_KIND and not heavy:
+            return 0.0  # what is free decides
         return view.ratio(heavy)
 
     def _delay_ms(self, view: _View, began: SequenceBegan) -> float:
-        """What the sequence waits for its keys and values, and what it and its neighbours cost each other in each step
-        that they share: as many as it has tokens to come, half of that counted for nobody.
+        """What the sequence waits for its keys and values, and what it and its neighbours cost each other.
+
+        They share as many steps as the shorter one has tokens to come; of a light one that is half of what is light.
         """
         cost = self._delay
         missing = began.prompt_tokens - began.prefix_tokens.get(view.instance, 0)
-        others_ms = cost.sequence_ms * (view.heavy + view.light) + cost.heavy_ms * view.heavy
-        own_ms = (cost.sequence_ms + cost.heavy_ms * self._is_heavy(began)) * (view.heavy + view.light)
-        return missing * cost.transfer_token_ms + began.predicted.middle * (others_ms + own_ms)
+        own = max(1, began.predicted.middle)
+        shared_light = view.light * min(own, self._heavy_above // 2)
+        shared_heavy = view.heavy * own
+        heavier = shared_heavy + (shared_light if self._is_heavy(began) else 0)
+        steps_ms = 2 * cost.sequence_ms * (shared_light + shared_heavy) + cost.heavy_ms * heavier
+        return missing * cost.transfer_token_ms + steps_ms
 
     def _views(self) -> list[_View]:
         views = {load.instance: _View(load.instance, load.free_blocks, load.heavy, load.light) for load in self._loads}

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from common.messages.chat import FinishReason
+from common.messages.chat import FinishReason, tokens_in
 from gateway.chat.pieces import TokenPieces
 from gateway.chat.schemas import (
     AssistantMessage,
@@ -46,8 +46,8 @@ class Form(Protocol):
 class Tally:
     """Counts what a request has used, and puts its pieces together."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], answers: int) -> None:
-        self._prompt_tokens = sum(map(len, prompts))
+    def __init__(self, prompts: Sequence[bytes], answers: int) -> None:
+        self._prompt_tokens = sum(map(tokens_in, prompts))
         self._pieces: list[list[Piece]] = [[] for _ in range(answers)]
         self._tokens = 0
         self._cached_tokens = 0

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.messages.chat import Sampling
+from common.messages.chat import Sampling, tokens_in
 from common.messages.cluster import LanguageModelInfo
 from gateway.chat.prompts import whole_characters
 from gateway.chat.schemas import MAX_SEQUENCES, MAX_STOPS, Ask, CreateChatCompletion, CreateCompletion
@@ -47,10 +47,13 @@ _STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 
 @dataclass(frozen=True)
 class Asked:
-    """``n`` answers to each of ``prompts``, ``sampling`` for the first one; the others have seeds derived from its."""
+    """``n`` answers to each of ``prompts`` (packed tokens), ``sampling`` for the first one.
+
+    The others have seeds derived from its.
+    """
 
     model: str
-    prompts: tuple[list[int], ...]
+    prompts: tuple[bytes, ...]
     n: int
     sampling: Sampling
     stops: tuple[str, ...]
@@ -58,7 +61,7 @@ class Asked:
     include_usage: bool
 
     @property
-    def sequences(self) -> list[tuple[list[int], Sampling]]:
+    def sequences(self) -> list[tuple[bytes, Sampling]]:
         """Each answer's prompt and sampling, by its index: the answers to the first prompt first."""
         return [
             (prompt, self.sampling.model_copy(update={"seed": derived_seed(self.sampling.seed, number)}))
@@ -91,7 +94,7 @@ def supported(fields: Mapping[str, Any], chat: bool) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in table}
 
 
-def resolve(ask: Ask, prompts: Sequence[list[int]], info: LanguageModelInfo, random_seed: int) -> Asked:
+def resolve(ask: Ask, prompts: Sequence[bytes], info: LanguageModelInfo, random_seed: int) -> Asked:
     """Fill in the defaults and check what no schema can.
 
     Raises:
@@ -118,7 +121,7 @@ def resolve(ask: Ask, prompts: Sequence[list[int]], info: LanguageModelInfo, ran
             logprobs=_logprobs(ask),
             stop_token_ids=_stop_token_ids(ask.stop_token_ids),
             ignore_end=bool(ask.ignore_eos),
-            max_tokens=_max_tokens(ask, max(map(len, prompts)), info),
+            max_tokens=_max_tokens(ask, max(map(tokens_in, prompts)), info),
         ),
         stops=_stops(ask.stop),
         stream=bool(ask.stream),

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from typing import Any, TypeVar
 
 from common.bus.port import Bus
-from common.messages.chat import GenerateTokens, Sampling
+from common.messages.chat import GenerateTokens, Sampling, pack_tokens, tokens_in
 from gateway.chat.asked import Asked
 from gateway.chat.generation import Generation, Patience
 from gateway.chat.line import Step
@@ -45,14 +45,14 @@ class LanguageDesk:
         self.tokenizer = tokenizer
         self.active = 0
 
-    async def encode(self, text: str) -> list[int]:
-        """See ``LanguageTokenizer.encode``. Never holds the event loop up for long."""
-        return await _beside(len(text), lambda: self.tokenizer.encode(text))
+    async def encode(self, text: str) -> bytes:
+        """See ``LanguageTokenizer.encode``; packed, as tokens stay from here on. Never holds the event loop up long."""
+        return await _beside(len(text), lambda: pack_tokens(self.tokenizer.encode(text)))
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]) -> list[int]:
-        """See ``LanguageTokenizer.encode_chat``."""
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]) -> bytes:
+        """See ``LanguageTokenizer.encode_chat``; packed."""
         characters = sum(len(message["content"]) for message in messages)
-        return await _beside(characters, lambda: self.tokenizer.encode_chat(messages, arguments))
+        return await _beside(characters, lambda: pack_tokens(self.tokenizer.encode_chat(messages, arguments)))
 
     async def speak(self, answer_id: str, asked: Asked) -> AsyncGenerator[tuple[int, Piece], None]:
         """The answers' pieces as they come, each with its answer's index. Left early, everything is cancelled.
@@ -86,7 +86,7 @@ class LanguageDesk:
         self,
         request_id: str,
         index: int,
-        prompt: list[int],
+        prompt: bytes,
         sampling: Sampling,
         stops: Sequence[str],
         pieces: asyncio.Queue[tuple[int, Piece | Exception]],
@@ -119,7 +119,7 @@ class LanguageDesk:
         generation = Generation(
             self._bus, self._board, self._work, self._patience, request, prompt, self._metrics.rerouted
         )
-        with self._counted(len(prompt)) as counted:
+        with self._counted(tokens_in(prompt)) as counted:
             try:
                 await generation.run(deliver)
             except Exception as error:  # noqa: BLE001 - raised again where the pieces are read

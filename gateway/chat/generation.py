@@ -22,6 +22,7 @@ from common.messages.chat import (
     RouteChat,
     Sampling,
     pack_tokens,
+    tokens_in,
 )
 from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, FIND_GENERATION, GENERATE_TOKENS, ROUTE_CHAT
 from gateway.chat.line import Broken, Line, Step
@@ -67,7 +68,7 @@ class Generation:
         work: OwnedWork,
         patience: Patience,
         request: GenerateTokens,
-        prompt: list[int],
+        prompt: bytes,
         tell_reroute: Callable[[str], None],
     ) -> None:
         self._bus = bus
@@ -152,7 +153,7 @@ class Generation:
                 asked = RouteChat(
                     request_id=request_id,
                     gateway=self._board.instance,
-                    prompt_tokens=len(self._prompt) + len(self._generated),
+                    prompt_tokens=tokens_in(self._prompt) + len(self._generated),
                     max_tokens=self._sampling.max_tokens - len(self._generated),
                     avoid=self._avoid,
                     gone=self._gone,
@@ -185,7 +186,7 @@ class Generation:
             update={
                 "epoch": route.epoch,
                 "decode": route.decode,
-                "tokens": pack_tokens((*self._prompt, *self._generated)),
+                "tokens": self._prompt + pack_tokens(self._generated),
                 "generated": len(self._generated),
             }
         )

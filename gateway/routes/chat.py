@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from aiohttp import web
 
+from common.messages.chat import pack_tokens
 from common.messages.cluster import LanguageModelInfo
 from gateway.bodies import parse_fields, read_fields
 from gateway.chat import answers
@@ -102,19 +103,21 @@ def _model(edge: Edge, name: str | None) -> LanguageModelInfo:
     return models[name]
 
 
-async def _prompts(desk: LanguageDesk, ask: CreateCompletion) -> list[list[int]]:
+async def _prompts(desk: LanguageDesk, ask: CreateCompletion) -> list[bytes]:
     prompts = read_prompts(ask.prompt)
     if len(prompts) > MAX_SEQUENCES:
         raise invalid("prompt", f"'prompt' holds {len(prompts)} prompts; at most {MAX_SEQUENCES} go together.")
     found = []
     for prompt in prompts:
         if isinstance(prompt, str):
-            prompt = await desk.encode(prompt)
+            packed = await desk.encode(prompt)
         elif any(not 0 <= token < desk.tokenizer.size for token in prompt):
             raise invalid("prompt", f"'prompt' holds a token id that is not from 0 to {desk.tokenizer.size - 1}.")
-        if not prompt:
+        else:
+            packed = pack_tokens(prompt)
+        if not packed:
             raise invalid("prompt", "'prompt' is empty, and this model needs at least one token to begin with.")
-        found.append(prompt)
+        found.append(packed)
     return found
 
 

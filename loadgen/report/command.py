@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loadgen.report.page import page
+from loadgen.report.page import page as ddit_page
+from loadgen.report.tetriinfer import page as tetriinfer_page
 
 _LISTS = ("runs", "curves", "bounds", "timelines")
+_LANGUAGE = ("tetriinfer", "trace")
 
 
 class WrongFile(ValueError):
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, object]:
     try:
         data = join([read(file) for file in options.files])
+        page = tetriinfer_page if data.get("experiment") in _LANGUAGE else ddit_page
         options.page.write_text(page(data), encoding="utf-8")
     except (WrongFile, OSError) as error:
         raise SystemExit(f"loadgen report: {error}") from None
@@ -42,7 +45,9 @@ def read(file: Path) -> dict[str, Any]:
         raise WrongFile(f"{file} cannot be read: {error.strerror}") from None
     except ValueError:
         raise WrongFile(f"{file} is not JSON; give a file that loadgen sim --json wrote") from None
-    missing = [name for name in ("environment", *_LISTS, "levels") if not isinstance(data, dict) or name not in data]
+    language = isinstance(data, dict) and data.get("experiment") in _LANGUAGE
+    needed = ("environment", "runs") if language else ("environment", *_LISTS, "levels")
+    missing = [name for name in needed if not isinstance(data, dict) or name not in data]
     if missing:
         raise WrongFile(f"{file} has no {missing[0]!r}; give a file that loadgen sim --experiment ddit --json wrote")
     if not data["runs"]:
@@ -57,6 +62,11 @@ def join(files: Sequence[dict[str, Any]]) -> dict[str, Any]:
         WrongFile: they were made from different profiles, so that their numbers cannot stand side by side.
     """
     first = files[0]
+    of_language = [file.get("experiment") in _LANGUAGE for file in files]
+    if all(of_language):
+        return _join_language(files)
+    if any(of_language):
+        raise WrongFile("the files are of different experiments: make a page for each")
     if any(other["environment"]["rib"] != first["environment"]["rib"] for other in files):
         raise WrongFile("the files were made from different profiles: make a page for each")
     joined = dict(first)
@@ -67,3 +77,21 @@ def join(files: Sequence[dict[str, Any]]) -> dict[str, Any]:
     wall_s = sum(file["environment"].get("wall_s", 0.0) for file in files)
     joined["environment"] = first["environment"] | {"wall_s": wall_s}
     return joined
+
+
+def _join_language(files: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The points of an experiment, and traces, each from its own file."""
+    first = files[0]
+    if any(other["environment"]["cost_s"] != first["environment"]["cost_s"] for other in files):
+        raise WrongFile("the files were made from different cost models: make a page for each")
+    environment = dict(first["environment"])
+    environment["wall_s"] = sum(file["environment"].get("wall_s", 0.0) for file in files)
+    traces = [file["environment"]["trace"] for file in files if "trace" in file["environment"]]
+    if traces:
+        environment["trace"] = "; ".join(traces)
+    return {
+        "experiment": first["experiment"],
+        "environment": environment,
+        "runs": [run for file in files for run in file["runs"]],
+        "series": [point for file in files for point in file.get("series", ())],
+    }

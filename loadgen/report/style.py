@@ -22,6 +22,10 @@ _COLOURS = {
     "fifo": ("#868e96", "#868e96"),
     "srtf": ("#212529", "#f1f3f5"),
     "edf": ("#846358", "#c9a598"),
+    "fluid": ("#c2255c", "#ff6b9d"),
+    "tetriinfer": ("#1864ab", "#5aa9ff"),
+    "coupled-16": ("#868e96", "#868e96"),
+    "coupled-x2": ("#2b8a3e", "#69db7c"),
 }
 _SPARE = ("#5c7cfa", "#91a7ff")
 _DASHED = ("sdop:1", "sdop:2", "sdop:4", "spci", "dpci", "fifo")

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from common.engine import Engine, Finish, Output, Request
 from common.engine.engine import RequestRefused
 from common.engine.request import alternatives
-from common.mempool.allocator import BlockAllocator
+from common.mempool.caching import Caching
+from common.mempool.pool import MemPool
+from common.mempool.tiers import Tier
+from common.messages.chat import pack_tokens, unpack_tokens
 from common.models.causal_lm import CausalLM, KVPool
 from common.models.causal_lm.sampling import SamplingParameters
 from tests.support.causal_lms import CONTEXT, FAMILIES, VOCABULARY, causal_lm, expected
@@ -20,9 +23,9 @@ GREEDY = SamplingParameters(temperature=0, logprobs=2)
 TOLERANCE = 1e-4
 
 
-def _prompts() -> list[tuple[int, ...]]:
+def _prompts() -> list[bytes]:
     chance = random.Random(11)
-    return [tuple(chance.randrange(1, VOCABULARY) for _ in range(length)) for length in (1, 15, 16, 30, 47, 64)]
+    return [pack_tokens(chance.randrange(1, VOCABULARY) for _ in range(length)) for length in (1, 15, 16, 30, 47, 64)]
 
 
 PROMPTS = _prompts()
@@ -33,12 +36,14 @@ def served(request: pytest.FixtureRequest) -> tuple[str, CausalLM]:
     return request.param, causal_lm(request.param)
 
 
-def _scattered(blocks: int, chance: random.Random) -> BlockAllocator:
-    """Twice as many blocks, of which any half is used by somebody else."""
-    allocator = BlockAllocator(2 * blocks)
-    taken = allocator.allocate(2 * blocks) or []
-    allocator.release(chance.sample(taken, blocks))
-    return allocator
+def _memory(model: CausalLM, blocks: int, scatter: int | None = None) -> tuple[KVPool, MemPool]:
+    """A pool; or one of twice as many blocks, of which any half is used by somebody else."""
+    pool = KVPool(model.layout, blocks if scatter is None else 2 * blocks)
+    memory = MemPool("own", Tier.over(pool.blocks))
+    if scatter is not None:
+        taken = memory.alloc_mem(2 * blocks) or []
+        memory.free_mem(random.Random(scatter).sample(taken, blocks))
+    return pool, memory
 
 
 def _run(engine: Engine) -> dict[str, list[Output]]:
@@ -51,9 +56,9 @@ def _run(engine: Engine) -> dict[str, list[Output]]:
     raise AssertionError("the engine does not come to an end")
 
 
-def _check(outputs: list[Output], family: str, prompt: tuple[int, ...]) -> None:
+def _check(outputs: list[Output], family: str, prompt: bytes) -> None:
     """Token for token; only where two tokens are equal but for rounding may the answers part."""
-    theirs = expected(family, prompt, ANSWER)
+    theirs = expected(family, tuple(unpack_tokens(prompt)), ANSWER)
     for output, token, logprob, margin in zip(outputs, theirs.tokens, theirs.logprobs, theirs.margins, strict=True):
         if output.sampled.token != token:
             assert margin < TOLERANCE
@@ -71,19 +76,21 @@ def _check(outputs: list[Output], family: str, prompt: tuple[int, ...]) -> None:
     most=st.integers(1, 6),
     apart=st.integers(0, 4),
     scatter=st.none() | st.integers(0, 99),
+    caching=st.sampled_from(Caching),
 )
 def test_greedy_answers_are_those_of_generate(
     served: tuple[str, CausalLM],
-    chosen: list[tuple[int, ...]],
+    chosen: list[bytes],
     chunk: int,
     blocks: int,
     most: int,
     apart: int,
     scatter: int | None,
+    caching: Caching,
 ) -> None:
     family, model = served
-    allocator = BlockAllocator(blocks) if scatter is None else _scattered(blocks, random.Random(scatter))
-    engine = Engine(model, KVPool(model.layout, allocator.blocks), None, chunk, most, allocator)
+    pool, memory = _memory(model, blocks, scatter)
+    engine = Engine(model, pool, None, chunk, most, memory, caching)
     answers: dict[str, list[Output]] = {}
     for number, prompt in enumerate(chosen):
         engine.add(str(number), Request(prompt, ANSWER, GREEDY), 0.0)
@@ -94,7 +101,7 @@ def test_greedy_answers_are_those_of_generate(
         answers.setdefault(name, []).extend(outputs)
     for number, prompt in enumerate(chosen):
         _check(answers[str(number)], family, prompt)
-    assert allocator.free_blocks == blocks and not allocator.set_aside_blocks
+    assert memory.available_blocks == blocks and not engine.allocator.set_aside_blocks
 
 
 def test_a_pool_too_small_for_all_preempts_and_changes_nothing() -> None:
@@ -147,16 +154,16 @@ def test_what_never_fits_is_refused() -> None:
     model = causal_lm("llama")
     engine = Engine(model, KVPool(model.layout, 4))
     with pytest.raises(RequestRefused, match="the pool has 4"):
-        engine.add("a", Request((1,) * 60, 6), 0.0)
+        engine.add("a", Request(pack_tokens((1,) * 60), 6), 0.0)
     with pytest.raises(RequestRefused, match="context"):
-        engine.add("a", Request((1,) * 60, CONTEXT), 0.0)
+        engine.add("a", Request(pack_tokens((1,) * 60), CONTEXT), 0.0)
     with pytest.raises(RequestRefused, match="tokenizer"):
-        engine.add("a", Request((1,), 2, stops=("x",)), 0.0)
+        engine.add("a", Request(pack_tokens((1,)), 2, stops=("x",)), 0.0)
     with pytest.raises(ValueError, match="room for one token"):
-        Request((), 2)
-    engine.add("a", Request((1,) * 60, 5), 0.0)
+        Request(b"", 2)
+    engine.add("a", Request(pack_tokens((1,) * 60), 5), 0.0)
     with pytest.raises(ValueError, match="already"):
-        engine.add("a", Request((1,), 5), 0.0)
+        engine.add("a", Request(pack_tokens((1,)), 5), 0.0)
     assert len(_run(engine)["a"]) == 5
 
 
@@ -170,14 +177,15 @@ def test_an_answer_goes_on_in_another_engine_with_the_keys_and_values_of_the_fir
     assert len(outputs) == 1 and outputs[0].finish is None and not first.busy
     table = first.parked("a")
     assert table is not None and first.parked("other") is None
-    blocks = second.allocator.allocate(len(table.blocks) + 1) or []
-    second.pool.blocks[blocks[: len(table.blocks)]] = first.pool.blocks[table.blocks]
-    second.adopt("a", Request(prompt, ANSWER, GREEDY, answered=(outputs[0].sampled.token,)), blocks, 0.0)
+    addresses = second.memory.alloc_mem(len(table.blocks) + 1) or []
+    second.pool.blocks[[one.block for one in addresses[:-1]]] = first.pool.blocks[table.blocks]
+    answered = pack_tokens((outputs[0].sampled.token,))
+    second.adopt("a", Request(prompt, ANSWER, GREEDY, answered=answered), addresses, 0.0)
     # In the middle, it is taken back and computed anew.
     for _ in range(4):
         outputs += second.step(0.0)
     second.cancel("a", 0.0)
-    answered = tuple(output.sampled.token for output in outputs)
+    answered = pack_tokens(output.sampled.token for output in outputs)
     second.add("a", Request(prompt, ANSWER, GREEDY, answered=answered), 0.0)
     _check(outputs + _run(second)["a"], "llama", prompt)
     first.cancel("a", 0.0)

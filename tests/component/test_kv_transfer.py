@@ -209,13 +209,13 @@ async def test_every_transfer_ends_taken_or_recomputed(nats_server: NatsServer, 
         await _check(played, decode, "taken", played.offer("unchecked", refs, None))
         # Into blocks that are no neighbours there either.
         books = decode.books
-        others = books.allocate(books.blocks) or []
-        books.release(others[::2])
+        others = decode.model.engine.memory.alloc_mem(books.blocks) or []
+        decode.model.engine.memory.free_mem(others[::2])
         refs, value = _exported(played)
         handed = played.offer("scattered", refs, value)
         await played.bus.request(TAKE_OVER, handed, "decode-0", deadline_s=WAIT_S)
         assert await played.told("scattered") == played.answer[1:8]
-        books.release(others[1::2])
+        decode.model.engine.memory.free_mem(others[1::2])
         await decode.settled()
         assert decode.instance.receiving.outcomes == {"taken": 3}
 

@@ -56,7 +56,7 @@ def _idle(stack: LanguageStack, instances: list[Watched]) -> Callable[[], Awaita
         books = [watched.books for watched in instances]
         return (
             stack.gateway.edge.language.active == 0
-            and all(one.free_blocks == one.blocks and not one.set_aside_blocks for one in books)
+            and all(one.free_blocks + one.idle_blocks == one.blocks for one in books)
             and not any(watched.model.engine.busy for watched in instances)
         )
 

@@ -33,9 +33,9 @@ class Watched:
         return self.model.engine.allocator
 
     async def settled(self) -> None:
-        """Return once every block is free again."""
+        """Return once nobody holds a block any more, but for what is kept for later sequences."""
         async with asyncio.timeout(_WAIT_S):
-            while self.books.free_blocks != self.books.blocks:  # noqa: ASYNC110 - the books have no bell
+            while self.books.free_blocks + self.books.idle_blocks != self.books.blocks:  # noqa: ASYNC110 - the books have no bell
                 await asyncio.sleep(0.01)
 
 

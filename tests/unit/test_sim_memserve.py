@@ -14,6 +14,7 @@ from common.policies.routing import InstanceKind
 from common.policies.routing_rules import make_rule
 from loadgen.__main__ import main
 from loadgen.simulator.language.clock import Clock
+from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve import paper
 from loadgen.simulator.memserve.batch import Batch
 from loadgen.simulator.memserve.cluster import Cluster, Setup, View
@@ -28,7 +29,7 @@ from loadgen.simulator.memserve.studies import (
     simulate,
     transfer_study,
 )
-from loadgen.simulator.memserve.trace import WrongTrace, read_mooncake
+from loadgen.simulator.memserve.trace import read_mooncake
 from loadgen.simulator.memserve.workloads import LOOGLE, REACT, SHAREGPT, make_turns
 
 P, D, PD = InstanceKind.PREFILL, InstanceKind.DECODE, InstanceKind.FUSED
@@ -249,14 +250,14 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     wrong.write_text('{"timestamp": 1}\n', encoding="utf-8")
     with pytest.raises(WrongTrace, match="no Mooncake trace"):
         read_mooncake(wrong)
-    with pytest.raises(SystemExit, match="No such file"):
-        main(["sim", "--trace", str(tmp_path / "none.jsonl")])
+    with pytest.raises(SystemExit, match="no such file"):
+        main(["sim", "--trace", str(tmp_path / "none.jsonl"), "--format", "mooncake"])
 
 
 def test_the_command_runs_a_trace_and_says_how_ours_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [(number * 100, 1024, 3, [0, number % 3]) for number in range(30)]
     trace, out = write_trace(tmp_path / "trace.jsonl", rows), tmp_path / "out.json"
-    assert main(["sim", "--trace", str(trace), "--gpus", "2", "--json", str(out)]) == 0
+    assert main(["sim", "--trace", str(trace), "--format", "mooncake", "--gpus", "2", "--json", str(out)]) == 0
     result = json.loads(out.read_text(encoding="utf-8"))
     assert {run["policy"] for run in result["runs"]} >= {"least_load", "cost", "dynamo", "added_time"}
     assert all(run["completed"] == 30 for run in result["runs"])

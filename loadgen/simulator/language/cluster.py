@@ -32,6 +32,7 @@ class Cluster:
     Args:
         predictor: says how long answers will be; None: nobody does.
         taxes: the predictor's load on each prefill instance, by name; what is not named has none.
+        expects_middle: admission goes by the middle of a predicted range; TetriInfer's by the lower end (5.2.3).
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Cluster:
         network: Network,
         predictor: Predictor | None = None,
         taxes: Mapping[str, PredictorTax] | None = None,
+        expects_middle: bool = False,
     ) -> None:
         self.progress: dict[str, Progress] = {}
         self.instances: dict[str, Instance] = {}
@@ -50,6 +52,7 @@ class Cluster:
         self._network = network
         self._predictor = predictor
         self._taxes = taxes or {}
+        self._expects_middle = expects_middle
         self._underway: dict[str, _Underway] = {}
         self._ticking = False
 
@@ -72,16 +75,16 @@ class Cluster:
     def arrive(self, request: ChatRequest) -> None:
         """A request comes now."""
         self._keep_ticking()
-        route = self._router.route(request)
-        self.progress[request.name] = Progress(request, prefilled_by=route.prefill, cached_tokens=route.cached_tokens)
         predicted = self._predictor.predict(request) if self._predictor is not None else None
+        route = self._router.route(request, predicted)
+        self.progress[request.name] = Progress(request, prefilled_by=route.prefill, cached_tokens=route.cached_tokens)
         tax = self._taxes.get(route.prefill)
         predicted_s = tax.predict(request.prompt_tokens, self._clock.now_s) if tax is not None else self._clock.now_s
         decode = None if self.control is not None else route.decode
         underway = _Underway(request, route, predicted, predicted_s, decode)
         self._underway[request.name] = underway
         self.instances[route.prefill].prefill(
-            request, decode != route.prefill, _expected_tokens(underway), route.cached_tokens
+            request, decode != route.prefill, self._expected(underway), route.cached_tokens
         )
 
     # --- what instances tell ------------------------------------------------------------------------------------
@@ -138,15 +141,23 @@ class Cluster:
             size = request.prompt_tokens * self.instances[source].machine.kv_token_bytes
             self._network.send(source, target, size, 1, lambda: self._arrived(underway, target))
         elif self.control is not None:
-            self.instances[source].keep(request, _expected_tokens(underway))
+            self.instances[source].keep(request, self._expected(underway))
             self.control.handed_over(request, source, target)
 
     def _arrived(self, underway: _Underway, target: str) -> None:
         request, source = underway.request, underway.route.prefill
         self.instances[source].release(request.name)
-        self.instances[target].decode(request, _expected_tokens(underway))
+        self.instances[target].decode(request, self._expected(underway))
         if self.control is not None:
             self.control.handed_over(request, source, target)
+
+    def _expected(self, underway: _Underway) -> int:
+        """How many tokens prompt and answer are predicted to have; 0 where nobody predicts."""
+        predicted = underway.predicted
+        if predicted is None:
+            return 0
+        answer = predicted.middle if self._expects_middle else predicted.low
+        return underway.request.prompt_tokens + answer
 
     # --- time ---------------------------------------------------------------------------------------------------
 
@@ -168,10 +179,3 @@ class Cluster:
             self._tick(control)
         else:
             self._ticking = False
-
-
-def _expected_tokens(underway: _Underway) -> int:
-    """The lower end of the predicted range, as TetriInfer's decode policies take it (section 5.2.3)."""
-    if underway.predicted is None:
-        return 0
-    return underway.request.prompt_tokens + underway.predicted.low

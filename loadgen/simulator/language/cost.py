@@ -76,16 +76,17 @@ class Machine:
         return self.kv_tokens // self.block_tokens
 
 
+COST = MeasuredEngine(
+    prompt_floor_s=0.030,
+    prompt_token_s=0.000222,
+    saturated_token_s=0.00028,
+    decode_floor_s=0.025,
+    sequence_s=0.00054,
+    context_token_s=0.0000011,
+)
 OPT_13B_2_V100 = Machine(
     name="OPT-13B on 2 V100",
-    cost=MeasuredEngine(
-        prompt_floor_s=0.030,
-        prompt_token_s=0.000222,
-        saturated_token_s=0.00028,
-        decode_floor_s=0.025,
-        sequence_s=0.00054,
-        context_token_s=0.0000011,
-    ),
+    cost=COST,
     kv_tokens=39_000,
     kv_token_bytes=819_200,  # 40 layers, keys and values, 5120 numbers of 2 bytes
 )

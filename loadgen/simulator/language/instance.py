@@ -88,6 +88,7 @@ class Instance:
         self._parked: dict[str, _Sequence] = {}
         self._held_blocks = 0
         self._stepping = False
+        self._waking = False
 
     @property
     def free_blocks(self) -> int:
@@ -161,9 +162,13 @@ class Instance:
         self._wake()
 
     def _wake(self) -> None:
-        """Begin the next step, if none is under way and there is one."""
-        if self._stepping:
-            return
+        """Begin a step, once all is known that happens at this moment."""
+        if not self._stepping and not self._waking:
+            self._waking = True
+            self._clock.after(0.0, self._begin)
+
+    def _begin(self) -> None:
+        self._waking = False
         step = self._plan()
         if step is None:
             return

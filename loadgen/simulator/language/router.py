@@ -14,6 +14,11 @@ from common.policies.chat_dispatch import (
     InstanceJoined,
     RouteSequence,
 )
+from common.policies.least_delay import DelayModel, LeastDelay, SequenceCame, SequenceEnded, SequencePrefilled
+from common.policies.least_delay import InstanceJoined as Joined
+from common.policies.least_delay import InstanceLeft as Left
+from common.policies.length_prediction import LengthRange
+from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.requests import ChatRequest
 
 _GATEWAY = "gateway"
@@ -37,8 +42,8 @@ class Router(Protocol):
     def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
         """From now on the instance takes new requests for these; none: it takes none."""
 
-    def route(self, request: ChatRequest) -> Route:
-        """A request has come."""
+    def route(self, request: ChatRequest, predicted: LengthRange | None = None) -> Route:
+        """A request has come; ``predicted``: how long its answer will be, where somebody predicts."""
 
     def prefilled(self, request: ChatRequest) -> None:
         """Its first token is there."""
@@ -57,7 +62,7 @@ class LeastLoad:
     def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
         self._tell(InstanceJoined(instance, tuple(roles)))
 
-    def route(self, request: ChatRequest) -> Route:
+    def route(self, request: ChatRequest, predicted: LengthRange | None = None) -> Route:
         # What the live scheduler knows of the answer is the most that was asked for; here that is the answer itself.
         arrived = ChatArrived(request.name, _GATEWAY, request.arrival_s, request.prompt_tokens, request.answer_tokens)
         (routed,) = self._tell(arrived)
@@ -72,3 +77,27 @@ class LeastLoad:
 
     def _tell(self, event: Event) -> list[RouteSequence]:
         return self._dispatch.handle(event)
+
+
+class FluidRoles:
+    """Ours: least delay over all instances, whose roles are what they are given."""
+
+    def __init__(self, clock: Clock, model: DelayModel) -> None:
+        self._clock = clock
+        self._policy = LeastDelay(model)
+
+    def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
+        self._policy.handle(Joined(instance) if roles else Left(instance), self._clock.now_s)
+
+    def route(self, request: ChatRequest, predicted: LengthRange | None = None) -> Route:
+        if predicted is None:
+            raise ValueError("delays follow from predicted lengths: give the cluster a predictor")
+        came = SequenceCame(request.name, request.prompt_tokens, predicted)
+        (chosen,) = self._policy.handle(came, self._clock.now_s)
+        return Route(chosen.prefill, chosen.decode, chosen.cached_tokens)
+
+    def prefilled(self, request: ChatRequest) -> None:
+        self._policy.handle(SequencePrefilled(request.name), self._clock.now_s)
+
+    def ended(self, request: ChatRequest) -> None:
+        self._policy.handle(SequenceEnded(request.name), self._clock.now_s)

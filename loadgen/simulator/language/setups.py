@@ -6,20 +6,21 @@ from dataclasses import dataclass, field
 from common.messages.cluster import LanguageRole
 from common.policies.continuous_batching import ContinuousBatching
 from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
-from common.policies.decode_dispatch import DecodeDispatch, DispatchRule
+from common.policies.decode_dispatch import DecodeDispatch, DelayCost, DispatchRule, RatioMode
 from common.policies.flip import FlipPolicy
+from common.policies.least_delay import DelayModel
 from common.policies.length_prediction import LengthBuckets
 from common.policies.prefill_schedule import PrefillOrder, PrefillSchedule
 from loadgen.arrivals import generator
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.cluster import FUSED, Cluster
 from loadgen.simulator.language.control import ControlPlane
-from loadgen.simulator.language.cost import OPT_13B_2_V100, Machine
+from loadgen.simulator.language.cost import OPT_13B_2_V100, Machine, StepWork
 from loadgen.simulator.language.instance import Instance
 from loadgen.simulator.language.link import NVLINK, LinkKind, Network
 from loadgen.simulator.language.predictors import Histogram, NoisyOracle, Oracle, Predictor, PredictorTax
 from loadgen.simulator.language.requests import ChatRequest
-from loadgen.simulator.language.router import LeastLoad, Router
+from loadgen.simulator.language.router import FluidRoles, LeastLoad, Router
 
 _DRAWS = 21
 CHUNK_TOKENS = 512  # where prefill saturates OPT-13B on two V100s (brief, section 5.1)
@@ -37,6 +38,7 @@ class Setup:
         most_sequences: that hold memory at one instance at once.
         accuracy: of the predictor; 1.0 an oracle; None: nobody predicts; ``histogram`` learns as it goes.
         taxed: whether the predictor shares the prefill instance's accelerator.
+        fluid: whether roles are what ``LeastDelay`` makes of them; all instances are fused then.
         padded: whether a chunk that is not full costs what a full one does.
         chunk_overhead_s: what a chunk costs beside its pass.
     """
@@ -47,6 +49,7 @@ class Setup:
     decode: int = 0
     chunk_tokens: int = CHUNK_TOKENS
     most_sequences: int = 256
+    alone_tokens: int = 0
     order: PrefillOrder = PrefillOrder.FCFS
     batch: int = 16
     ageing: float = 0.0
@@ -55,14 +58,17 @@ class Setup:
     victim: VictimRule = VictimRule.LATEST
     past_tokens: int = 1
     dispatch: DispatchRule = DispatchRule.POWER_OF_TWO
+    ratio_mode: RatioMode = RatioMode.BY_KIND
     counts_pending: bool = True
     granularity: int = 200
     accuracy: float | None = None
     histogram: bool = False
     taxed: bool = False
     padded: bool = False
-    chunk_overhead_s: float = 0.0
+    chunk_overhead_s: float = CHUNK_OVERHEAD_S
     link: LinkKind = NVLINK
+    fluid: bool = False
+    first_token_weight: float = 1.0
     flips: Callable[[], FlipPolicy] | None = None
 
     @property
@@ -88,16 +94,21 @@ def build(
     """A fresh cluster for these requests."""
     clock = Clock()
     network = Network(clock, setup.link)
-    predictor = _predictor(setup, requests, seed)
+    predictor = predictor_of(setup, requests, seed)
     names = [f"language-{number}" for number in range(setup.instances)]
     taxes = {name: PredictorTax() for name in names} if setup.taxed else {}
-    router = router or LeastLoad()
-    cluster = Cluster(clock, router, network, predictor, taxes)
+    router = router or (FluidRoles(clock, _delays(setup, machine, network)) if setup.fluid else LeastLoad())
+    cluster = Cluster(clock, router, network, predictor, taxes, setup.fluid)
     if setup.prefill:
         cluster.control = ControlPlane(
             clock,
             router,
-            lambda: DecodeDispatch(setup.dispatch, counts_pending=setup.counts_pending),
+            lambda: DecodeDispatch(
+                setup.dispatch,
+                counts_pending=setup.counts_pending,
+                ratio_mode=setup.ratio_mode,
+                delay=delay_cost(machine),
+            ),
             cluster.chosen,
             generator(seed, _DRAWS),
             setup.flips() if setup.flips is not None else None,
@@ -111,7 +122,9 @@ def build(
         tax = taxes.get(name)
         padded_to = setup.chunk_tokens if setup.padded else 0
         slowed = tax.slowed if tax is not None else None
-        instance = Instance(name, clock, machine, batching(setup, machine), cluster, padded_to, setup.chunk_overhead_s, slowed)
+        instance = Instance(
+            name, clock, machine, batching(setup, machine), cluster, padded_to, setup.chunk_overhead_s, slowed
+        )
         cluster.add(instance, of_one)
     return Built(cluster, network, clock, predictor)
 
@@ -123,12 +136,14 @@ def batching(setup: Setup, machine: Machine) -> ContinuousBatching:
         machine.block_tokens,
         setup.chunk_tokens,
         setup.most_sequences,
+        setup.alone_tokens,
         PrefillSchedule(setup.order, setup.batch, setup.ageing, setup.merges_batches),
         DecodeAdmission(setup.admission, setup.victim, setup.past_tokens),
     )
 
 
-def _predictor(setup: Setup, requests: list[ChatRequest], seed: int) -> Predictor | None:
+def predictor_of(setup: Setup, requests: list[ChatRequest], seed: int) -> Predictor | None:
+    """Who predicts there; ``None``: nobody."""
     buckets = LengthBuckets(setup.granularity, -(-2200 // setup.granularity))
     if setup.histogram:
         return Histogram(buckets)
@@ -139,3 +154,30 @@ def _predictor(setup: Setup, requests: list[ChatRequest], seed: int) -> Predicto
     noisy = NoisyOracle(buckets, setup.accuracy, seed)
     noisy.prepare([request.name for request in requests])
     return noisy
+
+
+def _delays(setup: Setup, machine: Machine, network: Network) -> DelayModel:
+    """What the router believes that time goes into: measured where a profile is, here asked of the cost model."""
+    step_s = machine.cost.step_s
+    floor_s = step_s(StepWork(0, 0, 0, 0))
+    return DelayModel(
+        prompt_token_s=step_s(StepWork(setup.chunk_tokens, 0, 0, 0)) / setup.chunk_tokens,
+        chunk_tokens=setup.chunk_tokens,
+        floor_s=floor_s,
+        sequence_s=step_s(StepWork(0, 0, 1, 0)) - floor_s,
+        context_token_s=(step_s(StepWork(0, 0, 0, 1000)) - floor_s) / 1000,
+        transfer_token_s=network.estimate_s(machine.kv_token_bytes, 0),
+        kv_tokens=machine.kv_tokens,
+        first_token_weight=setup.first_token_weight,
+    )
+
+
+def delay_cost(machine: Machine, heavy_context: int = 260) -> DelayCost:
+    """What ``LEAST_DELAY`` reckons with; a heavy sequence reads so many tokens more than a light one."""
+    step_s = machine.cost.step_s
+    floor_s = step_s(StepWork(0, 0, 0, 0))
+    return DelayCost(
+        sequence_ms=1000 * (step_s(StepWork(0, 0, 1, 0)) - floor_s),
+        heavy_ms=1000 * (step_s(StepWork(0, 0, 0, heavy_context)) - floor_s),
+        transfer_token_ms=1000 * machine.kv_token_bytes / NVLINK.bytes_per_s,
+    )

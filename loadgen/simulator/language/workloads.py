@@ -5,8 +5,10 @@ light classes have the means that follow from the number of chunks in its figure
 bounds prompt and answer together.
 """
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +17,17 @@ from loadgen.arrivals import FloatArray, burst, generator, poisson
 from loadgen.simulator.language.requests import ChatRequest
 
 CONTEXT = 2048
+_AZURE_COLUMNS = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 HEAVY_PROMPT, HEAVY_ANSWER = 512, 128
 
 # Shares of the requests, and up to how many tokens they have.
 _SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 _PROMPT_TOKENS = (4, 30, 210, 590, 1100, 2000, CONTEXT)
 _ANSWER_TOKENS = (2, 20, 120, 320, 610, 1000, CONTEXT)
+
+
+class WrongTrace(ValueError):
+    """A trace that cannot be read; the message says where it goes wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +50,11 @@ class RequestClass:
 
 LPLD = RequestClass("LPLD", 128, (4, HEAVY_PROMPT), (2, HEAVY_ANSWER), 210, 42)
 LPHD = RequestClass("LPHD", 128, (4, HEAVY_PROMPT), (HEAVY_ANSWER + 1, CONTEXT), 80, 470)
-HPLD = RequestClass("HPLD", 32, (HEAVY_PROMPT + 1, CONTEXT), (2, HEAVY_ANSWER), 900, 40)
-HPHD = RequestClass("HPHD", 32, (HEAVY_PROMPT + 1, CONTEXT), (HEAVY_ANSWER + 1, CONTEXT), 900, 400)
+HPLD = RequestClass("HPLD", 32, (HEAVY_PROMPT + 1, CONTEXT), (2, HEAVY_ANSWER), 900, 34)
+HPHD = RequestClass("HPHD", 32, (HEAVY_PROMPT + 1, CONTEXT), (HEAVY_ANSWER + 1, CONTEXT), 900, 420)
 MIXED = RequestClass("Mixed", 128, (4, 1024), (2, CONTEXT), 290, 250)
+# What the paper's tests of decode instances go by: its figure 1, unscaled.
+SHAREGPT = RequestClass("ShareGPT", 256, (4, 1600), (2, CONTEXT), 430, 224)
 CLASSES = {one.name: one for one in (LPLD, LPHD, HPLD, HPHD, MIXED)}
 
 
@@ -59,6 +68,28 @@ def class_requests(
     answers = _with_mean(_lengths(draws[1], _ANSWER_TOKENS, of.answer), of.answer_mean, of.answer)
     arrivals = burst(number) if rate is None else poisson(rate, number, seed)
     return _requests(arrivals, prompts, answers)
+
+
+def dispatch_requests(instances: int, seed: int) -> list[ChatRequest]:
+    """For figure 19: 32 heavy decodes in all and light ones up to 32 for each instance, in any order.
+
+    Light ones have 20 to 100 tokens (section 2.2.3). That all 32 heavy ones on one instance take the paper 13.9 s makes
+    them about 260 tokens long.
+    """
+    chance = generator(seed, 11)
+    answers = [260] * 32 + chance.integers(20, 101, 32 * (instances - 1)).tolist()
+    return [
+        ChatRequest(f"chat-{number:06d}", 0.0, 18, answers[place])
+        for number, place in enumerate(chance.permutation(len(answers)).tolist())
+    ]
+
+
+def turning(seed: int, phase_s: float = 240.0) -> list[ChatRequest]:
+    """A load that turns: light prompts with long answers, then heavy prompts with short ones, each for so long."""
+    first = [one for one in class_requests(LPHD, seed, 1000, 2.0) if one.arrival_s < phase_s]
+    second = [one for one in class_requests(HPLD, seed, 3000, 7.0) if one.arrival_s < phase_s]
+    late = [replace(one, name=f"late-{one.name}", arrival_s=one.arrival_s + phase_s) for one in second]
+    return [*first, *late]
 
 
 def _lengths(draws: FloatArray, tokens: Sequence[int], bounds: tuple[int, int]) -> FloatArray:
@@ -88,3 +119,32 @@ def _requests(arrivals: FloatArray, prompts: NDArray[np.float64], answers: NDArr
 def faster(requests: Sequence[ChatRequest], times: float) -> list[ChatRequest]:
     """The same requests, so many times as fast."""
     return [replace(request, arrival_s=request.arrival_s / times) for request in requests]
+
+
+def azure_requests(text: str) -> list[ChatRequest]:
+    """Azure's trace of a conversation service: ``TIMESTAMP,ContextTokens,GeneratedTokens``, a request a line.
+
+    Raises:
+        WrongTrace: a line is not of this form, or time goes backwards.
+    """
+    rows = list(csv.reader(text.splitlines()))
+    if not rows or rows[0] != _AZURE_COLUMNS:
+        raise WrongTrace(f"the first line is not {','.join(_AZURE_COLUMNS)}")
+    requests: list[ChatRequest] = []
+    start: datetime | None = None
+    for number, row in enumerate(rows[1:]):
+        try:
+            when, prompt, answer = row
+            # Seven decimals; Python's datetime knows six.
+            came = datetime.strptime(when[:26], "%Y-%m-%d %H:%M:%S.%f")
+            tokens = int(prompt), int(answer)
+        except ValueError:
+            raise WrongTrace(f"line {number + 2}: {','.join(row)!r} is not a time and two numbers of tokens") from None
+        start = start or came
+        arrival_s = (came - start).total_seconds()
+        if min(tokens) < 1 or (requests and arrival_s < requests[-1].arrival_s):
+            raise WrongTrace(f"line {number + 2}: no tokens, or earlier than the line before")
+        requests.append(ChatRequest(f"chat-{number:06d}", arrival_s, *tokens))
+    if not requests:
+        raise WrongTrace("there is no request in it")
+    return requests

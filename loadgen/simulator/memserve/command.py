@@ -6,10 +6,10 @@ import platform
 from typing import Any
 
 from common.policies.routing_rules import UnknownRule, make_rule
+from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve.experiment import TRACE_SIZES, run_paper, run_trace
 from loadgen.simulator.memserve.machine import PAPER_MACHINE, TRACE_MACHINE
 from loadgen.simulator.memserve.tables import print_paper, print_trace
-from loadgen.simulator.memserve.trace import WrongTrace
 
 
 def run_memserve(options: argparse.Namespace) -> dict[str, Any]:

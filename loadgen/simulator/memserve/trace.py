@@ -5,13 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.mempool.address import KEY_BYTES
+from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve.turns import Turn
 
 BLOCK_TOKENS = 512
-
-
-class WrongTrace(ValueError):
-    """A file that is no such trace; the message says where and why."""
 
 
 def read_mooncake(file: Path, speed: float = 1.0) -> list[Turn]:
