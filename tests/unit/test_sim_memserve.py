@@ -17,9 +17,10 @@ from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve import paper
 from loadgen.simulator.memserve.batch import Batch
-from loadgen.simulator.memserve.cluster import Cluster, Setup, View
+from loadgen.simulator.memserve.cluster import Cluster
 from loadgen.simulator.memserve.machine import PAPER_MACHINE, Caching, TransferMode, Transfers
 from loadgen.simulator.memserve.outcome import Asked
+from loadgen.simulator.memserve.setup import Setup, View
 from loadgen.simulator.memserve.studies import (
     SETUPS,
     cached_share,

@@ -9,8 +9,8 @@ from typing import Any
 from common.policies.routing import InstanceKind
 from common.policies.routing_rules import RULES
 from loadgen.simulator.memserve import paper, studies
-from loadgen.simulator.memserve.cluster import Setup
 from loadgen.simulator.memserve.machine import PAPER_MACHINE, TRACE_MACHINE, Caching
+from loadgen.simulator.memserve.setup import Setup
 from loadgen.simulator.memserve.tables import trace_line
 from loadgen.simulator.memserve.trace import read_mooncake
 from loadgen.simulator.memserve.workloads import WORKLOADS

@@ -70,6 +70,14 @@ class Memory:
         if whole:
             held.addresses[:whole] = self._pool.insert(tokens, held.addresses[:whole], hold=True)
 
+    def keep(self, tokens: bytes) -> None:
+        """What was received becomes historical, if there is room for it."""
+        whole = len(tokens) // KEY_BYTES
+        held = self.take(tokens, whole, whole)
+        if held is not None:
+            self.index(held, tokens)
+            self.free(held)
+
     def free(self, held: Held) -> None:
         """Let go of a sequence; what is indexed stays as long as there is room."""
         self._pool.free_mem(held.addresses)

@@ -29,7 +29,8 @@ class Asked(Progress):
 
 @dataclass(slots=True)
 class Counts:
-    """What a cluster counts. ``sent_tokens``: to decode instances, of prompts; ``returned_tokens``: back (C-3)."""
+    """What a cluster counts. ``sent_tokens``: to decode instances, of prompts; ``returned_tokens``: back (C-3);
+    ``sent_by_turn``: of each turn's prompt."""
 
     sent_tokens: int = 0
     returned_tokens: int = 0
@@ -39,7 +40,7 @@ class Counts:
     repairs: int = 0
     fused: int = 0
     handed_over: int = 0
-    by_turn: dict[str, tuple[int, int]] = field(default_factory=dict)
+    sent_by_turn: dict[str, int] = field(default_factory=dict)
 
 
 def summary(

@@ -9,7 +9,7 @@ from typing import Any
 from common.policies.routing import InstanceKind
 from common.policies.routing_rules import make_rule
 from loadgen.simulator.language.clock import Clock
-from loadgen.simulator.memserve.cluster import Cluster, Setup
+from loadgen.simulator.memserve.cluster import Cluster
 from loadgen.simulator.memserve.machine import (
     PAPER_MACHINE,
     Caching,
@@ -18,6 +18,7 @@ from loadgen.simulator.memserve.machine import (
     Transfers,
 )
 from loadgen.simulator.memserve.outcome import summary
+from loadgen.simulator.memserve.setup import Setup
 from loadgen.simulator.memserve.turns import Turn
 from loadgen.simulator.memserve.workloads import LOOGLE, SHAREGPT, WORKLOADS, alike, make_turns, repeated
 
@@ -97,9 +98,10 @@ def caching_study(requests: int, seed: int) -> list[dict[str, Any]]:
         setup = replace(SETUPS["1P1D"], caching=caching)
         _, cluster = simulate(setup, make_turns(SHAREGPT, requests, 2.0, seed), "prompt_tree", seed)
         by_turn: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-        for name, (computed, sent) in cluster.counts.by_turn.items():
-            asked = cluster.asked[name].request
-            by_turn[int(name.rsplit(".", 1)[1])].append((asked.prompt_tokens, computed, sent))
+        for name, asked in cluster.asked.items():
+            prompt = asked.request.prompt_tokens
+            place = int(name.rsplit(".", 1)[1])
+            by_turn[place].append((prompt, prompt - asked.cached_tokens, cluster.counts.sent_by_turn.get(name, 0)))
         for turn, found in sorted(by_turn.items()):
             means = [fmean(column) for column in zip(*found, strict=True)]
             rows.append(
