@@ -5,7 +5,8 @@ tokens. All are inserted, then looked up in another order: as they are (full hit
 (partial hits). Ours is given packed tokens, as they come from the gateway. Peers that cannot be imported are skipped
 and named: to measure against them, run this with the interpreter of a virtual environment that has them.
 
-Before that, one size beyond a node's: 1,000 instances, 10 million blocks; memory by block and the time of a match are printed.
+Before that, one size beyond a node's: 1,000 instances, 10 million blocks. Memory by block and the time of a match are
+printed.
 """
 
 import argparse

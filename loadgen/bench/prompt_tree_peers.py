@@ -119,9 +119,10 @@ def sglang_rust(prompts: Sequence[list[int]], owners: Sequence[int]) -> Iterator
 
 def vllm(prompts: Sequence[list[int]], owners: Sequence[int]) -> Iterator[tuple[str, Ask]]:
     """vLLM's prefix cache: a hash map of blocks, walked from the first one on; hashes are ready."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    importlib.import_module("vllm")
     warnings.simplefilter("ignore")
     os.environ.setdefault("PYTHONHASHSEED", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     utils = importlib.import_module("vllm.v1.core.kv_cache_utils")
     hash_of = importlib.import_module("vllm.utils.hashing").get_hash_fn_by_name("xxhash")
     utils.init_none_hash(hash_of)
@@ -188,6 +189,7 @@ def _trees(
 
 
 def _sglang() -> tuple[Any, Any]:
+    importlib.import_module("sglang")  # where there is none, nothing else is loaded for it
     warnings.simplefilter("ignore")
     _stand_in_for_torchvision()
     base = importlib.import_module("sglang.srt.mem_cache.base_prefix_cache")
