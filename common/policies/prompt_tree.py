@@ -8,12 +8,15 @@ are in one tree, so that one walk answers for all of them; a node's holders are 
 What holds a block holds all that is before it, so holders only grow fewer from the root on.
 """
 
-import zlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 _NO_CHILDREN: dict[bytes, "_Node"] = {}
-_DIGEST_MASK = (1 << 64) - 1
+# Python's own hash of a whole number is its rest by this prime (2^61 - 1), several times as fast as the division. Powers
+# of two come again after 61.
+_PRIME = sys.hash_info.modulus
+_PERIOD = _PRIME.bit_length()
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,8 @@ class Holding:
 
     Attributes:
         blocks: how many.
-        digest: the sum over them of a checksum of all tokens from the first to the block's last, in 64 bits.
+        digest: the sum over them of each one's tokens as a number, at its place in the sequence, modulo a prime. It
+            does not tell of which sequence a block is the third, say; where trees part, they do so in a block.
     """
 
     blocks: int = 0
@@ -87,21 +91,20 @@ class PromptTree:
         block = self.block_bytes
         bit = 1 << self._place_of(instance)
         end = len(tokens) - len(tokens) % block
-        node, place, checksum = self._root, 0, 0
+        node, place = self._root, 0
         while place < end:
             child = node.children.get(tokens[place : place + block])
             if child is None:
                 self._append(node, tokens[place:end], bit)
-                self._count(bit, tokens[place:end], checksum, 1)
+                self._count(bit, tokens[place:end], place, 1)
                 return
             if not tokens.startswith(child.edge, place) or place + len(child.edge) > end:
                 child = self._split(node, child, agreed_bytes(child.edge, tokens, place, block))
             if not child.holders & bit:
                 child.set_holders(child.holders | bit)
-                self._count(bit, child.edge, checksum, 1)
+                self._count(bit, child.edge, place, 1)
             child.fresh |= bit
             place += len(child.edge)
-            checksum = zlib.crc32(child.edge, checksum)
             node = child
 
     def remove(self, instance: str, tokens: bytes, kept_blocks: int) -> None:
@@ -116,7 +119,7 @@ class PromptTree:
         keep = kept_blocks * self.block_bytes
         path, child = self._find(tokens, keep)
         if child is not None:
-            self._clear(path[-1], child, 1 << place, zlib.crc32(tokens[:keep]))
+            self._clear(path[-1], child, 1 << place, keep)
             self._tidy(path)
 
     def forget(self, instance: str) -> None:
@@ -131,7 +134,17 @@ class PromptTree:
 
     def expire(self) -> None:
         """Forget whatever was not inserted again since the last call, of all instances (MemServe, section 10: TTL)."""
-        self._expire(self._root, 0)
+        left = [(self._root, child, 0) for child in self._root.children.values()]
+        while left:
+            above, one, place = left.pop()
+            stale = one.holders & ~one.fresh
+            while stale:
+                bit = stale & -stale
+                self._clear(above, one, bit, place)
+                stale ^= bit
+            one.fresh = 0
+            place += len(one.edge)
+            left += [(one, child, place) for child in one.children.values()]
 
     def holding(self, instance: str) -> Holding:
         """What the instance has, as numbers."""
@@ -193,17 +206,17 @@ class PromptTree:
             path.append(child)
         return path, child
 
-    def _clear(self, parent: _Node, node: _Node, bit: int, checksum: int) -> None:
-        """Take a holder from a node and all below it; what nobody holds is gone."""
-        left = [(parent, node, checksum)]
+    def _clear(self, parent: _Node, node: _Node, bit: int, place: int) -> None:
+        """Take a holder from a node and all below it; what nobody holds is gone. ``place``: its first byte."""
+        left = [(parent, node, place)]
         while left:
-            above, one, before = left.pop()
+            above, one, begin = left.pop()
             if not one.holders & bit:
                 continue
-            after = self._count(bit, one.edge, before, -1)
+            self._count(bit, one.edge, begin, -1)
             one.set_holders(one.holders & ~bit)
             one.fresh &= ~bit
-            left += [(one, child, after) for child in one.children.values()]
+            left += [(one, child, begin + len(one.edge)) for child in one.children.values()]
             if not one.holders:
                 del above.children[one.edge[: self.block_bytes]]
 
@@ -215,19 +228,6 @@ class PromptTree:
             if child.holders == node.holders and child.fresh == node.fresh:
                 node.edge += child.edge
                 node.children = child.children
-
-    def _expire(self, node: _Node, checksum: int) -> None:
-        left = [(node, child, checksum) for child in node.children.values()]
-        while left:
-            above, one, before = left.pop()
-            stale = one.holders & ~one.fresh
-            while stale:
-                bit = stale & -stale
-                self._clear(above, one, bit, before)
-                stale ^= bit
-            one.fresh = 0
-            after = zlib.crc32(one.edge, before)
-            left += [(one, child, after) for child in one.children.values()]
 
     # --- the holders ---------------------------------------------------------------------------------------------
 
@@ -254,15 +254,12 @@ class PromptTree:
         node.names = tuple(names)
         return node.names
 
-    def _count(self, bit: int, edge: bytes, checksum: int, sign: int) -> int:
-        """Blocks come to a holder (1) or leave it (-1). ``checksum``: of what is before; returns that of all."""
-        block, place, total = self.block_bytes, bit.bit_length() - 1, 0
-        for start in range(0, len(edge), block):
-            checksum = zlib.crc32(edge[start : start + block], checksum)
-            total += checksum
-        self._blocks[place] += sign * (len(edge) // block)
-        self._digests[place] = (self._digests[place] + sign * total) & _DIGEST_MASK
-        return checksum
+    def _count(self, bit: int, edge: bytes, place: int, sign: int) -> None:
+        """Blocks come to a holder (1) or leave it (-1). ``place``: of their first byte in the sequence."""
+        holder = bit.bit_length() - 1
+        number = hash(int.from_bytes(edge, "little")) << (8 * place % _PERIOD)
+        self._blocks[holder] += sign * (len(edge) // self.block_bytes)
+        self._digests[holder] = (self._digests[holder] + sign * number) % _PRIME
 
 
 def agreed_bytes(edge: bytes, tokens: bytes, place: int, block: int) -> int:
