@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _NO_CHILDREN: dict[bytes, "_Node"] = {}
-# Python's own hash of a whole number is its rest by this prime (2^61 - 1), several times as fast as the division. Powers
-# of two come again after 61.
+# Python's own hash of a whole number is its rest by this prime (2^61 - 1), and faster than the division. Powers of two
+# come again after 61.
 _PRIME = sys.hash_info.modulus
 _PERIOD = _PRIME.bit_length()
 
