@@ -1,11 +1,15 @@
 """The settings of a language instance."""
 
 from enum import StrEnum
+from pathlib import Path
 
 from pydantic import Field
 
 from common.mempool.caching import Caching
 from common.runtime.settings import ComputeSettings
+
+DEMO = "demo"
+_DEMO_NAME = "triptych-demo-language"
 
 
 class TransferMode(StrEnum):
@@ -35,3 +39,11 @@ class LanguageSettings(ComputeSettings):
     transfer_mode: TransferMode = TransferMode.BY_REQUEST
     kv_checksum: bool = True
     caching: Caching = Caching.PD_CACHING_3
+
+
+def model_name(location: str) -> str:
+    """What clients call the model: a folder's own name, or the hub's."""
+    if location == DEMO:
+        return _DEMO_NAME
+    folder = Path(location)
+    return folder.resolve().name if folder.is_dir() else location

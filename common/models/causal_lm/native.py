@@ -16,8 +16,11 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import structlog
 import torch
 from torch import Tensor
+
+log = structlog.get_logger()
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
@@ -146,7 +149,7 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
 def _library() -> ctypes.CDLL | None:
     compiler = shutil.which("c++")
     if compiler is None:
-        return None
+        return _without("no program is called c++")
     flags = _FLAGS + (_FLAGS_X86 if platform.machine() == "x86_64" else ())
     key = hashlib.sha256(
         _SOURCE.read_bytes() + repr((flags, _LINK_FLAGS)).encode() + _processor().encode()
@@ -156,8 +159,17 @@ def _library() -> ctypes.CDLL | None:
         if not kept.exists():
             _compile(compiler, flags, kept)
         return ctypes.CDLL(str(kept))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        return _without(f"{compiler} failed: {lines[0] if lines else f'exit status {error.returncode}'}")
+    except (OSError, subprocess.SubprocessError) as error:
+        return _without(str(error))
+
+
+def _without(reason: str) -> None:
+    """Say once in a process's life why it is slower than it could be."""
+    remedy = "install a C++ compiler with OpenMP, such as g++, and start again"
+    log.warning("no kernels of our own: torch's compute the same, more slowly", reason=reason, remedy=remedy)
 
 
 def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
