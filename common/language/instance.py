@@ -12,6 +12,7 @@ from common.bus.port import Subscription
 from common.engine import Output, Request, RequestRefused
 from common.language.handover import HandOver
 from common.language.held import Held, Sequences
+from common.language.index_teller import IndexTeller
 from common.language.loading import LoadedModel
 from common.language.settings import LanguageSettings
 from common.language.speaker import Speaker
@@ -27,7 +28,14 @@ from common.messages.chat import (
     TakeOver,
 )
 from common.messages.failures import Acknowledged, Failure, Stage
-from common.messages.subjects import CANCEL_GENERATION, FIND_GENERATION, GENERATE_TOKENS, OFFER_KV, TAKE_OVER
+from common.messages.subjects import (
+    CANCEL_GENERATION,
+    FIND_GENERATION,
+    GENERATE_TOKENS,
+    OFFER_KV,
+    TAKE_OVER,
+    TELL_INDEX,
+)
 from common.policies.fence import StaleEpoch
 from common.runtime.worker import Equipment
 
@@ -55,6 +63,7 @@ class LanguageInstance:
             equipment.instance, equipment.bus, equipment.tensors, model.engine, self._stepper, settings, self._spawn
         )
         self._ahead = self._hand_over.ahead
+        self._teller = IndexTeller(equipment.bus, equipment.instance, model.engine.memory, self._stepper)
         self.receiving = Receiving(equipment.tensors, model.engine, self._stepper, self._sequences, settings)
         self._tasks = asyncio.TaskGroup()
 
@@ -65,6 +74,7 @@ class LanguageInstance:
             await self._bus.serve(FIND_GENERATION, self._find, self._instance),
             await self._bus.serve(OFFER_KV, self._offered, self._instance, max_in_flight=_MOST_TAKE_OVERS),
             await self._bus.serve(TAKE_OVER, self._take_over, self._instance, max_in_flight=_MOST_TAKE_OVERS),
+            await self._bus.serve(TELL_INDEX, self._teller.tell, self._instance),
             await self._bus.subscribe(CANCEL_GENERATION, self._cancel, self._instance),
         )
 
@@ -72,6 +82,7 @@ class LanguageInstance:
         """Work until cancelled; what is left then goes on elsewhere."""
         try:
             async with self._tasks:
+                self._spawn(self._teller.run(), "tell of the index")
                 await self._stepper.run()
         finally:
             self._ahead.stop()

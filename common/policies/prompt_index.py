@@ -191,8 +191,8 @@ class PromptIndex:
         return []
 
     def _restore(self, snapshot: IndexSnapshot, now_s: float) -> list[AskSnapshot]:
-        source = self._followed.get(snapshot.instance)
-        if source is None or snapshot.incarnation < source.incarnation:
+        source = self._followed.setdefault(snapshot.instance, _Followed(snapshot.incarnation, asked_s=now_s))
+        if snapshot.incarnation < source.incarnation:
             return []
         if snapshot.incarnation == source.incarnation and (source.asked_s is None or snapshot.number < source.number):
             return []
