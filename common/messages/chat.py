@@ -86,9 +86,9 @@ class RouteChat(Message):
 
     ``prompt_tokens`` is all that must be prefilled, tokens of the answer from before included, and ``tokens`` are
     these, packed; empty: what they are is not said. ``max_tokens`` is what may yet be generated. ``avoid`` names
-    instances to be taken only where there is no other; ``gone`` those at which nobody answered. After ``wait_s`` seconds
-    without an instance the answer is a failure; whoever asks again keeps the place in the queue that ``created_at_s``
-    (Unix, when the client's request came) gives.
+    instances to be taken only where there is no other; ``gone`` those at which nobody answered. After ``wait_s``
+    seconds without an instance the answer is a failure; whoever asks again keeps the place in the queue that
+    ``created_at_s`` (Unix, when the client's request came) gives.
     """
 
     request_id: str
