@@ -29,8 +29,8 @@ from loadgen.simulator.language.experiment import (
     run_tetriinfer,
     run_trace,
 )
-from loadgen.simulator.language.experiment import POINTS as TETRIINFER_POINTS
 from loadgen.simulator.language.instance import CannotServe
+from loadgen.simulator.language.points import POINTS as TETRIINFER_POINTS
 from loadgen.simulator.language.workloads import WrongTrace, azure_requests
 from loadgen.simulator.loop import Stuck
 from loadgen.simulator.points import NAMES, WrongSize, check_gpus

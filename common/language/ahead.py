@@ -17,7 +17,7 @@ import structlog
 from common.bus.errors import BusError, RemoteFailure
 from common.bus.port import Bus
 from common.engine import Engine
-from common.language.blocks import Part, blocks_part, exported, layer_part
+from common.language.blocks import Part, blocks_part, bytes_in, exported, layer_part
 from common.language.held import Held
 from common.language.settings import LanguageSettings, TransferMode
 from common.language.stepper import Stepper
@@ -82,6 +82,7 @@ class SendingAhead:
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
         self._under_way: dict[str, _Ahead] = {}
+        self.sent_bytes = 0
         if settings.transfer_mode is TransferMode.BY_LAYER:
             engine.layer_stored = self._layer_stored
 
@@ -145,6 +146,8 @@ class SendingAhead:
 
     async def _send(self, ahead: _Ahead) -> None:
         try:
+            if not ahead.offers and await ahead.held.known_there():
+                self._break(ahead, "the receiver has its first tokens already, so the rest is little")
             while ahead.ready and not ahead.finishing:
                 parts, ahead.ready = ahead.ready, []
                 refusal = await self._offer(ahead, parts)
@@ -173,6 +176,7 @@ class SendingAhead:
                     parts=described,
                 )
                 await self._bus.request(OFFER_KV, offer, request.decode, deadline_s=wait_s)
+            self.sent_bytes += bytes_in(described)
             return None
         except RemoteFailure as refused:
             return refused.failure.message

@@ -2,15 +2,16 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from functools import partial
 
 from common.engine import Engine
 from common.language.blocks import fetch_part
 from common.language.stepper import Stepper
-from common.mempool.address import Address
+from common.mempool.address import KEY_BYTES, Address
 from common.mempool.allocator import Access
 from common.messages.chat import KVPart
-from common.models.causal_lm import BlockTable
+from common.models.causal_lm import BLOCK_TOKENS, BlockTable
 from common.tensors.port import Tensors
 
 
@@ -18,8 +19,15 @@ class NotTransferred(Exception):
     """The keys and values are not here; the text says why."""
 
 
+class Lack(Enum):
+    """Why there are no blocks now: too few are to be had, or those that were here are no more."""
+
+    NO_ROOM = auto()
+    EVICTED = auto()
+
+
 class Arriving:
-    """Blocks for ``tokens`` tokens and the one that is computed next.
+    """Blocks for ``tokens`` tokens and the one that is computed next; of the first of them there may be some here.
 
     The access that it holds keeps blocks that are written to from being given out, whatever happens to their holder.
 
@@ -29,7 +37,14 @@ class Arriving:
     """
 
     def __init__(
-        self, engine: Engine, stepper: Stepper, request_id: str, epoch: int, tokens: int, held: list[Address]
+        self,
+        engine: Engine,
+        stepper: Stepper,
+        request_id: str,
+        epoch: int,
+        tokens: int,
+        before: list[Address],
+        new: list[Address],
     ) -> None:
         self.request_id = request_id
         self.epoch = epoch
@@ -38,19 +53,38 @@ class Arriving:
         self._engine = engine
         self._stepper = stepper
         self._tokens = tokens
-        self._held = held
-        self._table = BlockTable(address.block for address in held)
-        self._access: Access | None = engine.allocator.begin_access(self._table.blocks)
+        self._held = [*before, *new]
+        self._table = BlockTable(address.block for address in self._held)
+        self._access: Access | None = engine.allocator.begin_access(address.block for address in new)
         # So many tokens of each layer are here.
-        self._arrived = [0] * engine.pool.layout.layers
+        self._arrived = [len(before) * BLOCK_TOKENS] * engine.pool.layout.layers
         self._gone = False
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def held(self) -> list[Address]:
+        return self._held
+
     @classmethod
-    def reserve(cls, engine: Engine, stepper: Stepper, request_id: str, epoch: int, tokens: int) -> "Arriving | None":
-        """Between two steps: None where there are not enough blocks to be had now."""
-        held = engine.memory.alloc_mem(engine.pool.layout.blocks_for(tokens + 1))
-        return None if held is None else cls(engine, stepper, request_id, epoch, tokens, held)
+    def reserve(
+        cls, engine: Engine, stepper: Stepper, request_id: str, epoch: int, tokens: int, known: bytes = b""
+    ) -> "Arriving | Lack":
+        """Between two steps.
+
+        Args:
+            known: the first of the tokens, packed, in whole blocks: those are not sent, as they were here.
+        """
+        memory = engine.memory
+        before = memory.match(known, hold=True)
+        if len(before) * KEY_BYTES < len(known):
+            memory.free_mem(before)
+            return Lack.EVICTED
+        warm = memory.swap_in(before)
+        new = None if warm is None else memory.alloc_mem(engine.pool.layout.blocks_for(tokens + 1) - len(before))
+        if warm is None or new is None:
+            memory.free_mem(before if warm is None else warm)
+            return Lack.NO_ROOM
+        return cls(engine, stepper, request_id, epoch, tokens, warm, new)
 
     async def fill(self, parts: Sequence[KVPart], tensors: Tensors, deadline_s: float, check: bool) -> None:
         """Fetch these parts, of each layer the next tokens, by ``deadline_s`` (the loop's time).
@@ -104,10 +138,11 @@ class Arriving:
         if deadline_s is not None and expired is not None and not self._gone:
             self._timer = asyncio.get_running_loop().call_at(deadline_s, expired)
 
-    def taken(self) -> list[Address]:
-        """The blocks, which are the engine's from now on. Between two steps."""
+    def leave(self) -> None:
+        """The blocks are the engine's from now on: whoever drops this, drops nothing. Between two steps."""
+        self._gone = True
+        self.expire_at(None)
         self._end_access()
-        return self._held
 
     def drop(self) -> None:
         """Give the blocks back, as soon as nothing is written to them any more."""

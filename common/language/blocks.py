@@ -8,13 +8,13 @@ strided in the blocks, so it is copied out before and copied in after.
 
 import asyncio
 import contextlib
-import zlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from common.mempool.checksum import checksum
 from common.messages.chat import KVPart
 from common.messages.tensors import TensorRef
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, KVPool
@@ -87,12 +87,9 @@ def runs_of(pool: KVPool, blocks: Sequence[int]) -> list[Tensor]:
     return [pool.blocks[first : first + length] for first, length in BlockTable(blocks).runs]
 
 
-def checksum(tensors: Sequence[Tensor]) -> int:
-    """CRC-32 over their bytes in order. Takes a while, and leaves the interpreter free meanwhile."""
-    value = 0
-    for tensor in tensors:
-        value = zlib.crc32(tensor.detach().cpu().view(torch.uint8).reshape(-1).numpy().data, value)
-    return value
+def bytes_in(parts: Sequence[KVPart]) -> int:
+    """How many bytes they are."""
+    return sum(ref.size_bytes for part in parts for ref in part.kv)
 
 
 async def fetch_part(

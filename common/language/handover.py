@@ -10,8 +10,8 @@ from functools import partial
 from common.bus.errors import BusError, NobodyThere, RemoteFailure
 from common.bus.port import Bus
 from common.engine import Engine
-from common.language.ahead import MARGIN_S, SendingAhead, Spawn
-from common.language.blocks import Part, blocks_part, exported
+from common.language.ahead import MARGIN_S, SendingAhead, SentAhead, Spawn
+from common.language.blocks import Part, blocks_part, bytes_in, exported
 from common.language.held import Held
 from common.language.settings import LanguageSettings
 from common.language.stepper import Stepper
@@ -25,7 +25,11 @@ from common.tensors.port import Tensors
 
 
 class HandOver:
-    """Hands parked sequences over, any number at once. ``ahead`` is what leaves before they are parked."""
+    """Hands parked sequences over, any number at once. ``ahead`` is what leaves before they are parked.
+
+    A receiver that has the first tokens' is sent the rest (PD-Caching-2). ``sent_bytes`` counts what was taken at the
+    end, ``ahead`` what was before.
+    """
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class HandOver:
         self._engine = engine
         self._stepper = stepper
         self._settings = settings
+        self.sent_bytes = 0
         self.ahead = SendingAhead(instance, bus, tensors, engine, stepper, settings, spawn)
 
     async def run(self, held: Held) -> Failure | None:
@@ -73,6 +78,9 @@ class HandOver:
         wait_s = self._settings.transfer_s + MARGIN_S
         sent = await self.ahead.finish(held.key)
         parts: list[Part] = list(sent.parts)
+        known = 0 if sent.offers else await held.known_there()
+        if known:
+            parts, sent = [], SentAhead(tokens=known)
         if sent.tokens < held.kv_tokens:
             parts.append(blocks_part(self._engine.pool, table, sent.tokens, held.kv_tokens))
         try:
@@ -83,9 +91,11 @@ class HandOver:
                     parts=described,
                     kv_tokens=held.kv_tokens,
                     block_tokens=BLOCK_TOKENS,
+                    first_block=known // BLOCK_TOKENS,
                     offers=sent.offers,
                 )
                 await self._bus.request(TAKE_OVER, message, held.request.decode, deadline_s=wait_s)
+            self.sent_bytes += bytes_in(described)
             return None
         except NobodyThere as error:
             return Failure(stage=Stage.DECODE, code="nobody_there", message=str(error), retryable=True)

@@ -15,11 +15,21 @@ _REASONS = {Finish.STOP: FinishReason.STOP, Finish.LENGTH: FinishReason.LENGTH}
 
 @dataclass(slots=True)
 class Held:
-    """One attempt at a sequence, its tokens packed. ``answered`` is what of the answer there is, over all attempts."""
+    """One attempt at a sequence, its tokens packed.
+
+    ``answered`` is what of the answer there is, over all attempts; ``prefill`` who handed it over, if anybody did;
+    ``known`` the answer of who will decode it, of how many tokens it has keys and values.
+    """
 
     request: GenerateTokens
     prompt: bytes
     answered: bytearray
+    prefill: str = ""
+    known: asyncio.Future[int] | None = None
+
+    async def known_there(self) -> int:
+        """Of how many of its tokens who decodes it has keys and values already."""
+        return 0 if self.known is None else await asyncio.shield(self.known)
 
     @classmethod
     def of(cls, request: GenerateTokens) -> "Held":

@@ -7,17 +7,21 @@ from typing import Any
 
 import structlog
 
-from common.bus.errors import Refusal
+from common.bus.errors import BusError, Refusal
 from common.bus.port import Subscription
 from common.engine import Output, Request, RequestRefused
 from common.language.handover import HandOver
 from common.language.held import Held, Sequences
 from common.language.index_teller import IndexTeller
 from common.language.loading import LoadedModel
+from common.language.prefixes import SendingPrefixes, prefix_at
+from common.language.sendback import SendingBack
 from common.language.settings import LanguageSettings
 from common.language.speaker import Speaker
 from common.language.stepper import Stepper
 from common.language.takeover import Receiving
+from common.mempool.address import BLOCK_TOKENS, TOKEN_BYTES
+from common.mempool.transfer import BlockTransfer
 from common.messages.chat import (
     CancelGeneration,
     FindGeneration,
@@ -28,22 +32,28 @@ from common.messages.chat import (
     TakeOver,
 )
 from common.messages.failures import Acknowledged, Failure, Stage
+from common.messages.mempool import MatchPrefix, PrefixMatched, SendPrefix
 from common.messages.subjects import (
     CANCEL_GENERATION,
     FIND_GENERATION,
     GENERATE_TOKENS,
+    MATCH_PREFIX,
+    MOVE_BLOCKS,
     OFFER_KV,
+    SEND_PREFIX,
     TAKE_OVER,
     TELL_INDEX,
 )
 from common.policies.fence import StaleEpoch
 from common.runtime.worker import Equipment
+from common.tensors.errors import TensorError
 
 log = structlog.get_logger()
 
 # A gateway has at most a thousand sequences under way.
 _MOST_HELD = 4096
 _MOST_TAKE_OVERS = 256
+_MOST_MOVES = 16
 
 
 class LanguageInstance:
@@ -59,12 +69,20 @@ class LanguageInstance:
         self._sequences = Sequences(_MOST_HELD)
         self._speaker = Speaker(equipment.bus, equipment.instance)
         self._stepper = Stepper(model.engine, equipment.compute, self._absorb, self._lose)
-        self._hand_over = HandOver(
+        self.hand_over = HandOver(
             equipment.instance, equipment.bus, equipment.tensors, model.engine, self._stepper, settings, self._spawn
         )
-        self._ahead = self._hand_over.ahead
-        self._teller = IndexTeller(equipment.bus, equipment.instance, model.engine.memory, self._stepper)
+        self._ahead = self.hand_over.ahead
         self.receiving = Receiving(equipment.tensors, model.engine, self._stepper, self._sequences, settings)
+        memory = model.engine.memory
+        self._teller = IndexTeller(equipment.bus, equipment.instance, memory, self._stepper)
+        self.transfers = BlockTransfer(
+            memory, equipment.bus, equipment.tensors, self._stepper.between, settings.transfer_s
+        )
+        self._prefixes = SendingPrefixes(
+            equipment.bus, model.engine, self._stepper, self.transfers, settings.kv_checksum
+        )
+        self.sending_back = SendingBack(self._prefixes)
         self._tasks = asyncio.TaskGroup()
 
     async def listen(self) -> Sequence[Subscription]:
@@ -73,6 +91,9 @@ class LanguageInstance:
             await self._bus.serve(GENERATE_TOKENS, self._generate, self._instance),
             await self._bus.serve(FIND_GENERATION, self._find, self._instance),
             await self._bus.serve(OFFER_KV, self._offered, self._instance, max_in_flight=_MOST_TAKE_OVERS),
+            await self._bus.serve(MATCH_PREFIX, self._match, self._instance),
+            await self._bus.serve(SEND_PREFIX, self._send_prefix, self._instance, max_in_flight=_MOST_MOVES),
+            await self._bus.serve(MOVE_BLOCKS, self.transfers.receive, self._instance, max_in_flight=_MOST_MOVES),
             await self._bus.serve(TAKE_OVER, self._take_over, self._instance, max_in_flight=_MOST_TAKE_OVERS),
             await self._bus.serve(TELL_INDEX, self._teller.tell, self._instance),
             await self._bus.subscribe(CANCEL_GENERATION, self._cancel, self._instance),
@@ -83,6 +104,7 @@ class LanguageInstance:
         try:
             async with self._tasks:
                 self._spawn(self._teller.run(), "tell of the index")
+                self._spawn(self.sending_back.run(), "send back")
                 await self._stepper.run()
         finally:
             self._ahead.stop()
@@ -101,6 +123,9 @@ class LanguageInstance:
     async def _generate(self, request: GenerateTokens) -> Acknowledged:
         held, asked = self._take_in(request, park=request.decode != self._instance)
         if asked.park:
+            if self._engine.caching.keeps_received:
+                held.known = asyncio.get_running_loop().create_future()
+                self._spawn(self._ask(held, held.known), f"ask of {held.key}")
             self._ahead.begin(held)
         now_s = asyncio.get_running_loop().time()
         self._stepper.soon(partial(self._add, held, asked, now_s))
@@ -112,6 +137,7 @@ class LanguageInstance:
 
     async def _take_over(self, handed: TakeOver) -> Acknowledged:
         held, _ = self._take_in(handed.request, park=False)
+        held.prefill = handed.prefill
         await self.receiving.run(held, handed)
         return Acknowledged()
 
@@ -123,6 +149,21 @@ class LanguageInstance:
             held=held is not None,
             tokens=held.generated if held is not None else 0,
         )
+
+    async def _ask(self, held: Held, known: asyncio.Future[int]) -> None:
+        """Now, so that no answer is waited for when it is handed over."""
+        known.set_result(await prefix_at(self._bus, held.request.decode, held.tokens))
+
+    async def _match(self, asked: MatchPrefix) -> PrefixMatched:
+        blocks = await self._stepper.between(partial(self._engine.memory.use, asked.tokens))
+        return PrefixMatched(tokens=blocks * BLOCK_TOKENS)
+
+    async def _send_prefix(self, asked: SendPrefix) -> PrefixMatched:
+        try:
+            blocks = await self._prefixes.send(asked.to, asked.tokens)
+        except (BusError, TensorError) as error:
+            raise Refusal(self._failure("not_sent", str(error))) from error
+        return PrefixMatched(tokens=blocks * BLOCK_TOKENS)
 
     def _cancel(self, cancel: CancelGeneration) -> None:
         held = self._sequences.cancel(cancel.request_id, cancel.epoch)
@@ -169,6 +210,8 @@ class LanguageInstance:
             news.setdefault(held.request.gateway, []).append(held.take(output))
             if output.finish is not None:
                 self._remove(held)
+                if held.prefill and self._engine.caching.sends_back:
+                    self.sending_back.later(held.tokens[: TOKEN_BYTES * held.kv_tokens], held.prefill)
             elif held.request.decode != self._instance and self._engine.parked(held.key) is not None:
                 handing_over.append(held)
         await self._speaker.tell(news)
@@ -176,7 +219,7 @@ class LanguageInstance:
             self._spawn(self._hand(held), f"hand over {held.key}")
 
     async def _hand(self, held: Held) -> None:
-        failure = await self._hand_over.run(held)
+        failure = await self.hand_over.run(held)
         if failure is not None and self._sequences.has(held):
             log.warning("not taken over", sequence=held.key, decode=held.request.decode, reason=failure.message)
             await self._tell_failed([held], failure)

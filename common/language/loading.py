@@ -8,7 +8,7 @@ import torch
 from common.engine import Engine
 from common.language.settings import DEMO, LanguageSettings, model_name
 from common.mempool.pool import MemPool
-from common.mempool.tiers import Tier
+from common.mempool.tiers import Tier, disk_tier, dram_tier
 from common.messages.cluster import LanguageModelInfo
 from common.models.causal_lm import CausalLM, KVPool, ModelLoadError, load
 from common.runtime.process import CannotServe
@@ -43,7 +43,16 @@ def open_model(settings: LanguageSettings, device: torch.device, dtype: torch.dt
 def load_model(settings: LanguageSettings, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     """Raises: CannotServe: see ``open_model``."""
     model, pool = open_model(settings, device, dtype)
-    memory = MemPool(settings.instance, Tier.over(pool.blocks))
+    memory = MemPool(settings.instance, Tier.over(pool.blocks), _colder(settings, pool))
     engine = Engine(model, pool, None, settings.chunk_tokens, settings.most_sequences, memory, settings.caching)
     name = model_name(settings.language_model)
     return LoadedModel(engine, LanguageModelInfo(name=name, context_tokens=engine.context))
+
+
+def _colder(settings: LanguageSettings, pool: KVPool) -> list[Tier]:
+    """Raises: CannotServe: there is no room on the disk."""
+    try:
+        disk = disk_tier(pool.blocks, settings.kv_disk_bytes, settings.kv_disk_folder)
+    except OSError as error:
+        raise CannotServe(f"TRIPTYCH_KV_DISK_BYTES, TRIPTYCH_KV_DISK_FOLDER: {error}") from error
+    return [tier for tier in (dram_tier(pool.blocks, settings.kv_dram_bytes), disk) if tier is not None]

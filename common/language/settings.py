@@ -1,5 +1,6 @@
 """The settings of a language instance."""
 
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 
@@ -28,7 +29,8 @@ class LanguageSettings(ComputeSettings):
     ``transfer_s`` seconds is given up: its receiver computes the keys and values itself. ``transfer_mode`` says when
     they leave: ``by_request`` all at once after the prompt, ``by_chunk`` whole blocks after each pass, ``by_layer``
     each layer's while later ones are computed. ``kv_checksum`` compares the bytes at both ends. ``caching`` says what
-    is kept for later sequences.
+    is kept for later sequences (MemServe, section 5): in what is free of ``kv_bytes``, then in ``kv_dram_bytes`` of the
+    host's memory, then in ``kv_disk_bytes`` of a file in ``kv_disk_folder``.
     """
 
     language_model: str = "demo"
@@ -36,9 +38,12 @@ class LanguageSettings(ComputeSettings):
     chunk_tokens: int = Field(default=512, ge=1)
     most_sequences: int = Field(default=256, ge=1)
     transfer_s: float = Field(default=10.0, gt=0)
-    transfer_mode: TransferMode = TransferMode.BY_REQUEST
+    transfer_mode: TransferMode = TransferMode.BY_CHUNK
     kv_checksum: bool = True
     caching: Caching = Caching.PD_CACHING_3
+    kv_dram_bytes: int = Field(default=0, ge=0)
+    kv_disk_bytes: int = Field(default=0, ge=0)
+    kv_disk_folder: Path = Path(tempfile.gettempdir())
 
 
 def model_name(location: str) -> str:

@@ -14,11 +14,12 @@ import structlog
 
 from common.bus.errors import Refusal
 from common.engine import Engine
-from common.language.arriving import Arriving, NotTransferred
+from common.language.arriving import Arriving, Lack, NotTransferred
 from common.language.held import Held, Sequences
 from common.language.settings import LanguageSettings
 from common.language.stepper import Stepper
-from common.messages.chat import OfferKV, TakeOver
+from common.mempool.address import KEY_BYTES
+from common.messages.chat import OfferKV, TakeOver, tokens_in
 from common.messages.failures import Failure, Stage
 from common.models.causal_lm import BLOCK_TOKENS
 from common.tensors.errors import TensorError
@@ -50,13 +51,14 @@ class Receiving:
         Raises:
             Refusal: there is no room, it did not come, or it is not the next offer: then all of it comes at the end.
         """
+        deadline_s = self._deadline_s()
         arriving = await self._stepper.between(partial(self._expected, offer))
         if not isinstance(arriving, Arriving):
             self.offers["refused"] += 1
             raise _refusal(arriving)
         taken = False
         try:
-            await arriving.fill(offer.parts, self._tensors, self._deadline_s(), self._settings.kv_checksum)
+            await arriving.fill(offer.parts, self._tensors, deadline_s, self._settings.kv_checksum)
             taken = True
         except (NotTransferred, TensorError) as error:
             raise _refusal(str(error)) from error
@@ -78,10 +80,12 @@ class Receiving:
         if offer.number:
             in_order = known is not None and (known.epoch, known.offers) == (epoch, offer.number) and not known.filling
             return known if known is not None and in_order else f"offer {offer.number} of {request_id} is not the next"
+        if known is not None and known.epoch > epoch:
+            return f"epoch {epoch} of {request_id} is not the newest"
         if known is not None:
             self._forget(known)
         arriving = Arriving.reserve(self._engine, self._stepper, request_id, epoch, offer.kv_tokens)
-        if arriving is None:
+        if not isinstance(arriving, Arriving):
             return f"{offer.kv_tokens} tokens have no room here for now"
         self._ahead[request_id] = arriving
         return arriving
@@ -126,10 +130,11 @@ class Receiving:
         tokens = held.kv_tokens
         adopted = False
         try:
-            if (handed.kv_tokens, handed.block_tokens, handed.first_block) != (tokens, BLOCK_TOKENS, 0):
+            if (handed.kv_tokens, handed.block_tokens) != (tokens, BLOCK_TOKENS):
                 raise NotTransferred(f"{handed.kv_tokens} tokens in blocks of {handed.block_tokens} are not needed")
             if arriving is None:
-                arriving = await self._reserve(held, tokens, deadline_s)
+                known = held.tokens[: handed.first_block * KEY_BYTES]
+                arriving = await self._reserve(held, tokens, known, deadline_s)
             if arriving is None:
                 return "dropped"
             await arriving.fill(handed.parts, self._tensors, deadline_s, self._settings.kv_checksum)
@@ -140,23 +145,27 @@ class Receiving:
             if arriving is not None and not adopted:
                 arriving.drop()
 
-    async def _reserve(self, held: Held, tokens: int, deadline_s: float) -> Arriving | None:
+    async def _reserve(self, held: Held, tokens: int, known: bytes, deadline_s: float) -> Arriving | None:
         """Blocks as soon as there are enough; None once nobody wants the sequence. Raises: NotTransferred."""
-        reserved = await self._stepper.until(partial(self._allocate, held, tokens), deadline_s)
+        reserved = await self._stepper.until(partial(self._allocate, held, tokens, known), deadline_s)
         if reserved is None:
             raise NotTransferred(f"blocks for {tokens} tokens were not free in time")
+        if reserved is Lack.EVICTED:
+            raise NotTransferred(f"the first {tokens_in(known)} tokens' are here no more")
         return reserved if isinstance(reserved, Arriving) else None
 
-    def _allocate(self, held: Held, tokens: int) -> Arriving | Literal["unwanted"] | None:
+    def _allocate(self, held: Held, tokens: int, known: bytes) -> Arriving | Lack | Literal["unwanted"] | None:
         if not self._sequences.has(held):
             return "unwanted"
         request = held.request
-        return Arriving.reserve(self._engine, self._stepper, request.request_id, request.epoch, tokens)
+        reserved = Arriving.reserve(self._engine, self._stepper, request.request_id, request.epoch, tokens, known)
+        return None if reserved is Lack.NO_ROOM else reserved
 
     def _adopt(self, held: Held, arriving: Arriving) -> bool:
         if not self._sequences.has(held):
             return False
-        self._engine.adopt(held.key, held.asked(park=False), arriving.taken(), self._clock())
+        self._engine.adopt(held.key, held.asked(park=False), arriving.held, self._clock())
+        arriving.leave()
         return True
 
     def _recompute(self, held: Held) -> bool:

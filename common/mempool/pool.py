@@ -141,6 +141,10 @@ class MemPool:
             self.tiers[node.medium].allocator.share(node.blocks)
         return self._addresses_of(path)
 
+    def use(self, tokens: bytes) -> int:
+        """How many blocks ``match`` finds; they count as used."""
+        return sum(len(node.blocks) for node in self._index.use(tokens))
+
     def held_by_others(self, addresses: Sequence[Address]) -> int:
         """How many of them take nothing of ``available_blocks`` when they are held once more."""
         is_idle = self.hbm.allocator.is_idle

@@ -9,6 +9,7 @@ import sys
 from array import array
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -252,6 +253,8 @@ class TakeOver(Message):
     ``kv_tokens`` tokens, without what the ``offers`` before have brought. A receiver that has the first blocks already
     is offered only the rest: the parts begin at block ``first_block``.
     """
+
+    version: ClassVar[int] = 2
 
     request: GenerateTokens
     prefill: str

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from common.messages import cache, chat, cluster, failures, kv_index, video
+from common.messages import cache, chat, cluster, failures, kv_index, mempool, video
 from common.messages.base import Message
 
 Request = TypeVar("Request", bound=Message)
@@ -119,6 +119,9 @@ GENERATE_TOKENS = RequestSubject("triptych.language.{}.generate", chat.GenerateT
 FIND_GENERATION = RequestSubject("triptych.language.{}.find", chat.FindGeneration, chat.GenerationFound)
 OFFER_KV = RequestSubject("triptych.language.{}.offer_kv", chat.OfferKV, failures.Acknowledged)
 TAKE_OVER = RequestSubject("triptych.language.{}.take_over", chat.TakeOver, failures.Acknowledged)
+MATCH_PREFIX = RequestSubject("triptych.language.{}.match", mempool.MatchPrefix, mempool.PrefixMatched)
+SEND_PREFIX = RequestSubject("triptych.language.{}.send", mempool.SendPrefix, mempool.PrefixMatched)
+MOVE_BLOCKS = RequestSubject("triptych.language.{}.move", mempool.MoveBlocks, mempool.BlocksMoved)
 # Heard at most once: what is missed is found out by FIND_GENERATION, or by the next tokens' offset.
 CANCEL_GENERATION = EventSubject("triptych.language.{}.cancel", chat.CancelGeneration)
 TOKENS_GENERATED = EventSubject("triptych.gateway.{}.tokens", chat.TokensGenerated)

@@ -98,7 +98,7 @@ class LanguageDesk:
         async def deliver(step: Step) -> bool:
             nonlocal first
             piece = text.feed(step)
-            self._metrics.generated(piece.tokens)
+            self._metrics.generated(piece.tokens, piece.cached_tokens)
             if first and step.tokens:
                 first = False
                 self._metrics.first_token(time.monotonic() - arrived_s)

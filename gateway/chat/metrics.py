@@ -11,6 +11,9 @@ class LanguageMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._sequences = Counter("triptych_sequences", "Answers by how they ended.", ("outcome",), registry=registry)
         self._prompt_tokens = Counter("triptych_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self._cached_tokens = Counter(
+            "triptych_cached_prompt_tokens", "Tokens whose keys and values were there already.", registry=registry
+        )
         self._tokens = Counter("triptych_generated_tokens", "Tokens of answers.", registry=registry)
         self._reroutes = Counter(
             "triptych_sequence_reroutes", "Sequences that went on elsewhere, by why.", ("why",), registry=registry
@@ -30,8 +33,9 @@ class LanguageMetrics:
     def first_token(self, after_s: float) -> None:
         self._first_token.observe(after_s)
 
-    def generated(self, tokens: int) -> None:
+    def generated(self, tokens: int, cached_tokens: int) -> None:
         self._tokens.inc(tokens)
+        self._cached_tokens.inc(cached_tokens)
 
     def rerouted(self, why: str) -> None:
         self._reroutes.labels(why).inc()

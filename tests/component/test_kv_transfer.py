@@ -323,7 +323,7 @@ async def test_what_came_ahead_is_given_up_if_nothing_follows(nats_server: NatsS
     async with (
         played_prefill(nats_server.url, language_model) as played,
         language_instance(
-            nats_server.url, "decode-0", language_model, DECODE, kv_bytes=8 * BLOCK_BYTES, transfer_s=2.0
+            nats_server.url, "decode-0", language_model, DECODE, kv_bytes=8 * BLOCK_BYTES, transfer_s=6.0
         ) as decode,
     ):
 

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.policies.continuous_batching import (
+    CachedPrefix,
     ContinuousBatching,
     Piece,
     PreemptSequence,
@@ -15,6 +16,8 @@ from common.policies.continuous_batching import (
     StepDue,
     StepFinished,
 )
+from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
+from common.policies.prefill_schedule import PrefillOrder, PrefillSchedule
 
 
 def _pieces(batching: ContinuousBatching, free: int) -> tuple[Piece, ...]:
@@ -76,6 +79,32 @@ def test_a_victim_whose_blocks_are_shared_frees_less_than_it_holds() -> None:
     assert isinstance(itself, PreemptSequence) and itself.sequence == "a"
     assert batching.handle(StepDue(0), 0.0) == []
     assert _pieces(batching, 8)[0] == Piece("a", 0, 49, 4, True)
+
+
+def test_what_is_shared_is_not_computed_and_takes_no_block_that_somebody_holds() -> None:
+    batching = ContinuousBatching(blocks=8, chunk_tokens=64)
+    for name in "abc":
+        batching.handle(SequenceArrived(name, 40, 60), 0.0)
+    # Of five blocks to be had, a takes three. Two of b's are a's, so it takes one; nobody holds the two of c's.
+    cached = {"b": CachedPrefix(32, 2), "c": CachedPrefix(32, 0)}
+    (step,) = batching.handle(StepDue(5, cached), 0.0)
+    assert isinstance(step, RunStep)
+    assert step.pieces == (Piece("a", 0, 40, 3, True), Piece("b", 32, 8, 1, True))
+    batching.handle(StepFinished(), 0.0)
+    (step,) = batching.handle(StepDue(3, {"c": CachedPrefix(32, 0)}), 0.0)
+    assert isinstance(step, RunStep) and step.pieces[-1] == Piece("c", 32, 8, 1, True)
+    assert batching.prompt_tokens == 0
+
+
+def test_who_waits_for_what_another_computes_is_not_overtaken() -> None:
+    batching = ContinuousBatching(blocks=20, chunk_tokens=64)
+    for name in "abc":
+        batching.handle(SequenceArrived(name, 40, 60), 0.0)
+    (step,) = batching.handle(StepDue(20, {"b": CachedPrefix(awaited=True)}), 0.0)
+    assert isinstance(step, RunStep) and [piece.sequence for piece in step.pieces] == ["a"]
+    batching.handle(StepFinished(), 0.0)
+    (step,) = batching.handle(StepDue(17, {"b": CachedPrefix(32, 2)}), 0.0)
+    assert isinstance(step, RunStep) and [piece.sequence for piece in step.pieces] == ["a", "b", "c"]
 
 
 def test_what_can_never_fit_is_refused() -> None:
@@ -153,3 +182,56 @@ def test_everything_is_computed_once_in_order_and_comes_to_its_end(
             del held[name], computed[name], tokens[name]
         batching.handle(StepFinished(frozenset(ended)), 0.0)
     raise AssertionError("not at the end after 5000 steps")
+
+
+def _step(batching: ContinuousBatching, free: int, *ended: str) -> list[tuple[str, int]]:
+    """One step's pieces by name and number of tokens; those of ``ended`` end with it."""
+    pieces = _pieces(batching, free)
+    batching.handle(StepFinished(frozenset(ended)), 0.0)
+    return [(piece.sequence, piece.count) for piece in pieces]
+
+
+def test_the_schedule_gives_the_order_of_prompts_and_a_short_one_goes_between_two_chunks() -> None:
+    batching = ContinuousBatching(1000, chunk_tokens=100, schedule=PrefillSchedule(PrefillOrder.SRF))
+    batching.handle(SequenceArrived("long", 250, 300), 0.0)
+    assert _step(batching, 1000) == [("long", 100)]
+    batching.handle(SequenceArrived("short", 30, 40), 0.0)
+    assert batching.prompt_tokens == 180
+    assert _step(batching, 900) == [("short", 30), ("long", 70)]
+    assert _step(batching, 900) == [("short", 1), ("long", 80)]
+    assert batching.prompt_tokens == 0
+
+
+def test_one_prompt_alone_is_not_sliced_where_that_is_wanted() -> None:
+    batching = ContinuousBatching(1000, chunk_tokens=100, alone_tokens=400)
+    batching.handle(SequenceArrived("a", 250, 300), 0.0)
+    assert _step(batching, 1000, "a") == [("a", 250)]
+    for name in "bc":
+        batching.handle(SequenceArrived(name, 250, 300), 0.0)
+    assert _step(batching, 1000) == [("b", 100)]
+
+
+def test_who_is_refused_lets_those_go_on_that_hold_blocks() -> None:
+    """The short one comes first but has no room; the long one, half computed, is not held up by that."""
+    batching = ContinuousBatching(20, chunk_tokens=100, schedule=PrefillSchedule(PrefillOrder.SRF))
+    batching.handle(SequenceArrived("long", 250, 251), 0.0)
+    assert _step(batching, 20) == [("long", 100)]
+    batching.handle(SequenceArrived("short", 70, 80), 0.0)
+    assert _step(batching, 4) == [("long", 100)]
+    assert _step(batching, 4, "long") == [("long", 50)]
+    assert _step(batching, 20) == [("short", 70)]
+
+
+def test_admission_goes_by_what_sequences_are_predicted_to_come_to() -> None:
+    admission = DecodeAdmission(AdmissionRule.RESERVE_STATIC, VictimRule.LONGEST_REMAINING)
+    batching = ContinuousBatching(20, admission=admission)
+    batching.handle(SequenceArrived("a", 33, 300, computed=32, expected_tokens=160), 0.0)
+    batching.handle(SequenceArrived("b", 33, 300, computed=32, expected_tokens=320), 0.0)
+    assert _step(batching, 20) == [("a", 1)]  # b would come to 20 blocks, 17 are free
+    assert _step(batching, 17) == [("a", 1)]
+    batching.handle(SequenceArrived("c", 16, 20, expected_tokens=17), 0.0)
+    batching.handle(SequenceLeft("b"), 0.0)
+    assert _step(batching, 17) == [("a", 1), ("c", 16)]
+    # Both need a block at some time; of them a has more to come.
+    (preempt,) = batching.handle(StepDue(0), 0.0)
+    assert isinstance(preempt, PreemptSequence) and preempt.sequence == "a" and "124 tokens" in preempt.reason

@@ -1,16 +1,23 @@
 """The simulator's parts for language: virtual time, links that are shared, engines that keep their books."""
 
+from dataclasses import replace
+
 import pytest
 
 from common.messages.cluster import LanguageRole
 from common.policies.continuous_batching import ContinuousBatching
+from common.policies.length_prediction import LengthBuckets
+from loadgen.simulator.language.arms import fluid, tetriinfer
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.cluster import FUSED, Cluster
 from loadgen.simulator.language.cost import OPT_13B_2_V100, StepWork
+from loadgen.simulator.language.history import Histories
 from loadgen.simulator.language.instance import Instance
 from loadgen.simulator.language.link import LinkKind, Network
+from loadgen.simulator.language.predictors import NoisyOracle, Oracle, PredictorTax
 from loadgen.simulator.language.requests import ChatRequest
 from loadgen.simulator.language.router import LeastLoad
+from loadgen.simulator.language.setups import CHUNK_OVERHEAD_S, build
 
 SPLIT = ((LanguageRole.PREFILL,), (LanguageRole.DECODE,))
 
@@ -82,3 +89,57 @@ def test_everything_ends_and_all_memory_is_free(roles: tuple[tuple[LanguageRole,
     assert all(one.request.arrival_s < one.first_token_s <= one.end_s < float("inf") for one in progress.values())
     assert all(one.idle and one.free_blocks == OPT_13B_2_V100.blocks for one in cluster.instances.values())
     assert sum(one.preempted for one in progress.values()) > 0 or roles != SPLIT
+
+
+def test_a_history_keeps_the_latest_and_matches_from_the_first_block_on() -> None:
+    histories = Histories(blocks=4, block_tokens=16)
+    histories.add("a")
+    first = ChatRequest("first", 0.0, 50, 30, (1, 2, 3), (4, 5))
+    histories.prefilled(first, "a")
+    again = ChatRequest("again", 1.0, 48, 5, (1, 2, 3))
+    assert histories.tokens_at(again) == {"a": 47}  # the last token is always computed
+    assert histories.tokens_at(ChatRequest("longer", 1.0, 80, 5, (1, 2, 9))) == {"a": 32}
+    histories.ended(first, "a")  # five blocks, of which the first goes
+    assert histories.tokens_at(again) == {} and histories.tokens_at(ChatRequest("none", 0.0, 40, 5)) == {}
+
+
+def test_a_prefix_is_computed_once_and_travels_once() -> None:
+    """The second turn's prompt begins with the first one's and its answer."""
+    requests = [
+        ChatRequest("one", 0.0, 160, 33, tuple(range(10)), (10, 11)),
+        ChatRequest("two", 30.0, 200, 5, tuple(range(12)), ()),
+    ]
+    built = build(replace(fluid(1), name="alone"), requests, 0)
+    progress = built.cluster.run(requests)
+    assert [one.cached_tokens for one in progress.values()] == [0, 192]
+    (instance,) = built.cluster.instances.values()
+    assert instance.computed_prompt_tokens == 160 + 8
+
+
+def test_what_is_padded_costs_a_whole_chunk() -> None:
+    requests = [ChatRequest("a", 0.0, 100, 2)]
+    built = build(replace(tetriinfer("t", 1, 1), taxed=False), requests, 0)
+    progress = built.cluster.run(requests)["a"]
+    assert progress.ttft_s == pytest.approx(OPT_13B_2_V100.cost.step_s(StepWork(512, 0, 0, 0)) + CHUNK_OVERHEAD_S)
+    assert built.cluster.instances["language-0"].padding_tokens == 412
+
+
+def test_a_predictor_beside_the_model_makes_it_slower_while_it_runs() -> None:
+    tax = PredictorTax(token_s=0.001, slower=1.5)
+    assert tax.predict(300, 1.0) == pytest.approx(1.3) and tax.predict(300, 1.1) == pytest.approx(1.6)
+    assert tax.slowed(1.0, 0.2) == pytest.approx(0.3)  # all of it beside the predictor
+    assert tax.slowed(1.3, 1.0) == pytest.approx(0.3 + 0.8)  # 0.3 s of it, in which a third less is done
+    assert tax.slowed(2.0, 1.0) == 1.0
+
+
+def test_a_noisy_oracle_is_right_as_often_as_it_says_and_never_far_off() -> None:
+    buckets = LengthBuckets(200, 11)
+    requests = [ChatRequest(str(number), 0.0, 10, 1 + 7 * number % 2000) for number in range(4000)]
+    noisy = NoisyOracle(buckets, 0.749, seed=1)
+    noisy.prepare([request.name for request in requests])
+    off = [noisy.predict(one).low // 200 - buckets.bucket(one.answer_tokens) for one in requests]
+    assert off.count(0) / len(off) == pytest.approx(0.749, abs=0.02)
+    assert off.count(1) / len(off) == pytest.approx(off.count(-1) / len(off), abs=0.03)
+    assert [noisy.predict(one) for one in requests[:9]] == [noisy.predict(one) for one in requests[:9]]
+    exact = Oracle(buckets, exact=True).predict(requests[5])
+    assert (exact.low, exact.high) == (36, 37)

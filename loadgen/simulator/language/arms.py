@@ -102,8 +102,8 @@ def steady_arms(instances: int) -> dict[str, Setup]:
     )
 
 
-def chosen(arms: dict[str, Setup], names: list[str] | None) -> list[Setup]:
-    """Those with these names; None: all.
+def check(names: list[str] | None, arms: dict[str, Setup]) -> None:
+    """Whether there are clusters of these names.
 
     Raises:
         UnknownArm: says which there are.
@@ -111,6 +111,10 @@ def chosen(arms: dict[str, Setup], names: list[str] | None) -> list[Setup]:
     for name in names or ():
         if name not in arms:
             raise UnknownArm(f"no cluster is called {name!r}; there are: {', '.join(arms)}")
+
+
+def chosen(arms: dict[str, Setup], names: list[str] | None) -> list[Setup]:
+    """Those of these names that are among them; None: all."""
     return [setup for name, setup in arms.items() if names is None or name in names]
 
 

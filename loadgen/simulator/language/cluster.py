@@ -7,6 +7,7 @@ from common.messages.cluster import LanguageRole
 from common.policies.length_prediction import LengthRange
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.control import ControlPlane
+from loadgen.simulator.language.history import Histories
 from loadgen.simulator.language.instance import Instance
 from loadgen.simulator.language.link import Network
 from loadgen.simulator.language.predictors import Predictor, PredictorTax
@@ -32,6 +33,7 @@ class Cluster:
     Args:
         predictor: says how long answers will be; None: nobody does.
         taxes: the predictor's load on each prefill instance, by name; what is not named has none.
+        histories: what instances keep of what they have computed; None: nothing.
         expects_middle: admission goes by the middle of a predicted range; TetriInfer's by the lower end (5.2.3).
     """
 
@@ -43,10 +45,12 @@ class Cluster:
         predictor: Predictor | None = None,
         taxes: Mapping[str, PredictorTax] | None = None,
         expects_middle: bool = False,
+        histories: Histories | None = None,
     ) -> None:
         self.progress: dict[str, Progress] = {}
         self.instances: dict[str, Instance] = {}
         self.control: ControlPlane | None = None
+        self.histories = histories or Histories(0, 1)
         self._clock = clock
         self._router = router
         self._network = network
@@ -59,6 +63,7 @@ class Cluster:
     def add(self, instance: Instance, roles: tuple[LanguageRole, ...]) -> None:
         """With a control plane every instance has exactly one role."""
         self.instances[instance.name] = instance
+        self.histories.add(instance.name)
         if self.control is not None:
             (role,) = roles
             self.control.add(instance, role)
@@ -76,7 +81,7 @@ class Cluster:
         """A request comes now."""
         self._keep_ticking()
         predicted = self._predictor.predict(request) if self._predictor is not None else None
-        route = self._router.route(request, predicted)
+        route = self._router.route(request, predicted, self.histories.tokens_at(request))
         self.progress[request.name] = Progress(request, prefilled_by=route.prefill, cached_tokens=route.cached_tokens)
         tax = self._taxes.get(route.prefill)
         predicted_s = tax.predict(request.prompt_tokens, self._clock.now_s) if tax is not None else self._clock.now_s
@@ -101,6 +106,7 @@ class Cluster:
     def prefilled(self, request: ChatRequest, instance: Instance) -> None:
         self.progress[request.name].first_token_s = self._clock.now_s
         self._router.prefilled(request)
+        self.histories.prefilled(request, instance.name)
         underway = self._underway[request.name]
         underway.prefilled = True
         self._send(underway)
@@ -111,6 +117,7 @@ class Cluster:
         progress.decoded_by = instance.name
         del self._underway[request.name]
         self._router.ended(request)
+        self.histories.ended(request, instance.name)
         if self._predictor is not None:
             self._predictor.observe(request)
         if self.control is not None:
@@ -138,7 +145,8 @@ class Cluster:
         if request.answer_tokens == 1 or target is None:
             return  # it ends with its first token, or its decode instance is yet to be chosen
         if target != source:
-            size = request.prompt_tokens * self.instances[source].machine.kv_token_bytes
+            missing = request.prompt_tokens - self.histories.tokens_at(request).get(target, 0)
+            size = missing * self.instances[source].machine.kv_token_bytes
             self._network.send(source, target, size, 1, lambda: self._arrived(underway, target))
         elif self.control is not None:
             self.instances[source].keep(request, self._expected(underway))

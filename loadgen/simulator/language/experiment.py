@@ -1,67 +1,58 @@
 """The experiment of ``loadgen sim --experiment tetriinfer``, and traces under the same clusters.
 
-Points, by the paper's sections: ``interference`` (2.2), ``prefill`` (5.2.1), ``burst`` (5.1), ``dispatch`` and
-``reserve`` (5.2.3), and two that the paper has not: ``steady`` (its classes as Poisson processes on several instances)
-and ``flip`` (a load that turns from decode to prefill).
+See ``loadgen/simulator/language/points.py`` for what is run.
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 
-from common.policies.decode_admission import AdmissionRule
-from common.policies.flip import IdleFlip, QueueFlip
-from common.policies.prefill_schedule import PrefillOrder
 from loadgen.arrivals import FloatArray
-from loadgen.simulator.language.arms import burst_arms, chosen, coupled, fluid, steady_arms, tetriinfer
+from loadgen.simulator.language.arms import burst_arms, check, chosen, steady_arms
 from loadgen.simulator.language.cost import COST, OPT_13B_2_V100
-from loadgen.simulator.language.decode_only import RULES, decode_all
+from loadgen.simulator.language.decode_only import decode_all
 from loadgen.simulator.language.interference import series
 from loadgen.simulator.language.link import NVLINK, ROCE
+from loadgen.simulator.language.points import (
+    STEADY_INSTANCES,
+    Task,
+    burst,
+    dispatch,
+    flip,
+    prefill,
+    reserve,
+    steady,
+)
 from loadgen.simulator.language.requests import ChatRequest, Progress
-from loadgen.simulator.language.setups import Setup, build
-from loadgen.simulator.language.workloads import CLASSES, MIXED, SHAREGPT, class_requests, dispatch_requests, turning
+from loadgen.simulator.language.setups import build
 from loadgen.simulator.outcome import summary
 
-POINTS = ("interference", "prefill", "burst", "dispatch", "reserve", "steady", "flip")
 GPUS_PER_INSTANCE = 2
-STEADY_INSTANCES = 4
-# Requests a second for each class on four instances: between half and nine tenths of what the best cluster carries.
-STEADY_RATES = {"LPLD": (8.0, 14.0), "LPHD": (1.5, 3.0), "HPLD": (4.0, 7.0), "HPHD": (1.5, 2.5), "Mixed": (3.0, 5.0)}
 _LEVELS = tuple(range(0, 101, 2))
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One cluster at one point with one seed's requests; ``run`` makes them and says what came of it."""
-
-    point: str
-    of: str  # the class of requests, or what else tells one place of a point from another
-    setup: Setup
-    seed: int
-    requests: tuple[ChatRequest, ...]
-    rate: float | None = None
-    decode_only: bool = False
 
 
 def run_tetriinfer(
     policies: list[str] | None, seeds: int, points: Sequence[str], instances: int | None, workers: int, quick: bool
 ) -> dict[str, Any]:
-    """The experiment's part of the JSON; how far it is goes to standard error."""
-    steady = instances or STEADY_INSTANCES
+    """The experiment's part of the JSON; how far it is goes to standard error.
+
+    Raises:
+        UnknownArm: says which clusters there are.
+    """
+    of_steady = instances or STEADY_INSTANCES
+    check(policies, burst_arms() | steady_arms(of_steady))
     makers: dict[str, Callable[[], Iterator[Task]]] = {
-        "prefill": lambda: _prefill(seeds),
-        "burst": lambda: _burst(policies, seeds),
-        "dispatch": lambda: _dispatch(seeds),
-        "reserve": lambda: _reserve(min(seeds, 5)),
-        "steady": lambda: _steady(policies, min(seeds, 5), steady, quick),
-        "flip": lambda: _flip(policies, min(seeds, 5)),
+        "prefill": lambda: prefill(seeds),
+        "burst": lambda: burst(policies, seeds),
+        "dispatch": lambda: dispatch(seeds),
+        "reserve": lambda: reserve(min(seeds, 5)),
+        "steady": lambda: steady(policies, min(seeds, 5), of_steady, quick),
+        "flip": lambda: flip(min(seeds, 5)),
     }
     tasks = [task for point in points if point in makers for task in makers[point]()]
     started_s = time.perf_counter()
@@ -86,84 +77,16 @@ def run_tetriinfer(
 def run_trace(
     requests: Sequence[ChatRequest], policies: list[str] | None, instances: int, workers: int
 ) -> list[dict[str, Any]]:
-    """A trace's requests, as they came, under each cluster."""
+    """A trace's requests, as they came, under each cluster.
+
+    Raises:
+        UnknownArm: says which clusters there are.
+    """
     span_s = requests[-1].arrival_s - requests[0].arrival_s
     rate = len(requests) / span_s if span_s else None
+    check(policies, steady_arms(instances))
     arms = chosen(steady_arms(instances), policies)
     return _run_all([Task("trace", "trace", setup, 0, tuple(requests), rate) for setup in arms], workers)
-
-
-# --- points ------------------------------------------------------------------------------------------------------
-
-
-def _burst(policies: list[str] | None, seeds: int) -> Iterator[Task]:
-    for of in CLASSES.values():
-        for setup in chosen(burst_arms(), policies):
-            for seed in range(seeds):
-                yield Task("burst", of.name, setup, seed, tuple(class_requests(of, seed)))
-
-
-def _prefill(seeds: int) -> Iterator[Task]:
-    """Figure 16: orders and batches without a predictor's load, and the coupled engine beside them."""
-    plain = replace(tetriinfer("", 1, 1), taxed=False)
-    setups = [coupled("coupled-16", 1, 16), replace(plain, name="fcfs", order=PrefillOrder.FCFS)]
-    for order in (PrefillOrder.SJF, PrefillOrder.LJF):
-        for batch in (16, 32, 64, 128):
-            setups.append(replace(plain, name=f"{order.value}-{batch}", order=order, batch=batch))
-    setups.append(replace(plain, name="srf", order=PrefillOrder.SRF))
-    taxed = replace(plain, name="fcfs, predictor beside it", order=PrefillOrder.FCFS, taxed=True)
-    for setup in (*setups, taxed):
-        for seed in range(seeds):
-            yield Task("prefill", "Mixed", setup, seed, tuple(class_requests(MIXED, seed)))
-
-
-def _dispatch(seeds: int) -> Iterator[Task]:
-    """Figure 19: 32 heavy ones in all, 32 requests for each decode instance."""
-    for instances in (2, 4, 8):
-        for rule in RULES:
-            setup = Setup(rule.value, decode=instances, dispatch=rule, granularity=129, accuracy=1.0)
-            for seed in range(seeds):
-                requests = dispatch_requests(instances, seed)
-                yield Task("dispatch", f"{instances} instances", setup, seed, tuple(requests), decode_only=True)
-
-
-def _reserve(seeds: int) -> Iterator[Task]:
-    """Figure 18: admission under memory pressure."""
-    greedy = Setup("greedy", decode=1, past_tokens=50)
-    setups = [greedy]
-    for rule in (AdmissionRule.RESERVE_DYNAMIC, AdmissionRule.RESERVE_STATIC):
-        for accuracy in (0.749, 1.0):
-            setups.append(replace(greedy, name=f"{rule.value}, {accuracy:.1%}", admission=rule, accuracy=accuracy))
-    for setup in setups:
-        for seed in range(seeds):
-            yield Task("reserve", "ShareGPT", setup, seed, tuple(class_requests(SHAREGPT, seed)), decode_only=True)
-
-
-def _steady(policies: list[str] | None, seeds: int, instances: int, quick: bool) -> Iterator[Task]:
-    arms = chosen(steady_arms(instances), policies)
-    for name, rates in STEADY_RATES.items():
-        for rate in rates[:1] if quick else rates:
-            at = rate * instances / STEADY_INSTANCES
-            for setup in arms:
-                for seed in range(seeds):
-                    requests = class_requests(CLASSES[name], seed, 100 if quick else 400, at)
-                    yield Task("steady", name, setup, seed, tuple(requests), at)
-
-
-def _flip(policies: list[str] | None, seeds: int) -> Iterator[Task]:
-    """Four instances; long answers first, then long prompts: the roles that fit one do not fit the other."""
-    even = tetriinfer("no flip", 2, 2)
-    arms = {
-        setup.name: setup
-        for setup in (
-            even,
-            replace(even, name="idle flip", flips=IdleFlip),
-            replace(even, name="queue flip", flips=QueueFlip),
-        )
-    } | {"fluid": fluid(4)}
-    for setup in arms.values():
-        for seed in range(seeds):
-            yield Task("flip", "LPHD, then HPLD", setup, seed, tuple(turning(seed)))
 
 
 # --- runs --------------------------------------------------------------------------------------------------------
@@ -226,6 +149,7 @@ def _decode_only(task: Task) -> dict[str, Any]:
 
 
 def _where(task: Task, instances: int) -> dict[str, Any]:
+    """What the run is of."""
     return {
         "policy": task.setup.name,
         "point": task.point,

@@ -10,6 +10,7 @@ class ChatRequest:
     Attributes:
         answer_tokens: how many will be generated; only oracles look at it before the end.
         prompt_blocks: one id for every full block of the prompt; requests whose ids begin alike share that prefix.
+        answer_blocks: those that the answer fills beyond them.
     """
 
     name: str
@@ -17,6 +18,7 @@ class ChatRequest:
     prompt_tokens: int
     answer_tokens: int
     prompt_blocks: tuple[int, ...] = ()
+    answer_blocks: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

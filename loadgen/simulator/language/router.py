@@ -1,6 +1,6 @@
 """Where a request is computed. A router hears what the live scheduler hears, and nothing else."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,8 +42,13 @@ class Router(Protocol):
     def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
         """From now on the instance takes new requests for these; none: it takes none."""
 
-    def route(self, request: ChatRequest, predicted: LengthRange | None = None) -> Route:
-        """A request has come; ``predicted``: how long its answer will be, where somebody predicts."""
+    def route(self, request: ChatRequest, predicted: LengthRange | None, held: Mapping[str, int]) -> Route:
+        """A request has come.
+
+        Args:
+            predicted: how long its answer will be; None: nobody predicts.
+            held: how many of its prompt's tokens an instance has already; 0 where it is not named.
+        """
 
     def prefilled(self, request: ChatRequest) -> None:
         """Its first token is there."""
@@ -62,12 +67,12 @@ class LeastLoad:
     def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
         self._tell(InstanceJoined(instance, tuple(roles)))
 
-    def route(self, request: ChatRequest, predicted: LengthRange | None = None) -> Route:
+    def route(self, request: ChatRequest, predicted: LengthRange | None, held: Mapping[str, int]) -> Route:
         # What the live scheduler knows of the answer is the most that was asked for; here that is the answer itself.
         arrived = ChatArrived(request.name, _GATEWAY, request.arrival_s, request.prompt_tokens, request.answer_tokens)
         (routed,) = self._tell(arrived)
         self._epochs[request.name] = routed.epoch
-        return Route(routed.prefill, routed.decode)
+        return Route(routed.prefill, routed.decode, held.get(routed.prefill, 0))
 
     def prefilled(self, request: ChatRequest) -> None:
         self._tell(ChatPrefilled(request.name, self._epochs[request.name]))
@@ -89,10 +94,10 @@ class FluidRoles:
     def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
         self._policy.handle(Joined(instance) if roles else Left(instance), self._clock.now_s)
 
-    def route(self, request: ChatRequest, predicted: LengthRange | None = None) -> Route:
+    def route(self, request: ChatRequest, predicted: LengthRange | None, held: Mapping[str, int]) -> Route:
         if predicted is None:
             raise ValueError("delays follow from predicted lengths: give the cluster a predictor")
-        came = SequenceCame(request.name, request.prompt_tokens, predicted)
+        came = SequenceCame(request.name, request.prompt_tokens, predicted, held)
         (chosen,) = self._policy.handle(came, self._clock.now_s)
         return Route(chosen.prefill, chosen.decode, chosen.cached_tokens)
 

@@ -16,6 +16,7 @@ from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.cluster import FUSED, Cluster
 from loadgen.simulator.language.control import ControlPlane
 from loadgen.simulator.language.cost import OPT_13B_2_V100, Machine, StepWork
+from loadgen.simulator.language.history import Histories
 from loadgen.simulator.language.instance import Instance
 from loadgen.simulator.language.link import NVLINK, LinkKind, Network
 from loadgen.simulator.language.predictors import Histogram, NoisyOracle, Oracle, Predictor, PredictorTax
@@ -24,6 +25,8 @@ from loadgen.simulator.language.router import FluidRoles, LeastLoad, Router
 
 _DRAWS = 21
 CHUNK_TOKENS = 512  # where prefill saturates OPT-13B on two V100s (brief, section 5.1)
+# In host memory, 128 GB at OPT-13B's size; nothing is shared in the paper's own workloads.
+HISTORY_TOKENS = 160_000
 # A chunk of 512 takes 144 ms by figure 2; the steps in figures 11 to 16 are 150 to 155 ms apart.
 CHUNK_OVERHEAD_S = 0.008
 
@@ -98,7 +101,8 @@ def build(
     names = [f"language-{number}" for number in range(setup.instances)]
     taxes = {name: PredictorTax() for name in names} if setup.taxed else {}
     router = router or (FluidRoles(clock, _delays(setup, machine, network)) if setup.fluid else LeastLoad())
-    cluster = Cluster(clock, router, network, predictor, taxes, setup.fluid)
+    histories = Histories(HISTORY_TOKENS // machine.block_tokens, machine.block_tokens)
+    cluster = Cluster(clock, router, network, predictor, taxes, setup.fluid, histories)
     if setup.prefill:
         cluster.control = ControlPlane(
             clock,
@@ -112,6 +116,7 @@ def build(
             cluster.chosen,
             generator(seed, _DRAWS),
             setup.flips() if setup.flips is not None else None,
+            histories,
         )
     roles: list[tuple[LanguageRole, ...]] = [
         *[FUSED] * setup.fused,

@@ -70,6 +70,27 @@ def class_requests(
     return _requests(arrivals, prompts, answers)
 
 
+def turns(seed: int, conversations: int, rate: float, length: int = 4, apart_s: float = 30.0) -> list[ChatRequest]:
+    """Conversations that begin ``rate`` times a second; each turn's prompt is all that was said and a new question.
+
+    The first prompt has 200 to 800 tokens, a question 20 to 100 and an answer 50 to 250; turns are ``apart_s`` apart.
+    """
+    chance = generator(seed, 12)
+    requests = []
+    for number, start_s in enumerate(poisson(rate, conversations, seed).tolist()):
+        said = 0
+        for turn in range(length):
+            prompt = said + int(chance.integers(200, 801) if turn == 0 else chance.integers(20, 101))
+            answer = int(chance.integers(50, 251))
+            said = prompt + answer
+            ids = range(number * 1000, number * 1000 + said // 16)
+            asked = prompt // 16
+            arrival_s = start_s + turn * apart_s
+            name = f"chat-{number:05d}-{turn}"
+            requests.append(ChatRequest(name, arrival_s, prompt, answer, tuple(ids[:asked]), tuple(ids[asked:])))
+    return sorted(requests, key=lambda request: request.arrival_s)
+
+
 def dispatch_requests(instances: int, seed: int) -> list[ChatRequest]:
     """For figure 19: 32 heavy decodes in all and light ones up to 32 for each instance, in any order.
 

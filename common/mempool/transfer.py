@@ -1,0 +1,309 @@
+"""Moving blocks to another instance's pool: ``transfer`` and ``transfer_with_insert`` (MemServe, sections 3.3 and 6).
+
+The receiver allocates, fetches the bytes from where they lie, and only then, if asked to, inserts: nobody finds what is
+half written. Whatever goes wrong, by a deadline both ends have let go of the blocks, so that a peer that died costs no
+memory. Ours: bytes are fetched, not sent, so the protocol's three steps are one message and its answer; and an
+insertion whose beginning the receiver lacks is refused.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from enum import Flag, auto
+from functools import partial
+from itertools import groupby
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from common.bus.errors import Refusal
+from common.bus.port import Bus
+from common.mempool.address import BLOCK_TOKENS, KEY_BYTES, Address, Medium, MemoryType
+from common.mempool.allocator import Access, WrongBlock
+from common.mempool.checksum import checksum
+from common.mempool.pool import MemPool
+from common.messages.failures import Failure, Stage
+from common.messages.mempool import BlockAddress, BlocksMoved, MoveBlocks
+from common.messages.subjects import MOVE_BLOCKS
+from common.messages.tensors import TensorRef
+from common.tensors.errors import TensorError
+from common.tensors.port import Tensors
+
+R = TypeVar("R")
+
+# The receiver gives up first, so that it never reads from blocks that are in use again.
+MARGIN_S = 2.0
+
+
+class Between(Protocol):
+    """Does work on the pool when nothing else does, and returns or raises what came of it."""
+
+    def __call__(self, work: Callable[[], R], /) -> Awaitable[R]: ...
+
+
+class TransferFlags(Flag):
+    """``DRAM``: to the receiver's host memory. ``CHECK``: compare checksums."""
+
+    NONE = 0
+    DRAM = auto()
+    CHECK = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where blocks go: after ``before``, held too. ``accesses`` keep what is written to from being given out."""
+
+    before: list[Address]
+    addresses: list[Address]
+    accesses: list[tuple[Medium, Access]]
+    own: bool
+
+
+class BlockTransfer:
+    """One instance's end, of either direction.
+
+    Args:
+        deadline_s: how long the receiver may take.
+        take: is given what comes without tokens, between two steps: ``private`` and the blocks, which are its own from
+            then on. None: such transfers are refused.
+    """
+
+    def __init__(
+        self,
+        memory: MemPool,
+        bus: Bus,
+        tensors: Tensors,
+        between: Between,
+        deadline_s: float,
+        take: Callable[[bytes, list[Address]], None] | None = None,
+    ) -> None:
+        self._memory = memory
+        self._bus = bus
+        self._tensors = tensors
+        self._between = between
+        self._deadline_s = deadline_s
+        self._take = take
+        self.sent_bytes = 0
+
+    # --- the sender ----------------------------------------------------------------------------------------------
+
+    async def transfer(
+        self,
+        instance: str,
+        source: Sequence[Address],
+        destination: Sequence[Address] = (),
+        flags: TransferFlags = TransferFlags.NONE,
+        private: bytes = b"",
+    ) -> list[Address]:
+        """Copy blocks to another instance, whose engine gets them with ``private``.
+
+        Args:
+            source: held by the caller until this returns.
+            destination: held there for this transfer; without it the receiver allocates.
+
+        Returns:
+            Where they are there.
+
+        Raises:
+            BusError, TensorError: they are not there, as far as is known.
+        """
+        message = self._message(destination, flags, private)
+        return await self._send(instance, source, flags, message)
+
+    async def transfer_with_insert(
+        self,
+        instance: str,
+        tokens: bytes,
+        source: Sequence[Address],
+        destination: Sequence[Address] = (),
+        flags: TransferFlags = TransferFlags.NONE,
+        private: bytes = b"",
+    ) -> list[Address]:
+        """Copy the last blocks of ``tokens`` (packed, whole blocks), and have the receiver's index find all of them.
+
+        See ``transfer``. Nothing is copied, and nothing returned, where all of them are there already.
+        """
+        message = self._message(destination, flags, private).model_copy(
+            update={"tokens": tokens, "first_block": len(tokens) // KEY_BYTES - len(source)}
+        )
+        return await self._send(instance, source, flags, message)
+
+    def _message(self, destination: Sequence[Address], flags: TransferFlags, private: bytes) -> MoveBlocks:
+        return MoveBlocks(
+            source=self._memory.instance,
+            block_tokens=BLOCK_TOKENS,
+            kv=(),
+            into=_described(destination),
+            dram=TransferFlags.DRAM in flags,
+            private=private,
+        )
+
+    async def _send(
+        self, instance: str, source: Sequence[Address], flags: TransferFlags, message: MoveBlocks
+    ) -> list[Address]:
+        runs = [
+            self._memory.tiers[medium].memory[first : first + count]
+            for medium, group in groupby(source, key=lambda address: address.medium)
+            for first, count in _runs([address.block for address in group])
+        ]
+        value = await asyncio.to_thread(checksum, runs) if TransferFlags.CHECK in flags else None
+        wait_s = self._deadline_s + MARGIN_S
+        refs: list[TensorRef] = []
+        try:
+            for run in runs:
+                refs.append(self._tensors.export(run, lease_s=wait_s))
+            message = message.model_copy(update={"kv": tuple(refs), "checksum": value})
+            moved = await self._bus.request(MOVE_BLOCKS, message, instance, deadline_s=wait_s)
+        finally:
+            for ref in refs:
+                await self._tensors.release(ref)
+        if moved.addresses:
+            self.sent_bytes += sum(ref.size_bytes for ref in refs)
+        return _addresses(instance, moved.addresses)
+
+    # --- the receiver --------------------------------------------------------------------------------------------
+
+    async def receive(self, message: MoveBlocks) -> BlocksMoved:
+        """Answer a transfer.
+
+        Raises:
+            Refusal: ``no_parent``, ``no_space``, ``not_wanted``, or they did not come whole.
+        """
+        place = await self._between(partial(self._place, message))
+        if place is None:
+            return BlocksMoved()
+        done = False
+        try:
+            await self._fetch(message, place.addresses)
+            addresses = await self._between(partial(self._settle, message, place))
+            done = True
+            return BlocksMoved(addresses=_described(addresses))
+        except (TensorError, ValueError) as error:
+            raise _refusal("not_moved", str(error)) from error
+        finally:
+            if not done:
+                await self._between(partial(self._give_up, place))
+
+    def _place(self, message: MoveBlocks) -> _Place | None:
+        blocks = sum(ref.shape[0] for ref in message.kv)
+        shape = tuple(self._memory.hbm.memory.shape[1:])
+        if message.block_tokens != BLOCK_TOKENS or any(tuple(ref.shape[1:]) != shape for ref in message.kv):
+            raise _refusal("not_wanted", f"blocks here have {BLOCK_TOKENS} tokens and the shape {shape}")
+        before: list[Address] = []
+        if message.tokens:
+            if (message.first_block + blocks) * KEY_BYTES != len(message.tokens):
+                raise _refusal("not_wanted", f"{blocks} blocks from {message.first_block} on are not all of the rest")
+            known = len(self._memory.match(message.tokens))
+            if known == len(message.tokens) // KEY_BYTES:
+                return None
+            if known < message.first_block:
+                raise _refusal("no_parent", f"{known} of {message.first_block} blocks are here")
+            before = self._beginning(message)
+        elif self._take is None:
+            raise _refusal("not_wanted", "blocks without tokens are for nobody here")
+        addresses = self._destination(message, blocks)
+        if addresses is None:
+            self._memory.free_mem(before)
+            raise _refusal("no_space", f"{blocks} blocks are not to be had")
+        accesses = []
+        for medium, group in groupby(addresses, key=lambda address: address.medium):
+            books = self._memory.tiers[medium].allocator
+            accesses.append((medium, books.begin_access([address.block for address in group])))
+        return _Place(before, addresses, accesses, own=not message.into)
+
+    def _beginning(self, message: MoveBlocks) -> list[Address]:
+        """What comes before the blocks, held; and no colder than they will be. Raises: Refusal."""
+        before = self._memory.match(message.tokens[: message.first_block * KEY_BYTES], hold=True)
+        coldest = Medium.DRAM if message.dram else Medium.HBM
+        if all(address.medium <= coldest for address in before):
+            return before
+        warm = self._memory.swap_in(before)
+        if warm is None:
+            self._memory.free_mem(before)
+            raise _refusal("no_space", f"{len(before)} blocks cannot be brought to where these are to follow")
+        return warm
+
+    def _destination(self, message: MoveBlocks, blocks: int) -> list[Address] | None:
+        if not message.into:
+            return self._memory.alloc_mem(blocks, MemoryType.DRAM_ONLY if message.dram else MemoryType.HBM_ONLY)
+        try:
+            given = _addresses(self._memory.instance, message.into)
+        except WrongBlock as error:
+            raise _refusal("not_wanted", str(error)) from error
+        if len(given) != blocks:
+            raise _refusal("not_wanted", f"{len(given)} addresses are given for {blocks} blocks")
+        for address in given:
+            tier = self._memory.tiers.get(address.medium)
+            if tier is None or not tier.allocator.is_current(address.block, address.epoch):
+                raise _refusal("not_wanted", f"{address} is not given out any more")
+        return given
+
+    async def _fetch(self, message: MoveBlocks, addresses: Sequence[Address]) -> None:
+        """Raises: TensorError: they did not come; ValueError: they came damaged."""
+        clock = asyncio.get_running_loop().time
+        end_s = clock() + self._deadline_s
+        place = 0
+        for ref in message.kv:
+            own = addresses[place : place + ref.shape[0]]
+            place += len(own)
+            memory = self._memory.tiers[own[0].medium].memory
+            blocks = [address.block for address in own]
+            left_s = max(0.0, end_s - clock())
+            if len(_runs(blocks)) == 1:
+                await self._tensors.fetch(ref, into=memory[blocks[0] : blocks[0] + len(blocks)], deadline_s=left_s)
+            else:
+                fetched = await self._tensors.fetch(ref, deadline_s=left_s)
+                memory[torch.tensor(blocks, device=memory.device)] = fetched.to(memory.device)
+        if message.checksum is not None:
+            value = await asyncio.to_thread(checksum, self._views(addresses))
+            if value != message.checksum:
+                raise ValueError(f"their checksum is {value:#010x}, not {message.checksum:#010x}")
+
+    def _views(self, addresses: Sequence[Address]) -> list[Tensor]:
+        return [self._memory.tiers[one.medium].memory[one.block] for one in addresses]
+
+    def _settle(self, message: MoveBlocks, place: _Place) -> list[Address]:
+        """They have come. Where they are now."""
+        if message.tokens:
+            stay = self._memory.insert(message.tokens, [*place.before, *place.addresses])
+            self._end_accesses(place)
+            return stay[message.first_block :]
+        assert self._take is not None
+        self._end_accesses(place)
+        self._take(message.private, place.addresses)
+        return place.addresses
+
+    def _give_up(self, place: _Place) -> None:
+        self._end_accesses(place)
+        self._memory.free_mem([*place.before, *(place.addresses if place.own else ())])
+
+    def _end_accesses(self, place: _Place) -> None:
+        for medium, access in place.accesses:
+            self._memory.tiers[medium].allocator.end_access(access)
+
+
+def _runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, count) of each run of neighbours."""
+    runs: list[tuple[int, int]] = []
+    for block in blocks:
+        if runs and sum(runs[-1]) == block:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((block, 1))
+    return runs
+
+
+def _described(addresses: Sequence[Address]) -> tuple[BlockAddress, ...]:
+    return tuple(BlockAddress(medium=int(one.medium), block=one.block, epoch=one.epoch) for one in addresses)
+
+
+def _addresses(instance: str, described: Sequence[BlockAddress]) -> list[Address]:
+    try:
+        return [Address(instance, Medium(one.medium), one.block, one.epoch) for one in described]
+    except ValueError as error:
+        raise WrongBlock(str(error)) from error
+
+
+def _refusal(code: str, message: str) -> Refusal:
+    return Refusal(Failure(stage=Stage.DECODE, code=code, message=message, retryable=True))
