@@ -14,6 +14,7 @@ class ArrivalRate:
         self._last_s = 0.0
         self._videos = 0.0
         self._work = 0.0
+        self._squares = 0.0
 
     def arrived(self, work_s: float, now_s: float) -> None:
         if self._began_s is None:
@@ -22,11 +23,12 @@ class ArrivalRate:
         self._last_s = now_s
         self._videos = self._videos * fade + 1.0
         self._work = self._work * fade + work_s
+        self._squares = self._squares * fade + work_s * work_s
 
     @property
-    def mean_work_s(self) -> float:
-        """GPU-seconds of the average video; 0 before the first."""
-        return self._work / self._videos if self._videos else 0.0
+    def long_work_s(self) -> float:
+        """GPU-seconds of the video that the average GPU-second is spent on: only long ones are longer. 0 at first."""
+        return self._squares / self._work if self._work else 0.0
 
     def per_second(self, now_s: float) -> tuple[float, float]:
         """Videos and work a second. Little is known at the start: a fifth of the memory counts as seen."""

@@ -4,20 +4,23 @@ What DDiT leaves unused is known here: how much work every video has left, what 
 it would be under a plain discipline. Six rules follow.
 
 * **Due.** A video is due when first come, first served would have had nearly all of late done: its arrival plus the
-  99th percentile of that discipline's latencies (``ReferenceTail``). A deadline of its own takes the place of that.
+  99th percentile of that discipline's latencies (``ReferenceTail``), a little less. A deadline of its own takes the
+  place of that.
 * **Order.** Shortest remaining work first, which is best for the mean, until a video's latest start comes: the moment
-  from which it just ends when due. Then it is *pressing* and goes before all that are not; pressing ones go by their
-  latest start, so that long ones start sooner. No video starves: it will be pressing, and nothing passes it for ever.
+  from which it just ends when due, less the time that those before it will take. Then it is *pressing* and goes before
+  all that are not; pressing ones go by their latest start, so that long ones start sooner. No video starves: it will be
+  pressing, and nothing passes it for ever.
 * **One in a hundred may be late.** A 99th percentile does not see it, and in overload a long video that waits makes
-  room for many. As many videos as that are passed over when they would be pressing; they are after ``PATIENCE`` times
-  as long.
+  room for many. Of every hundred that came, one of the longest is passed over when it would be pressing; it is after
+  ``PATIENCE`` times as long. Nobody is before a hundred have come.
 * **Price.** A GPU-second costs as many seconds as there are videos that it delays, over the number of GPUs: those that
   wait, and, while GPUs are short, those expected to come until the work at hand is done (arrival rate x backlog /
   (1 - load)). A group is doubled while that saves the video more than the additional GPU-seconds cost: wide groups
   while GPUs are plenty, one GPU a video at and past saturation. GPUs that nobody wants go where they save most.
 * **Late ones.** A running video that would end after it is due counts ``URGENT`` times in that price. Freed GPUs go to
   the latest of them before anybody else, and where they do not suffice to double its group, videos that are in time
-  are halved or parked for it. Where GPUs are so short that width is waste (``BUSY_PRICE``), all of this is left out.
+  are halved or parked for it; if nobody waits, also on a server that has none free while another has. Where GPUs are
+  so short that width is waste (``BUSY_PRICE``), all of this is left out.
 * **Taking.** If a video waits and no GPU is free, one group is halved: one wider than the price allows, else that of
   the video with the most work left, if the one that waits is pressing or shorter; one GPU alone is parked. Never from
   a video that is late or would be by it. A change must be worth more than the step it may cost.
@@ -35,14 +38,17 @@ from common.policies.elastic_books import ElasticBooks
 from common.policies.events import JobArrived
 from common.policies.job_queue import Rank
 from common.policies.placement import Placement, bits
-from common.policies.rib import Rib, VideoKind
+from common.policies.rib import NOISE, Rib, VideoKind
 from common.policies.state import Job, Phase
 
 # The part of all videos that may be late, and how many of the last ones the reference's tail is taken from.
 LATE_SHARE = 0.01
 WINDOW = 400
-# How many times its own time a video takes in the reference.
-OWN_TIMES = 1.1
+# How many times its own time a video takes in the reference, and the part of the reference's tail that videos have.
+OWN_TIMES = 1.2
+DUE_PART = 0.97
+# How much of the work of those that are pressing already counts as being before one that is about to be.
+BEFORE_PART = 0.7
 # Passed over, a video is due after so many times as long.
 PATIENCE = 5.0
 # How much more a second counts for a video that is late.
@@ -60,7 +66,8 @@ MOST_LOAD = 0.98
 # Steps on one GPU by which the waiting video must be shorter than the one that is halved or parked for it.
 MARGIN_STEPS = 4.0
 
-_WAITS = (Phase.WAITING, Phase.ENCODING, Phase.ENCODED, Phase.PARKED)
+_WAITS = frozenset((Phase.WAITING, Phase.ENCODING, Phase.ENCODED, Phase.PARKED))
+_BEGINS_TO_WAIT = frozenset((Phase.WAITING, Phase.PARKED))
 
 
 class Elastic(ElasticBooks):
@@ -80,25 +87,29 @@ class Elastic(ElasticBooks):
         self._in_time: dict[tuple[VideoKind, bool, bool], list[tuple[float, str, Job]]] = {}
         # Those passed over, and how many more may be.
         self._passed_over: set[str] = set()
-        self._may_be_late = 1.0 - LATE_SHARE
+        self._may_be_late = 0.0
+        # GPU-seconds of those that are pressing and wait.
+        self._pressing_work = 0.0
 
     def schedule(self, now_s: float) -> list[Decision]:
         placement = self.state.placement
         ready = self.lanes[None].ready
         decisions: list[Decision] = []
-        if ready or self._to_encode:
+        waiting = len(ready)
+        if waiting or self._to_encode:
             self._expected = self._expected_to_wait(now_s)
-            self._price = self._price_of(len(ready) + self._to_encode)
+            self._price = self._price_of(waiting + self._to_encode)
             self._press(now_s)
-        if ready:
+        if waiting:
             kept = self._help_late(now_s, decisions) if placement.free and self._price < BUSY_PRICE else 0
             self._admit(now_s, kept, decisions)
-            waiting = ready.first()
-            if waiting is not None and self._slots_to_come < len(ready):
-                self._take(waiting, now_s, decisions)
-        if placement.free and placement.freed_servers and not ready:
+            waiting = len(ready)
+            if self._slots_to_come < waiting and (first := ready.first()) is not None:
+                self._take(first, now_s, decisions)
+        if placement.free and placement.freed_servers and not waiting:
             self._price = 0.0
-            for index in bits(placement.freed_servers):
+            kept = self._help_late(now_s, decisions, even_where_none_is_free=True)
+            for index in bits(placement.freed_servers & ~kept):
                 if placement.servers[index].free and self._on_server.get(index):
                     self._fill(index, now_s, decisions)
             placement.freed_servers = 0
@@ -115,14 +126,19 @@ class Elastic(ElasticBooks):
 
     def _press(self, now_s: float) -> None:
         """Whose latest start has come is pressing from now on, or passed over."""
+        gpus = max(1, len(self.state.slots))
         for queue in list(self._in_time.values()):
             while queue:
                 _, job_id, job = queue[0]
                 if self.state.jobs.get(job_id) is not job or job_id in self._pressing or job.phase not in _WAITS:
                     heappop(queue)
                     continue
+                soon_s = now_s + BEFORE_PART * self._pressing_work / gpus
+                # On one GPU it takes longest; that is known already.
+                if self._due_s(job) - self._work_of[job_id] > soon_s:
+                    break
                 start_s = self._latest_start(job)
-                if start_s > now_s:
+                if start_s > soon_s:
                     break
                 heappop(queue)
                 if self._pass_over(job):
@@ -132,10 +148,13 @@ class Elastic(ElasticBooks):
                 self._enter(job)
 
     def _pass_over(self, job: Job) -> bool:
-        """Whether this is the one in a hundred that may be late: a long one, and nobody promised when it is done."""
+        """Whether this is the one in a hundred that may be late: a long one, and nobody promised when it is done.
+
+        Long is what makes the most room: as long as the work of the average GPU-second's video.
+        """
         if self._may_be_late < 1.0 or job.deadline_s is not None or job.job_id in self._passed_over:
             return False
-        if self._work_of[job.job_id] < self._rate.mean_work_s:
+        if self._work_of[job.job_id] < (1.0 - NOISE) * self._rate.long_work_s:
             return False
         self._may_be_late -= 1.0
         self._passed_over.add(job.job_id)
@@ -151,7 +170,8 @@ class Elastic(ElasticBooks):
     def _due_s(self, job: Job) -> float:
         if job.deadline_s is not None:
             return job.deadline_s
-        return job.arrival_s + self._tail.seconds * (PATIENCE if job.job_id in self._passed_over else 1.0)
+        patience = PATIENCE if job.job_id in self._passed_over else 1.0
+        return job.arrival_s + DUE_PART * self._tail.seconds * patience
 
     def _latest_start(self, job: Job) -> float:
         """From when on it just ends when due, on as many GPUs as it would get now but at most B."""
@@ -200,13 +220,16 @@ class Elastic(ElasticBooks):
             reason = f"first in the order; {len(slots)} of {wanted} GPUs at a price of {price:.2f}"
             decisions.append(self.grant_lease(job, slots, now_s, reason))
 
-    def _help_late(self, now_s: float, decisions: list[Decision]) -> int:
-        """Free GPUs to the latest video of each server that has some; gives the servers where room is being made."""
+    def _help_late(self, now_s: float, decisions: list[Decision], even_where_none_is_free: bool = False) -> int:
+        """Free GPUs to the latest video of each server that has some; gives the servers where room is being made.
+
+        ``even_where_none_is_free``: room is also made on servers whose freed GPUs have gone to others already.
+        """
         placement = self.state.placement
         kept = 0
         for index in bits(placement.freed_servers):
             free = placement.servers[index].free.bit_count()
-            while free and (late := self._latest_on(index, now_s)) is not None:
+            while (free or even_where_none_is_free) and (late := self._latest_on(index, now_s)) is not None:
                 degree = len(late.lease)
                 if degree > free:
                     if self._make_room(late, degree - free, now_s, decisions):
@@ -219,15 +242,21 @@ class Elastic(ElasticBooks):
     def _latest_on(self, server: int, now_s: float) -> Job | None:
         """The server's running video that is latest, of those that more GPUs would help."""
         latest, most_s = None, 0.0
+        if self._price >= BUSY_PRICE:
+            return None
+        plain_s = DUE_PART * self._tail.seconds
         for job in self._on_server.get(server, {}).values():
-            if not job.settled:
+            if job.settled_epoch != job.epoch or job.parking:
                 continue
+            # All at once, as this is asked most often: what ``_lateness`` gives does not change while steps go on.
+            profile = self.rib.profile(job.kind)
             degree = len(job.lease)
-            left = self._steps_left(job, now_s) - 1.0
-            late_s = self._lateness(job, left, degree, now_s)
-            if late_s <= most_s or self._saved_by_doubling(job, degree, left) == 0.0:
+            end_s = job.step_at_s + (job.steps - job.step - 1) * profile.step_s[degree] + profile.decode_s
+            plain = job.deadline_s is None and job.job_id not in self._passed_over
+            late_s = end_s - (job.arrival_s + plain_s if plain else self._due_s(job))
+            if late_s <= most_s or self._degree(job.kind, self._price / URGENT) <= degree:
                 continue
-            if self._degree(job.kind, self._price / URGENT) > degree:
+            if self._saved_by_doubling(job, degree, self._steps_left(job, now_s) - 1.0) > 0.0:
                 latest, most_s = job, late_s
         return latest
 
@@ -307,10 +336,15 @@ class Elastic(ElasticBooks):
 
     def _enter(self, job: Job) -> None:
         super()._enter(job)
-        if job.phase in (Phase.WAITING, Phase.PARKED) and job.job_id not in self._pressing:
+        if job.job_id in self._pressing:
+            if job.phase in _WAITS:
+                self._pressing_work += self._work_of[job.job_id]
+        elif job.phase in _BEGINS_TO_WAIT:
             self._to_watch(job)
 
     def _leave(self, job: Job) -> None:
+        if job.job_id in self._pressing and job.phase in _WAITS:
+            self._pressing_work -= self._work_of[job.job_id]
         super()._leave(job)
         if job.phase is Phase.DENOISING:
             self._pressing.pop(job.job_id, None)

@@ -5,11 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from common.policies.decisions import Decision, GrantLease, ParkJob
+from common.policies.events import WorkerJoined
 from common.policies.job_queue import JobQueue
 from common.policies.placement import Placement
 from common.policies.policy import Policy
 from common.policies.rib import NOISE, Rib, VideoKind
 from common.policies.state import Job, Phase
+
+# Looking a member of an enumeration up costs more than a name.
+_DENOISING = Phase.DENOISING
+_DENOISED = frozenset((Phase.DENOISED, Phase.DECODING))
 
 
 @dataclass(slots=True)
@@ -49,8 +54,8 @@ class ElasticBooks(Policy):
 
     def _steps_left(self, job: Job, now_s: float) -> float:
         """Steps that the running job has left, the one under way in part."""
-        left = job.steps - job.step - (now_s - job.step_at_s) / self.rib.step_s(job.kind, len(job.active))
-        return max(0.0, left)
+        left = job.steps - job.step - (now_s - job.step_at_s) / self.rib.profile(job.kind).step_s[len(job.active)]
+        return left if left > 0.0 else 0.0
 
     def _most_left(self, now_s: float) -> Job | None:
         """The running video with the most work left. Work falls while videos run; it is brought up to date here."""
@@ -82,10 +87,11 @@ class ElasticBooks(Policy):
         """The degree up to which every doubling saves more than it costs."""
         limits = self._price_limits.get(kind)
         if limits is None:
-            limits = self._price_limits[kind] = price_limits(self.rib.profile(kind).step_s)
-        degree, most = 1, self.state.placement.largest_server
+            doublings = max(1, self.state.placement.largest_server).bit_length() - 1
+            limits = self._price_limits[kind] = price_limits(self.rib.profile(kind).step_s)[:doublings]
+        degree = 1
         for limit in limits:
-            if price >= limit or 2 * degree > most:
+            if price >= limit:
                 break
             degree *= 2
         return degree
@@ -133,6 +139,10 @@ class ElasticBooks(Policy):
 
     # --- kept up to date ------------------------------------------------------------------------------------------
 
+    def _worker_joined(self, event: WorkerJoined, now_s: float) -> list[Decision] | None:
+        self._price_limits.clear()
+        return super()._worker_joined(event, now_s)
+
     def grant_lease(self, job: Job, slots: tuple[int, ...], now_s: float, reason: str) -> GrantLease:
         grant = super().grant_lease(job, slots, now_s, reason)
         self._may_be_taken_from(job)
@@ -163,7 +173,7 @@ class ElasticBooks(Policy):
 
     def _may_be_taken_from(self, job: Job) -> None:
         """Its newest lease is in effect, and it is not on its way out."""
-        self._not_to_be_taken_from(job, 0)
+        self._settle_slots(job, 0)
         self._last.push(job, (job.priority, -self._work_s(job, job.steps - job.step)))
         if len(job.lease) > 1:
             where = self._wide.setdefault((job.kind, len(job.lease)), {})
@@ -173,6 +183,10 @@ class ElasticBooks(Policy):
     def _not_to_be_taken_from(self, job: Job, slots_to_come: int) -> None:
         """It is changing, or ends; so many of its slots are to come free with that."""
         self._last.discard(job)
+        self._settle_slots(job, slots_to_come)
+
+    def _settle_slots(self, job: Job, slots_to_come: int) -> None:
+        """It is no longer among the wide groups, and what was to come of it is out of date."""
         where = self._wide_place.pop(job.job_id, None)
         if where is not None:
             del where[job.job_id]
@@ -182,10 +196,11 @@ class ElasticBooks(Policy):
 
     def _enter(self, job: Job) -> None:
         super()._enter(job)
-        if job.phase in (Phase.DENOISED, Phase.DECODING):
+        phase = job.phase
+        if phase in _DENOISED:
             return
         work_s = self._work_of[job.job_id] = self._work_s(job, job.steps - job.step)
-        if job.phase is Phase.DENOISING:
+        if phase is _DENOISING:
             self._running_work += work_s
             server = self.state.placement.server_of[job.slots[0]].index
             self._on_server.setdefault(server, {})[job.job_id] = job
@@ -195,7 +210,7 @@ class ElasticBooks(Policy):
     def _leave(self, job: Job) -> None:
         super()._leave(job)
         work_s = self._work_of.pop(job.job_id, 0.0)
-        if job.phase is Phase.DENOISING:
+        if job.phase is _DENOISING:
             self._running_work -= work_s
             del self._on_server[self.state.placement.server_of[job.lease[0]].index][job.job_id]
             self._not_to_be_taken_from(job, 0)

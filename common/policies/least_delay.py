@@ -150,9 +150,10 @@ class LeastDelay:
         """Take in one event; the routes that follow, the oldest sequence first."""
         match event:
             case InstanceJoined(name):
+                self._forget(name)
                 self._instances[name] = _Instance(name)
             case InstanceLeft(name):
-                self._instances.pop(name, None)
+                self._forget(name)
             case SequenceCame(name):
                 self._end(name)
                 self._waiting[name] = event
@@ -233,6 +234,16 @@ class LeastDelay:
         then.sequences += 1
         then.context_tokens += context
         self._sequences[came.sequence] = _Sequence(prefill, decode, tokens, context)
+
+    def _forget(self, instance: str) -> None:
+        """What was sent there is counted nowhere any more: the name may come back with other sequences."""
+        if self._instances.pop(instance, None) is None:
+            return
+        for sequence in self._sequences.values():
+            if sequence.prefill == instance:
+                sequence.prefill = ""
+            if sequence.decode == instance:
+                sequence.decode = ""
 
     def _prefilled(self, name: str) -> None:
         sequence = self._sequences.get(name)

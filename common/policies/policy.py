@@ -40,12 +40,14 @@ from common.policies.events import (
 )
 from common.policies.job_queue import JobQueue, Rank
 from common.policies.placement import Placement, power_of_two_within
-from common.policies.rib import Rib, paper_rib
+from common.policies.rib import Rib, VideoKind, paper_rib
 from common.policies.state import ClusterState, Job, Phase, Slot
 
 MAX_ATTEMPTS = 5
 
-_READY = (Phase.ENCODED, Phase.PARKED)
+# Looking a member of an enumeration up costs more than a name.
+_READY = frozenset((Phase.ENCODED, Phase.PARKED))
+_WAITING, _ENCODING, _ENCODED, _DENOISED = Phase.WAITING, Phase.ENCODING, Phase.ENCODED, Phase.DENOISED
 
 
 class Lane:
@@ -81,6 +83,8 @@ class Policy(ABC):
         self.lanes: dict[object, Lane] = {None: Lane()}
         self._next_epoch = first_epoch
         self._to_encode = 0
+        # By kind, until a server grows.
+        self._best_degrees: dict[VideoKind, int] = {}
         # Each takes an event and returns what follows from it at once, or None: then nothing else needs a look.
         self._handlers: dict[type[Any], Callable[[Any, float], list[Decision] | None]] = {
             WorkerJoined: self._worker_joined,
@@ -126,7 +130,7 @@ class Policy(ABC):
         decisions = self._handlers[type(event)](event, now_s)
         if decisions is None:
             return []
-        if self.state.by_phase[Phase.DENOISED]:
+        if self.state.by_phase[_DENOISED]:
             decisions += self.decode()
         if not self.draining:
             decisions += self.schedule(now_s)
@@ -159,8 +163,11 @@ class Policy(ABC):
 
     def best_degree(self, job: Job) -> int:
         """B of the job's kind (DDiT, section 4), or as much of it as a server has slots for, at least 1."""
-        most = max(1, power_of_two_within(self.state.placement.largest_server))
-        return min(self.rib.optimal_degree(job.kind), most)
+        best = self._best_degrees.get(job.kind)
+        if best is None:
+            most = max(1, power_of_two_within(self.state.placement.largest_server))
+            best = self._best_degrees[job.kind] = min(self.rib.optimal_degree(job.kind), most)
+        return best
 
     # --- the steps of a job's life, for ``schedule`` to choose from -----------------------------------------------
 
@@ -234,6 +241,7 @@ class Policy(ABC):
 
     def _worker_joined(self, event: WorkerJoined, now_s: float) -> list[Decision] | None:
         self.state.worker_joined(event.instance, event.service, event.slot, event.server)
+        self._best_degrees.clear()
         return []
 
     def _worker_draining(self, event: WorkerDraining, now_s: float) -> list[Decision] | None:
@@ -452,29 +460,29 @@ class Policy(ABC):
     def _enter(self, job: Job) -> None:
         """The job's phase begins: it joins the queue that goes with it."""
         phase = job.phase
-        if phase is Phase.WAITING:
+        if phase is _WAITING:
             self._to_encode += 1
             self.lane(job).to_encode.push(job, self._queue_rank(job))
-        elif phase is Phase.ENCODING:
+        elif phase is _ENCODING:
             self.lane(job).encoding += 1
         elif phase in _READY:
             lane = self.lane(job)
-            lane.encoded += phase is Phase.ENCODED
+            lane.encoded += phase is _ENCODED
             lane.ready.push(job, self._queue_rank(job))
 
     def _leave(self, job: Job) -> None:
         """The job's phase ends."""
         phase = job.phase
-        if phase is Phase.WAITING:
+        if phase is _WAITING:
             self._to_encode -= 1
             self.lane(job).to_encode.discard(job)
-        elif phase is Phase.ENCODING:
+        elif phase is _ENCODING:
             self.lane(job).encoding -= 1
             if job.encoder in self.state.encoders:
                 self.state.encoders[job.encoder] = max(0, self.state.encoders[job.encoder] - 1)
         elif phase in _READY:
             lane = self.lane(job)
-            lane.encoded -= phase is Phase.ENCODED
+            lane.encoded -= phase is _ENCODED
             lane.ready.discard(job)
 
     def _queue_rank(self, job: Job) -> Rank:
@@ -497,9 +505,10 @@ class Policy(ABC):
 
     def _members(self, slots: tuple[int, ...], job: Job | None = None) -> tuple[str, ...]:
         """The workers on these slots; those that ``job`` has already may be draining."""
+        every = self.state.slots
         known = dict(zip(job.lease, job.members, strict=True)) if job else {}
-        names = (known.get(number) or self.state.slots[number].dit for number in slots)
-        members = tuple(name for name in names if name is not None)
+        names = [known.get(number) or every[number].dit for number in slots]
+        members = tuple([name for name in names if name is not None])
         if len(members) != len(slots):
             raise ValueError("a lease needs a DiT worker on every slot")
         return members

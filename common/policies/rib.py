@@ -6,7 +6,7 @@ gains too small to be told from noise count as none; a kind that was not profile
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
@@ -66,6 +66,19 @@ class KindProfile:
         return KindProfile(steps, self.decode_s * factor, self.encode_s)
 
 
+class _Resolved(dict[VideoKind, KindProfile]):
+    """The profiles, to which those of other kinds are added when they are first asked for."""
+
+    def __init__(self, profiles: Mapping[VideoKind, KindProfile]) -> None:
+        super().__init__(profiles)
+        self._profiled = profiles
+
+    def __missing__(self, kind: VideoKind) -> KindProfile:
+        nearest = _nearest(self._profiled, kind)
+        profile = self[kind] = self._profiled[nearest].scaled(kind.volume / nearest.volume)
+        return profile
+
+
 @dataclass(slots=True)
 class Rib:
     """Step, decode and encode times by kind of video, and the optimal degree of each.
@@ -82,7 +95,8 @@ class Rib:
     rule: DegreeRule = DegreeRule.LARGEST_GAIN
     threshold: float = DEFAULT_THRESHOLD
     degrees: tuple[int, ...] = field(init=False)
-    _resolved: dict[VideoKind, KindProfile] = field(init=False, repr=False, compare=False)
+    # All times of a kind, scaled where it was not profiled; a look-up in a dictionary, as it is asked for often.
+    profile: Callable[[VideoKind], KindProfile] = field(init=False, repr=False, compare=False)
     _optimal: dict[VideoKind, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +110,7 @@ class Rib:
                 raise WrongRib(f"step_s: {kind} has the degrees {sorted(profile.step_s)}, others {self.degrees}")
             if min(profile.step_s.values()) <= 0 or profile.decode_s < 0 or profile.encode_s < 0:
                 raise WrongRib(f"step_s, decode_s, encode_s: {kind} has a time that cannot be")
-        self._resolved = dict(self.profiles)
+        self.profile = _Resolved(self.profiles).__getitem__
         self._optimal = {}
 
     def step_s(self, kind: VideoKind, degree: int) -> float:
@@ -128,18 +142,7 @@ class Rib:
 
     def nearest(self, kind: VideoKind) -> VideoKind:
         """The profiled kind whose pixels times frames are nearest by ratio; of two equally near ones the smaller."""
-        if kind in self.profiles:
-            return kind
-        return min(self.profiles, key=lambda known: (_ratio(known.volume, kind.volume), known.volume))
-
-    def profile(self, kind: VideoKind) -> KindProfile:
-        """All times of the kind, scaled where it was not profiled."""
-        profile = self._resolved.get(kind)
-        if profile is None:
-            nearest = self.nearest(kind)
-            profile = self.profiles[nearest].scaled(kind.volume / nearest.volume)
-            self._resolved[kind] = profile
-        return profile
+        return _nearest(self.profiles, kind)
 
     def to_json(self) -> str:
         """The store as text, for a file."""
@@ -228,6 +231,12 @@ def powers_of_two(most: int) -> Iterable[int]:
     while degree <= most:
         yield degree
         degree *= 2
+
+
+def _nearest(profiles: Mapping[VideoKind, KindProfile], kind: VideoKind) -> VideoKind:
+    if kind in profiles:
+        return kind
+    return min(profiles, key=lambda known: (_ratio(known.volume, kind.volume), known.volume))
 
 
 def _ratio(one: int, other: int) -> float:

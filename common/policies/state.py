@@ -134,21 +134,22 @@ class ClusterState:
         before = job.slots
         if slots == before:
             return
-        left = [number for number in before if number not in slots]
-        come = [number for number in slots if number not in before]
-        for number in come:
-            holder = self.slots[number].job_id
-            if holder is not None:
-                raise ValueError(f"slot {number} is held by {holder}, it cannot go to {job.job_id}")
-        for number in left:
-            self.slots[number].job_id = None
-        for number in come:
-            self.slots[number].job_id = job.job_id
+        every = self.slots
+        # Mostly a job gets its first slots or gives up all it has.
+        left = [every[number] for number in before if number not in slots] if before else []
+        come = [every[number] for number in slots if number not in before] if slots else []
+        for slot in come:
+            if slot.job_id is not None:
+                raise ValueError(f"slot {slot.number} is held by {slot.job_id}, it cannot go to {job.job_id}")
+        for slot in left:
+            slot.job_id = None
+        for slot in come:
+            slot.job_id = job.job_id
         job.slots = slots
-        freed = [number for number in left if self.slots[number].dit is not None]
+        freed = [slot.number for slot in left if slot.dit is not None]
         if freed:
             self.placement.put(freed)
-        taken = [number for number in come if self.slots[number].dit is not None]
+        taken = [slot.number for slot in come if slot.dit is not None]
         if taken:
             self.placement.take(taken)
 

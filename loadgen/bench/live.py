@@ -19,6 +19,11 @@ _WARM_UP_STEPS = 4
 _TERMINAL = ("completed", "failed", "cancelled")
 
 
+def warm_up_steps(workload: Workload) -> int:
+    """How many steps each of the short videos has that come before those of the workload."""
+    return min(_WARM_UP_STEPS, *workload.steps)
+
+
 class LiveStack:
     """A running stack, by its address."""
 
@@ -27,7 +32,7 @@ class LiveStack:
 
     async def warm_up(self, workload: Workload, slots: int) -> None:
         """A short video of every kind on every slot: what is done once in a process's life is done."""
-        steps = min(_WARM_UP_STEPS, *workload.steps)
+        steps = warm_up_steps(workload)
         for kind in workload.kinds:
             await asyncio.gather(*(self._video(kind, steps, slot, "warming up") for slot in range(slots)))
 

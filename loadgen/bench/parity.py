@@ -8,6 +8,7 @@ import numpy as np
 from common.policies.registry import make_policy
 from common.policies.rib import Rib
 from loadgen.arrivals import FloatArray
+from loadgen.bench.live import warm_up_steps
 from loadgen.simulator.cost import CostModel
 from loadgen.simulator.loop import Cluster, simulate
 from loadgen.simulator.outcome import summary
@@ -55,8 +56,31 @@ class Parity:
 
 
 def simulated(policy: str, workload: Workload, rib: Rib, slots: int) -> FloatArray:
-    """The latencies of the workload's requests on one server of so many slots."""
-    return simulate(make_policy(policy, rib=rib), Cluster(1, slots), workload, CostModel(rib)).latency_s()
+    """The latencies of the workload's requests on one server of so many slots, after the stack's warm-up.
+
+    The warm-up counts too: a policy that learns from what came hears of it in the live run.
+    """
+    whole = _after_warm_up(workload, rib, slots)
+    latencies_s = simulate(make_policy(policy, rib=rib), Cluster(1, slots), whole, CostModel(rib)).latency_s()
+    return latencies_s[-len(workload) :]
+
+
+def _after_warm_up(workload: Workload, rib: Rib, slots: int) -> Workload:
+    """Kind by kind a short video for every slot, with time for one after the other; then the workload itself."""
+    steps = warm_up_steps(workload)
+    arrival_s: list[float] = []
+    now_s = 0.0
+    for kind in workload.kinds:
+        profile = rib.profile(kind)
+        arrival_s += [now_s] * slots
+        now_s += slots * (profile.encode_s + steps * max(profile.step_s.values()) + profile.decode_s)
+    before = len(arrival_s)
+    return Workload(
+        workload.kinds,
+        np.concatenate([np.repeat(np.arange(len(workload.kinds)), slots), workload.kind]),
+        np.concatenate([np.asarray(arrival_s), workload.arrival_s + now_s]),
+        (*(steps,) * before, *workload.steps),
+    )
 
 
 def parities(

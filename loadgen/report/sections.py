@@ -108,7 +108,7 @@ def losses(table: Table) -> str:
         return "<p>At no point is elastic worse than the best other policy beyond the confidence interval.</p>"
     items = "".join(
         f"<li>{escape(verdict.place.text)}: {verdict.measure} {verdict.own_s:.2f} s against {verdict.other_s:.2f} s of "
-        f"{escape(verdict.other)}, ratio {verdict.ratio.text}</li>"
+        f"{escape(verdict.other)}, ratio {verdict.ratio.text}; {_other_side(table, verdict)}</li>"
         for verdict in sorted(worse, key=lambda verdict: -verdict.ratio.value)
     )
     places = list(dict.fromkeys(verdict.place for verdict in worse))
@@ -117,11 +117,20 @@ def losses(table: Table) -> str:
         f"<p>elastic does not reach its aim: it is worse than the best other policy in {len(worse)} means and p99s, "
         f"at {len(places)} points. At {split} of these no other policy has both the best mean and the best p99: the "
         "rivals are two, one that lets short videos overtake and one that keeps to the order of arrival. Some single "
-        f"policy is better than elastic in both at {_dominated(table)} points. Its p99 has a price: one video in a "
+        f"policy is better than elastic in both at {_dominated(table)} points; the list gives for each loss what the "
+        "policy that is ahead comes to by the other measure. Its p99 has a price: one video in a "
         f"hundred may be late, and at the median point the slowest video of a run takes {_slowest(table):.2f} times as "
         "long as under the policy with the best p99.</p>"
         f"<details><summary>All {len(worse)}, the largest first</summary><ul>{items}</ul></details>"
     )
+
+
+def _other_side(table: Table, verdict: Verdict) -> str:
+    """What the policy that is better by one measure comes to by the other."""
+    other = next(measure for measure in MEASURE_TEXT if measure != verdict.measure)
+    found = compare(table, verdict.place, verdict.other, verdict.policy, other)
+    ratio = "not known" if found is None else f"{found.ratio.text} times {escape(verdict.policy)}'s"
+    return f"the {other} of {escape(verdict.other)} is {ratio}"
 
 
 def _best(table: Table, place: Place, measure: str) -> str:

@@ -39,7 +39,7 @@ CLASSES = {
         1.43,
         0.86,
         "The text says that the first token comes 9 % sooner, the figure that it comes 9 % later. RoCE's bar is 1.60 "
-        "of the baseline's resources, much as ours; NVLink's 1.43 follows from no rule that fits the other bars.",
+        "of the baseline's resources, near ours; NVLink's 1.43 follows from no rule that fits the other bars.",
     ),
     "HPHD": ClassResult(
         -63,

@@ -8,7 +8,7 @@ from common.messages.cluster import Service
 from common.policies import decisions as decide
 from common.policies import events as event
 from common.policies.demand import ArrivalRate, ReferenceTail
-from common.policies.elastic import LATE_SHARE, PATIENCE, WINDOW, Elastic
+from common.policies.elastic import DUE_PART, LATE_SHARE, PATIENCE, WINDOW, Elastic
 from common.policies.state import Phase
 from tests.support.policies import LARGE, MIDDLE, SMALL, arrive, cluster, leases
 
@@ -80,10 +80,10 @@ def look(policy: Elastic, at_s: float) -> list[decide.Decision]:
 
 
 def due_after(policy: Elastic, seconds: float, may_be_late: float = 0.0) -> None:
-    """As after many videos that first come, first served would have had done in ``seconds``; so many may be late."""
+    """As after many videos that give each that comes so many seconds; ``may_be_late`` of them may take longer."""
     policy._tail = ReferenceTail(LATE_SHARE, WINDOW)
     for _ in range(WINDOW):
-        policy._tail.arrived(0.0, seconds, 1, 0.0)
+        policy._tail.arrived(0.0, seconds / DUE_PART, 1, 0.0)
     policy._may_be_late = may_be_late
 
 
@@ -109,6 +109,17 @@ def test_at_its_latest_start_a_video_goes_before_shorter_ones() -> None:
     assert policy.queue_places() == {"small": 1, "large": 2}
     look(policy, latest_s + 0.01)
     assert policy.queue_places() == {"large": 1, "small": 2}
+
+
+def test_a_video_is_pressing_the_sooner_the_more_there_is_to_do_before_it() -> None:
+    videos = ("next", LARGE, 5.0), ("small", SMALL, 5.0)
+    latest_s = 0.1 + 100.0 - 19.32
+    policy = behind_an_important_one(*videos)
+    look(policy, latest_s + 0.01)
+    assert not policy._pressing
+    policy = behind_an_important_one(("large", LARGE, 0.1), *videos)
+    look(policy, latest_s + 0.01)
+    assert set(policy._pressing) >= {"large", "next"}, "the one starts in time only if it is next but one"
 
 
 def test_pressing_videos_go_by_their_latest_start_so_that_long_ones_start_sooner() -> None:
@@ -140,6 +151,18 @@ def test_one_long_video_in_a_hundred_is_passed_over_but_not_for_ever() -> None:
     arrive(policy, "new", SMALL, 0.2 + PATIENCE * 100.0)
     look(policy, 0.3 + PATIENCE * 100.0)
     assert policy.queue_places() == {"second": 1, "small": 2, "large": 3, "new": 4}
+
+
+def test_the_one_in_a_hundred_is_one_of_the_longest_and_none_of_the_first_hundred() -> None:
+    policy = cluster(Elastic(), 1)
+    for number in range(99):
+        assert policy._may_be_late < 1.0
+        arrive(policy, f"video-{number}", LARGE if number % 10 == 0 else SMALL, 0.0)
+    arrive(policy, "middle", MIDDLE, 0.0)
+    assert policy._may_be_late == pytest.approx(1.0)
+    policy._may_be_late = 1.0
+    assert not policy._pass_over(policy.state.jobs["middle"])
+    assert policy._pass_over(policy.state.jobs["video-90"])
 
 
 def test_a_deadline_counts_in_place_of_the_reference_and_is_never_passed_over() -> None:
@@ -199,6 +222,21 @@ def test_room_is_made_for_a_late_video_by_those_that_are_in_time() -> None:
     assert len(grants["late"]) == 4
 
 
+def test_room_is_made_for_a_late_video_when_nobody_waits_too() -> None:
+    policy = cluster(Elastic(), 8)
+    due_after(policy, 100.0)
+    arrive(policy, "first", LARGE, 0.0)
+    arrive(policy, "late", LARGE, 0.5)
+    boundary(policy, "first", 5, 0.6)
+    arrive(policy, "small", SMALL, 0.7)
+    boundary(policy, "late", 1, 0.8)
+    assert {job_id: len(job.lease) for job_id, job in policy.state.jobs.items()} == {"first": 4, "late": 2, "small": 1}
+    due_after(policy, 10.0)
+    policy.state.placement.freed_servers = 1
+    halved = leases(look(policy, 0.9))
+    assert {job_id: len(slots) for job_id, slots in halved.items()} == {"first": 2}, "one is free, and two are needed"
+
+
 def test_a_higher_priority_takes_gpus_and_a_lower_one_never_does() -> None:
     policy = cluster(Elastic(), 1)
     arrive(policy, "important", LARGE, 0.0, priority=1)
@@ -243,7 +281,10 @@ def test_the_arrival_rate_fades_and_is_not_fooled_by_a_short_past() -> None:
     videos, work = rate.per_second(1000.0)
     assert videos == pytest.approx(1.0, rel=0.02) and work == pytest.approx(3.0, rel=0.02)
     assert rate.per_second(1100.0)[0] == pytest.approx(videos / math.e, rel=0.01)
-    assert rate.mean_work_s == pytest.approx(3.0)
+    assert rate.long_work_s == pytest.approx(3.0)
+    for at_s in range(1000, 2000):
+        rate.arrived(9.0 if at_s % 4 == 0 else 1.0, float(at_s))
+    assert rate.long_work_s == pytest.approx((81 + 3) / (9 + 3), rel=0.05)
     young = ArrivalRate(memory_s=100.0)
     for at_s in range(30):
         young.arrived(3.0, float(at_s))
@@ -281,6 +322,7 @@ def test_the_books_of_work_and_slots_to_come_return_to_nothing() -> None:
     assert policy._slots_to_come == 0 and not policy._to_come
     assert policy._waiting_work == pytest.approx(0.0, abs=1e-6)
     assert policy._running_work == pytest.approx(0.0, abs=1e-6)
+    assert policy._pressing_work == pytest.approx(0.0, abs=1e-6)
     assert policy.state.placement.free_count == 4
     assert not policy._work_of and not policy._pressing and not policy._passed_over
     assert not policy._last and not any(policy._wide.values()) and not any(policy._on_server.values())

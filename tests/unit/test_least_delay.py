@@ -81,6 +81,19 @@ def test_what_ends_or_leaves_is_forgotten() -> None:
     assert _route(policy, _came("c"), 1000.0).prefill == "l1"
 
 
+def test_who_comes_back_is_not_charged_for_what_it_had_before() -> None:
+    policy = _cluster(1)
+    for name in "abc":
+        _route(policy, _came(name))
+    policy.handle(InstanceLeft("l0"), 0.0)
+    policy.handle(InstanceJoined("l0"), 0.0)
+    fresh = _cluster(1)
+    for name in "abc":
+        policy.handle(SequencePrefilled(name), 1.0)
+        policy.handle(SequenceEnded(name), 1.0)
+    assert _route(policy, _came("new"), 1.0) == _route(fresh, _came("new"), 1.0)
+
+
 def test_without_an_instance_a_sequence_waits() -> None:
     policy = LeastDelay(MODEL)
     assert policy.handle(_came("a"), 0.0) == []

@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.policies.decisions import Decision
+from common.policies.elastic import Elastic
+from common.policies.events import JobArrived
 from common.policies.rib import KindProfile, Rib, VideoKind
 from loadgen.__main__ import benchmarks, main
 from loadgen.bench.parity import Parity, parities, simulated
@@ -102,6 +105,19 @@ def test_the_simulator_answers_for_the_same_requests() -> None:
     assert simulated("sdop:1", WORKLOAD, RIB, 2) == pytest.approx([1.5, 1.5], abs=0.01)
     # One group: the second waits until the first is decoded.
     assert simulated("sdop:2", WORKLOAD, RIB, 2) == pytest.approx([1.1, 1.7], abs=0.01)
+
+
+def test_the_simulator_hears_the_warm_up_and_leaves_it_out_of_what_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[float] = []
+    arrived = Elastic._arrived
+
+    def listening(policy: Elastic, event: JobArrived, now_s: float) -> list[Decision] | None:
+        heard.append(now_s)
+        return arrived(policy, event, now_s)
+
+    monkeypatch.setattr(Elastic, "_arrived", listening)
+    assert len(simulated("elastic", WORKLOAD, RIB, 2)) == len(WORKLOAD)
+    assert len(heard) == 2 * len(WORKLOAD.kinds) + len(WORKLOAD) and heard == sorted(heard)
 
 
 def test_parity_is_kept_within_what_is_promised() -> None:

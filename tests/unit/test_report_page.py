@@ -11,6 +11,8 @@ import pytest
 from loadgen.__main__ import main
 from loadgen.report.charts import Line, bar_chart, cdf_chart, line_chart
 from loadgen.report.scales import Scale, label, log_range
+from loadgen.report.sections import losses
+from loadgen.simulator.verdicts import table_of
 
 VOID = {"meta", "br", "link", "img"}
 
@@ -77,6 +79,19 @@ def test_every_chart_names_its_axes_with_units(page: str) -> None:
 def test_the_papers_cases_stand_beside_ours(page: str) -> None:
     assert "single node, rate 0.25" in page and "−12.88 %" in page
     assert "without DoP promotion, up to" in page
+
+
+def test_a_loss_says_what_the_winner_comes_to_by_the_other_measure() -> None:
+    where = {"point": "sweep", "gpus": 8, "mix": "even", "load": 1.2, "rate": 1.0}
+    latencies = {"elastic": (12.0, 20.0, 30.0), "srtf": (10.0, 50.0, 60.0), "ddit": (30.0, 20.0, 25.0)}
+    runs = [
+        {**where, "policy": policy, "seed": seed, "latency_s": {"mean": mean, "p99": p99, "max": most}}
+        for policy, (mean, p99, most) in latencies.items()
+        for seed in range(3)
+    ]
+    text = losses(table_of(runs))
+    assert "worse than the best other policy in 1 means and p99s, at 1 points" in text
+    assert "mean 12.00 s against 10.00 s of srtf" in text and "the p99 of srtf is 2.500 (2.500 to 2.500) times" in text
 
 
 def test_a_line_that_runs_away_leaves_the_frame_once() -> None:

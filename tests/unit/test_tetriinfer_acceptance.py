@@ -10,11 +10,11 @@ from functools import cache
 import pytest
 
 from loadgen.simulator.language.arms import burst_arms, fluid
-from loadgen.simulator.language.cost import OPT_13B_2_V100
+from loadgen.simulator.language.cost import OPT_13B_2_V100, StepWork
 from loadgen.simulator.language.experiment import Task, run_task
 from loadgen.simulator.language.interference import series
 from loadgen.simulator.language.points import dispatch, flip, prefill, reserve
-from loadgen.simulator.language.setups import build
+from loadgen.simulator.language.setups import CHUNK_TOKENS, build
 from loadgen.simulator.language.verdicts import Against, against_baseline, mean
 from loadgen.simulator.language.workloads import CLASSES, class_requests, turning
 
@@ -176,3 +176,11 @@ def test_ours_needs_no_flip_where_the_load_turns() -> None:
     assert means["queue flip"][0] < means["no flip"][0]
     for name, (ttft_s, jct_s) in means.items():
         assert means[fluid(4).name][0] <= ttft_s and means[fluid(4).name][1] <= jct_s, name
+
+
+def test_the_chunk_is_where_prefill_saturates() -> None:
+    """The smallest power of two within 5 % of the best rate (brief, section 5.1)."""
+    cost = OPT_13B_2_V100.cost
+    rates = {size: size / cost.step_s(StepWork(size, 0, 0, 0)) for size in (64, 128, 256, 512, 1024, 2048)}
+    saturated = min(size for size, rate in rates.items() if rate >= 0.95 * max(rates.values()))
+    assert saturated == CHUNK_TOKENS

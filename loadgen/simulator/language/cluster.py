@@ -88,9 +88,9 @@ class Cluster:
         decode = None if self.control is not None else route.decode
         underway = _Underway(request, route, predicted, predicted_s, decode)
         self._underway[request.name] = underway
-        self.instances[route.prefill].prefill(
-            request, decode != route.prefill, self._expected(underway), route.cached_tokens
-        )
+        hands_over = decode != route.prefill
+        expected = 0 if hands_over else self._expected(underway)
+        self.instances[route.prefill].prefill(request, hands_over, expected, route.cached_tokens)
 
     # --- what instances tell ------------------------------------------------------------------------------------
 

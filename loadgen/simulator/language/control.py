@@ -3,9 +3,8 @@
 Everything that decides is a class of ``common.policies``; this carries events to them and decisions from them.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -22,17 +21,12 @@ from common.policies.decode_dispatch import (
 from common.policies.flip import FlipInstance, FlipPolicy, InstanceLoad
 from common.policies.length_prediction import LengthRange
 from loadgen.simulator.language.clock import Clock
+from loadgen.simulator.language.history import Histories
 from loadgen.simulator.language.instance import Instance
 from loadgen.simulator.language.requests import ChatRequest
 from loadgen.simulator.language.router import Router
 
 FLIP_S = 0.006  # 5 to 7 ms in the paper (brief, section 9.3)
-
-
-class PrefixBook(Protocol):
-    """How many of a prompt's tokens an instance has already."""
-
-    def tokens_at(self, request: ChatRequest) -> Mapping[str, int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +59,10 @@ class ControlPlane:
     Args:
         new_dispatch: makes a dispatcher for an instance that begins to prefill.
         chosen: is called when a sequence's decode instance is.
-        flips: None: roles stay what they are.
         draws: numbers in [0, 1), two for each dispatch.
+        flips: None: roles stay what they are.
+        histories: who has prefixes; None: nobody.
+        period_s: between two ticks.
         heavy_above: an answer of which more tokens are predicted counts as heavy in what instances report.
     """
 
@@ -78,7 +74,7 @@ class ControlPlane:
         chosen: Callable[[str, str], None],
         draws: np.random.Generator,
         flips: FlipPolicy | None = None,
-        prefixes: PrefixBook | None = None,
+        histories: Histories | None = None,
         period_s: float = 0.1,
         heavy_above: int = 128,
     ) -> None:
@@ -90,7 +86,7 @@ class ControlPlane:
         self._chosen = chosen
         self._draws = draws
         self._flips = flips
-        self._prefixes = prefixes
+        self._histories = histories
         self.period_s = period_s
         self._heavy_above = heavy_above
         self._monitor = ClusterMonitor(period_s)
@@ -124,7 +120,7 @@ class ControlPlane:
         """A sequence's first chunk is computed, and its length predicted."""
         first, second = self._draws.random(2).tolist()
         self._heavy[request.name] = predicted.low > self._heavy_above
-        prefixes = self._prefixes.tokens_at(request) if self._prefixes is not None else {}
+        prefixes = self._histories.tokens_at(request) if self._histories is not None else {}
         event = SequenceBegan(request.name, request.prompt_tokens, predicted, (first, second), prefixes)
         self._carry_out(self._dispatchers[prefill].handle(event))
 

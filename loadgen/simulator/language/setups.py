@@ -1,7 +1,7 @@
 """What is compared: clusters by name, and how one is put together."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from common.messages.cluster import LanguageRole
 from common.policies.continuous_batching import ContinuousBatching
@@ -37,13 +37,18 @@ class Setup:
 
     Attributes:
         fused, prefill, decode: how many instances of each kind.
-        chunk_tokens: prompt tokens in one pass, at most.
-        most_sequences: that hold memory at one instance at once.
-        accuracy: of the predictor; 1.0 an oracle; None: nobody predicts; ``histogram`` learns as it goes.
+        chunk_tokens, most_sequences, alone_tokens: see ``ContinuousBatching``.
+        order, batch, ageing, merges_batches: see ``PrefillSchedule``.
+        admission, victim, past_tokens: see ``DecodeAdmission``.
+        dispatch, ratio_mode, counts_pending: see ``DecodeDispatch``.
+        granularity, accuracy: of the predictor; accuracy 1.0 is an oracle, None nobody.
+        histogram: the predictor is the running histogram.
         taxed: whether the predictor shares the prefill instance's accelerator.
-        fluid: whether roles are what ``LeastDelay`` makes of them; all instances are fused then.
         padded: whether a chunk that is not full costs what a full one does.
         chunk_overhead_s: what a chunk costs beside its pass.
+        fluid: whether roles are what ``LeastDelay`` makes of them; all instances are fused then.
+        first_token_weight: see ``DelayModel``.
+        flips: makes the policy; None: roles stay what they are.
     """
 
     name: str
@@ -79,12 +84,12 @@ class Setup:
         return self.fused + self.prefill + self.decode
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Built:
+    """A cluster that is ready to run, and its network."""
+
     cluster: Cluster
     network: Network
-    clock: Clock
-    predictor: Predictor | None = field(default=None)
 
 
 def build(
@@ -131,7 +136,7 @@ def build(
             name, clock, machine, batching(setup, machine), cluster, padded_to, setup.chunk_overhead_s, slowed
         )
         cluster.add(instance, of_one)
-    return Built(cluster, network, clock, predictor)
+    return Built(cluster, network)
 
 
 def batching(setup: Setup, machine: Machine) -> ContinuousBatching:
