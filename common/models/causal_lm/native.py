@@ -149,7 +149,8 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
 def _library() -> ctypes.CDLL | None:
     compiler = shutil.which("c++")
     if compiler is None:
-        return _without("no program is called c++")
+        _without("no program is called c++")
+        return None
     flags = _FLAGS + (_FLAGS_X86 if platform.machine() == "x86_64" else ())
     key = hashlib.sha256(
         _SOURCE.read_bytes() + repr((flags, _LINK_FLAGS)).encode() + _processor().encode()
@@ -161,9 +162,11 @@ def _library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(kept))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
-        return _without(f"{compiler} failed: {lines[0] if lines else f'exit status {error.returncode}'}")
+        _without(f"{compiler} failed: {lines[0] if lines else f'exit status {error.returncode}'}")
+        return None
     except (OSError, subprocess.SubprocessError) as error:
-        return _without(str(error))
+        _without(str(error))
+        return None
 
 
 def _without(reason: str) -> None:
