@@ -94,11 +94,11 @@ class IndexPublisher:
 
 @dataclass(slots=True)
 class _Followed:
-    """One instance, as far as its changes have been taken in. ``asked_s``: since when a snapshot is awaited."""
+    """One instance, as far as its changes have been taken in. ``awaited``: whether a snapshot is."""
 
     incarnation: int
     number: int = 0
-    asked_s: float | None = None
+    awaited: bool = False
     held: list[IndexChange] = field(default_factory=list)
 
 
@@ -109,15 +109,13 @@ class PromptIndex:
         block_bytes: of the packed tokens of a block.
         ttl_s: what is only expected is forgotten after so many seconds at most, and after half of them at least, unless
             it is expected anew.
-        patience_s: a snapshot that has not come after so long is asked for again.
     """
 
-    def __init__(self, block_bytes: int, ttl_s: float = 120.0, patience_s: float = 5.0) -> None:
+    def __init__(self, block_bytes: int, ttl_s: float = 120.0) -> None:
         self.repairs = 0
         self._told = PromptTree(block_bytes)
         self._expected = PromptTree(block_bytes)
         self._ttl_s = ttl_s
-        self._patience_s = patience_s
         self._expired_s = 0.0
         self._followed: dict[str, _Followed] = {}
 
@@ -146,40 +144,31 @@ class PromptIndex:
         self._told.forget(instance)
         self._expected.forget(instance)
 
-    def handle(self, told: IndexChange | IndexSnapshot, now_s: float) -> list[AskSnapshot]:
-        """Take in what an instance published."""
+    def handle(self, told: IndexChange | IndexSnapshot) -> list[AskSnapshot]:
+        """Take in what an instance published. Whether a snapshot comes that was asked for, the caller has to see to."""
         if isinstance(told, IndexSnapshot):
-            return self._restore(told, now_s)
+            return self._restore(told)
         source = self._followed.get(told.instance)
         if source is None or told.incarnation > source.incarnation:
             self.forget(told.instance)
             source = self._followed[told.instance] = _Followed(told.incarnation)
         if told.incarnation < source.incarnation or told.number <= source.number:
             return []
-        if source.asked_s is not None:
+        if source.awaited:
             if len(source.held) < _MAX_HELD:
                 source.held.append(told)
             return []
-        return self._take(source, told, now_s)
-
-    def overdue(self, now_s: float) -> list[AskSnapshot]:
-        """Snapshots that were asked for too long ago."""
-        asked = []
-        for instance, source in self._followed.items():
-            if source.asked_s is not None and now_s - source.asked_s >= self._patience_s:
-                source.asked_s = now_s
-                asked.append(AskSnapshot(instance, f"no snapshot within {self._patience_s:g} s"))
-        return asked
+        return self._take(source, told)
 
     def holding(self, instance: str) -> Holding:
         """What the instance has told, as numbers."""
         return self._told.holding(instance)
 
-    def _take(self, source: _Followed, told: IndexChange, now_s: float) -> list[AskSnapshot]:
+    def _take(self, source: _Followed, told: IndexChange) -> list[AskSnapshot]:
         """Apply the next change, or find that it is not the next."""
         if told.number != source.number + 1:
             source.held = [told]
-            return self._ask(source, told.instance, f"change {told.number} came after {source.number}", now_s)
+            return self._ask(source, told.instance, f"change {told.number} came after {source.number}")
         source.number = told.number
         if told.kept_blocks is None:
             self._told.insert(told.instance, told.tokens)
@@ -187,25 +176,25 @@ class PromptIndex:
             self._told.remove(told.instance, told.tokens, told.kept_blocks)
             self._expected.remove(told.instance, told.tokens, told.kept_blocks)
         if self._told.holding(told.instance) != told.after:
-            return self._ask(source, told.instance, f"after change {told.number} it has something else", now_s)
+            return self._ask(source, told.instance, f"after change {told.number} it has something else")
         return []
 
-    def _restore(self, snapshot: IndexSnapshot, now_s: float) -> list[AskSnapshot]:
-        source = self._followed.setdefault(snapshot.instance, _Followed(snapshot.incarnation, asked_s=now_s))
+    def _restore(self, snapshot: IndexSnapshot) -> list[AskSnapshot]:
+        source = self._followed.setdefault(snapshot.instance, _Followed(snapshot.incarnation, awaited=True))
         if snapshot.incarnation < source.incarnation:
             return []
-        if snapshot.incarnation == source.incarnation and (source.asked_s is None or snapshot.number < source.number):
+        if snapshot.incarnation == source.incarnation and (not source.awaited or snapshot.number < source.number):
             return []
         self._told.forget(snapshot.instance)
         for sequence in snapshot.sequences:
             self._told.insert(snapshot.instance, sequence)
-        source.incarnation, source.number, source.asked_s = snapshot.incarnation, snapshot.number, None
+        source.incarnation, source.number, source.awaited = snapshot.incarnation, snapshot.number, False
         held, source.held = source.held, []
         if self._told.holding(snapshot.instance) != snapshot.after:
-            return self._ask(source, snapshot.instance, "its snapshot is not what it says", now_s)
-        return self._take_held(source, held, now_s)
+            return self._ask(source, snapshot.instance, "its snapshot is not what it says")
+        return self._take_held(source, held)
 
-    def _take_held(self, source: _Followed, held: Iterable[IndexChange], now_s: float) -> list[AskSnapshot]:
+    def _take_held(self, source: _Followed, held: Iterable[IndexChange]) -> list[AskSnapshot]:
         """What came while the snapshot was on its way."""
         asked: list[AskSnapshot] = []
         for told in held:
@@ -214,10 +203,10 @@ class PromptIndex:
             if asked:
                 source.held.append(told)
             else:
-                asked = self._take(source, told, now_s)
+                asked = self._take(source, told)
         return asked
 
-    def _ask(self, source: _Followed, instance: str, reason: str, now_s: float) -> list[AskSnapshot]:
+    def _ask(self, source: _Followed, instance: str, reason: str) -> list[AskSnapshot]:
         self.repairs += 1
-        source.asked_s = now_s
+        source.awaited = True
         return [AskSnapshot(instance, reason)]

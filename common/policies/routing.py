@@ -261,9 +261,9 @@ class GlobalScheduler:
                 self._end(request_id, now_s)
         return self._route_waiting(now_s) if self._waiting else []
 
-    def published(self, told: IndexChange | IndexSnapshot, now_s: float) -> list[str]:
+    def published(self, told: IndexChange | IndexSnapshot) -> list[str]:
         """Take in what an instance published; of which instances a snapshot is needed."""
-        return [asked.instance for asked in self.index.handle(told, now_s)]
+        return [asked.instance for asked in self.index.handle(told)]
 
     def _route_waiting(self, now_s: float) -> list[Route]:
         prefills = [site for site in self.sites.values() if site.prefills]

@@ -78,7 +78,7 @@ class PromptView:
             return
         after = Holding(told.blocks, told.digest)
         change = IndexChange(told.instance, told.incarnation, told.number, told.tokens, told.kept_blocks, after)
-        self._repair(self._index.handle(change, asyncio.get_running_loop().time()))
+        self._repair(self._index.handle(change))
 
     def _repair(self, asked: list[AskSnapshot]) -> None:
         for one in asked:
@@ -93,7 +93,7 @@ class PromptView:
         while again:
             try:
                 snapshot = await self._ask(instance)
-                again = bool(self._index.handle(snapshot, asyncio.get_running_loop().time()))
+                again = bool(self._index.handle(snapshot))
             except BusError as error:
                 log.warning("index not told", instance=instance, reason=str(error))
             if again:

@@ -15,8 +15,8 @@ def prompt(*blocks: int) -> bytes:
     return b"".join(bytes([block]) * BLOCK for block in blocks)
 
 
-def tell(view: PromptIndex, told: Iterable[Told], now_s: float = 0.0) -> list[AskSnapshot]:
-    return [asked for one in told for asked in view.handle(one, now_s)]
+def tell(view: PromptIndex, told: Iterable[Told]) -> list[AskSnapshot]:
+    return [asked for one in told for asked in view.handle(one)]
 
 
 def test_what_is_published_is_known_and_what_is_evicted_is_not() -> None:
@@ -61,13 +61,12 @@ def test_a_difference_without_a_gap_is_noticed() -> None:
     assert view.match(prompt(1, 2), 0.0) == {"a": 2}
 
 
-def test_a_snapshot_that_does_not_come_is_asked_for_again() -> None:
-    view, instance = PromptIndex(BLOCK, patience_s=5.0), IndexPublisher("a", 1, BLOCK)
-    instance.inserted(prompt(1))
-    tell(view, [instance.inserted(prompt(2))], now_s=10.0)
-    assert view.overdue(14.0) == []
-    assert [asked.instance for asked in view.overdue(15.0)] == ["a"]
-    assert view.overdue(16.0) == []
+def test_an_instance_that_was_not_known_may_begin_with_a_snapshot() -> None:
+    view, instance = PromptIndex(BLOCK), IndexPublisher("a", 1, BLOCK)
+    instance.inserted(prompt(1, 2))
+    assert tell(view, [instance.snapshot(), instance.inserted(prompt(3))]) == []
+    assert view.match(prompt(1, 2), 0.0) == {"a": 2}
+    assert view.match(prompt(3), 0.0) == {"a": 1}
 
 
 def test_expectations_die_of_age_unless_renewed() -> None:

@@ -45,7 +45,7 @@ class Scene:
             self.scheduler.handle(InstanceJoined(f"{letter}{number}", kind, 140_000), 0.0)
 
     def has(self, instance: str, *blocks: int) -> None:
-        assert self.scheduler.published(self.publishers[instance].inserted(prompt(*blocks)), 0.0) == []
+        assert self.scheduler.published(self.publishers[instance].inserted(prompt(*blocks))) == []
 
     def route(self, name: str, *blocks: int, conversation: str = "", now_s: float = 0.0) -> Route:
         (route,) = self.scheduler.handle(arrived(name, *blocks, conversation=conversation), now_s)

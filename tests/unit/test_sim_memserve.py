@@ -190,9 +190,7 @@ def test_workloads_are_near_what_is_published_of_them(chats, prompt, answer, col
 
 @pytest.mark.parametrize("rule", ["least_load", "session", "prompt_tree", "cost", "dynamo", "added_time"])
 @pytest.mark.parametrize("kinds", [(PD, PD, PD), (P, D, D), (P, D, PD)])
-def test_every_rule_answers_everything_and_never_finds_more_than_there_was(
-    rule: str, kinds: tuple[InstanceKind, ...]
-) -> None:
+def test_every_rule_answers_everything_over_a_line_that_loses(rule: str, kinds: tuple[InstanceKind, ...]) -> None:
     setup = Setup(kinds, PAPER_MACHINE, view=View(lost=0.05))
     run, cluster = simulate(setup, make_turns(SHAREGPT, 60, 10.0, 5), rule)
     assert run["completed"] == run["requests"]

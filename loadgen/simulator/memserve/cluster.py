@@ -104,7 +104,6 @@ class Cluster:
             asked.first_token_s = self._clock.now_s
         self.scheduler.handle(RequestPrefilled(job.turn.name), self._clock.now_s)
         if not job.hands_over or job.turn.answer_tokens == 1:
-            self.counts.fused += 1
             return
         self.counts.handed_over += 1
         self._carrier.begin(job, engine, self._decoder_of(job))
@@ -192,7 +191,7 @@ class Cluster:
     def _told(self, told: IndexChange | IndexSnapshot) -> None:
         if told.instance not in self.engines:
             return
-        for instance in self.scheduler.published(told, self._clock.now_s):
+        for instance in self.scheduler.published(told):
             self.counts.repairs += 1
             self._clock.after(self._setup.view.delay_s, lambda instance=instance: self._repair(instance))  # type: ignore[misc]
 

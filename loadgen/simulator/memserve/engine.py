@@ -63,7 +63,6 @@ class Engine:
     ) -> None:
         self.name = name
         self.memory = memory
-        self.computed_tokens = 0
         self.busy_s = 0.0
         self.lost = False
         self._clock = clock
@@ -163,7 +162,6 @@ class Engine:
         takes_s += swapped * self._machine.kv_token_bytes / self._machine.swap_bytes_per_s
         self._stolen_s = 0.0
         self.busy_s += takes_s
-        self.computed_tokens += sum(prompt - cached for prompt, cached in parts)
         for job in jobs:
             self._watcher.began(job, self)
         self._clock.after(takes_s + self._stolen_s, lambda: self._prefilled(jobs))

@@ -38,15 +38,12 @@ class Counts:
     pulls: int = 0
     network_calls: int = 0
     repairs: int = 0
-    fused: int = 0
     handed_over: int = 0
     sent_by_turn: dict[str, int] = field(default_factory=dict)
 
 
-def summary(
-    asked: Sequence[Asked], counts: Counts, measures: Sequence[str] = ("ttft", "jct", "tpot")
-) -> dict[str, Any]:
-    """One run, as ``loadgen``'s JSON has it."""
+def summary(asked: Sequence[Asked], counts: Counts, busy_s: float) -> dict[str, Any]:
+    """One run, as ``loadgen``'s JSON has it. ``busy_s``: of all instances; each is taken for one GPU."""
     done = [one for one in asked if one.end_s < float("inf")]
     reads: dict[str, Callable[[Asked], float]] = {
         "ttft": lambda one: one.ttft_s,
@@ -61,11 +58,13 @@ def summary(
         **{f"{name}_s": _spread([reads[name](one) for one in done]) for name in reads},
         "cache_hit_ratio": achieved / prompt if prompt else 0.0,
         "best_hit_ratio": best / prompt if prompt else 0.0,
+        "gpu_seconds": busy_s,
         "sent_tokens": counts.sent_tokens,
         "returned_tokens": counts.returned_tokens,
         "pulls": counts.pulls,
         "pulled_tokens": counts.pulled_tokens,
         "network_calls": counts.network_calls,
+        "handed_over": counts.handed_over,
         "repairs": counts.repairs,
     }
 

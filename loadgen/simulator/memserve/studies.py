@@ -45,7 +45,8 @@ def simulate(setup: Setup, turns: Iterable[Turn], rule: str, seed: int = 0) -> t
     """One run: its part of the JSON, and the cluster for whoever wants to know more."""
     cluster = Cluster(Clock(), setup, make_rule(rule), seed)
     asked = cluster.run(turns)
-    return summary(list(asked.values()), cluster.counts), cluster
+    busy_s = sum(engine.busy_s for engine in cluster.engines.values())
+    return summary(list(asked.values()), cluster.counts, busy_s), cluster
 
 
 def end_to_end(
