@@ -7,7 +7,7 @@ A request bears on its prefill instance until its first token is there, and on i
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -163,6 +163,13 @@ class Site:
     first_began_s: float = 0.0
     link_until_s: float = 0.0
 
+    def look(self, now_s: float, cached_tokens: int) -> None:
+        """Now, for a request of which so many tokens are here."""
+        self.cached_tokens = cached_tokens
+        self.link_s = max(0.0, self.link_until_s - now_s)
+        first_s = next(iter(self.unfinished.values()), 0.0)
+        self.left_s = self.queue_s - min(first_s, now_s - self.first_began_s)
+
     @property
     def sequences(self) -> int:
         """How many decode here or will."""
@@ -276,9 +283,7 @@ class GlobalScheduler:
     def _route(self, request: RequestArrived, prefills: Sequence[Site], decodes: Sequence[Site], now_s: float) -> Route:
         matched = self.index.match(request.tokens, now_s)
         for name, site in self.sites.items():
-            site.cached_tokens = matched.get(name, 0) * self.costs.block_tokens
-            site.link_s = max(0.0, site.link_until_s - now_s)
-            site.left_s = site.queue_s - min(site.queue_s and now_s - site.first_began_s, _first(site.unfinished))
+            site.look(now_s, matched.get(name, 0) * self.costs.block_tokens)
         ask = Ask(request, self.costs)
         choice = self.rule.choose(ask, prefills, decodes)
         cached = choice.pull.to_token if choice.pull is not None else choice.prefill.cached_tokens
@@ -337,7 +342,3 @@ class GlobalScheduler:
             route = routed.route
             if route.decode == name or (route.prefill == name and not routed.prefilled):
                 self._end(request_id, now_s)
-
-
-def _first(times_s: Mapping[str, float]) -> float:
-    return next(iter(times_s.values()), 0.0)
