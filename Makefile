@@ -4,8 +4,9 @@
 #
 # Both need only Python 3.11 or newer, pip and make.
 #
-# make gpu-check   on a machine with an NVIDIA GPU: the tests that need one, then the published Open-Sora 1.2 measured at
-#                  full size with random weights, a few minutes; figures in out/gpu.json. Without a GPU it fails.
+# make gpu-check   on a machine with an NVIDIA GPU: the tests that need one, then the published Open-Sora 1.2 and language
+#                  models of 7 billion weights measured with random weights, a few minutes; figures in out/gpu.json and
+#                  out/gpu-llm.json. Without a GPU it fails.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -51,6 +52,7 @@ gpu-check: $(INSTALLED)
 		"gpu-check: torch sees no GPU here, so that nothing was checked; this needs an NVIDIA GPU and its driver")'
 	$(BIN)/pytest -m gpu
 	$(BIN)/loadgen bench gpu --json out/gpu.json
+	$(BIN)/loadgen bench gpu-llm --json out/gpu-llm.json
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

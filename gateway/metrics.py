@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from common.messages.cluster import Member
-from common.messages.video import VideoState
+from common.messages.video import PromptsServed, VideoState
 from gateway.chat.metrics import LanguageMetrics
 
 _DURATION_BUCKETS_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -33,6 +33,12 @@ class Metrics:
             buckets=_DURATION_BUCKETS_S,
             registry=self._registry,
         )
+        self._prompts = Counter(
+            "triptych_prompts_served",
+            "Prompts of videos by where their embeddings came from: an encoder's memory, a cache store, or the model.",
+            ("source",),
+            registry=self._registry,
+        )
         self._videos = self._gauge("triptych_videos", "Video jobs by state.", "state")
         self._queue_depth = self._gauge("triptych_video_queue_depth", "Jobs in the broker's queue, not yet taken.")
         self._members = self._gauge("triptych_members", "Living members of the stack.", "service", "state")
@@ -44,6 +50,9 @@ class Metrics:
         self._requests.labels(method, route, str(status)).inc()
         if not streamed:
             self._durations.labels(method, route).observe(duration_s)
+
+    def prompts_served(self, served: PromptsServed) -> None:
+        self._prompts.labels(served.source).inc(served.prompts)
 
     def render(
         self,

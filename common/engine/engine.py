@@ -275,7 +275,9 @@ class Engine:
     def _run(self, pieces: tuple[Piece, ...]) -> list[Output]:
         self._share(pieces)
         chunks = [self._chunk(piece) for piece in pieces]
-        stored = None if self.layer_stored is None else partial(self.layer_stored, chunks)
+        stored = None
+        if self.layer_stored is not None and any(self._sequences[piece.sequence].request.park for piece in pieces):
+            stored = partial(self.layer_stored, chunks)
         logits = self._model.forward(chunks, self._pool, stored)
         self._note(pieces)
         names = [piece.sequence for piece in pieces if piece.last]

@@ -1,6 +1,7 @@
-"""The cache store: tensors kept for others under a key, the newest version of each.
+"""The cache stores: tensors kept for others under a key, the newest version of each; every store has all of them.
 
 Control only. To store, the asker exports the tensor and the cache store fetches it; to load, it is the other way round.
+What has one version for ever, such as KV blocks, is asked for in batches.
 """
 
 from pydantic import Field
@@ -8,33 +9,47 @@ from pydantic import Field
 from common.messages.base import Message
 from common.messages.tensors import TensorRef
 
+MAX_BATCH = 1024
+"""Keys in one batch."""
+
 
 class StoreTensor(Message):
     """Keep ``tensor`` under ``key``, unless what is kept there is as new. The asker exports it for one fetch.
 
     ``tensor_version`` grows with every store under the key. Until ``pin_s`` seconds from now it is not evicted, only
-    dropped or replaced; a pin runs out by itself, so that what nobody drops does not stay for ever.
+    dropped or replaced; a pin runs out by itself, so that what nobody drops does not stay for ever. ``copies``: in so
+    many cache stores it lies when this is answered, or in all that are in reach.
     """
 
     key: str
     tensor_version: int = Field(ge=0)
     tensor: TensorRef
     pin_s: float = 0.0
+    copies: int = Field(default=1, ge=1)
 
 
 class TensorStored(Message):
-    """What is kept under ``key`` now. Not ``stored``: that was as new as the one offered, which nobody fetched."""
+    """What is kept under ``key`` now (-1: nothing). Not ``stored``: that was as new as the one offered, or a copy was
+    not wanted; nobody fetched it then.
+
+    ``copies``: in how many cache stores it lies for certain.
+    """
 
     key: str
     tensor_version: int
     stored: bool
+    copies: int = 1
 
 
 class FindTensor(Message):
-    """Which version is kept under ``key``, exported for ``uses`` fetches (0: only the version is asked for)."""
+    """Which version is kept under ``key``, exported for ``uses`` fetches (0: only the version is asked for).
+
+    ``above``: only the tensor of a version above it is of use; of others nothing is exported.
+    """
 
     key: str
     uses: int = Field(default=1, ge=0)
+    above: int | None = None
 
 
 class TensorFound(Message):
@@ -49,3 +64,106 @@ class DropTensor(Message):
     """Forget what is kept under ``key``, if anything is."""
 
     key: str
+
+
+# --- in batches, for what has one version for ever ---------------------------------------------------------------
+
+
+class StoreTensors(Message):
+    """Keep ``tensor[i]`` under ``keys[i]``, unless something is kept there. The asker exports it for one fetch."""
+
+    keys: tuple[str, ...] = Field(max_length=MAX_BATCH)
+    tensor: TensorRef
+
+
+class TensorsStored(Message):
+    """How many were new and are kept now. Fewer than were new where there is no room for all."""
+
+    stored: int
+
+
+class HaveTensors(Message):
+    """Which of ``keys`` are kept."""
+
+    keys: tuple[str, ...] = Field(max_length=MAX_BATCH)
+
+
+class TensorsHad(Message):
+    """For each key asked for, whether something is kept."""
+
+    had: tuple[bool, ...]
+
+
+class FindTensors(Message):
+    """The tensors kept under ``keys``, each part exported for one fetch. All of one call are of one shape and dtype.
+
+    ``most_bytes``: of one part; what does not fit is not looked for.
+    """
+
+    keys: tuple[str, ...] = Field(max_length=MAX_BATCH)
+    most_bytes: int = Field(ge=0)
+
+
+class TensorsPart(Message):
+    """``tensor[i]`` is what is kept under the key at place ``places[i]`` of those asked for."""
+
+    places: tuple[int, ...]
+    tensor: TensorRef
+
+
+class TensorsFound(Message):
+    """A part from each cache store that had some of them; what is in no part, is not kept."""
+
+    parts: tuple[TensorsPart, ...] = ()
+
+
+class DropTensors(Message):
+    """Forget what is kept under ``keys``."""
+
+    keys: tuple[str, ...] = Field(max_length=MAX_BATCH)
+
+
+# --- between cache stores ----------------------------------------------------------------------------------------
+
+
+class CopyTensor(Message):
+    """Keep this too, as it is kept by the asker, who exports it for one fetch. Times are Unix seconds.
+
+    ``spare``: not if anything had to be evicted for it.
+    """
+
+    key: str
+    tensor_version: int = Field(ge=0)
+    tensor: TensorRef
+    stored_at_s: float
+    pinned_until_s: float
+    spare: bool = False
+
+
+class DropCopy(Message):
+    """``key`` was dropped at ``dropped_at_s`` (Unix seconds): forget what was stored under it until then."""
+
+    key: str
+    dropped_at_s: float
+
+
+class AskDigests(Message):
+    """What is kept, in digests."""
+
+
+class Digests(Message):
+    """For each bucket of keys, a digest of the keys and versions kept."""
+
+    digests: tuple[int, ...]
+
+
+class ListBucket(Message):
+    """What is kept of the keys in one bucket."""
+
+    bucket: int
+
+
+class BucketListed(Message):
+    """The keys of the bucket and their versions."""
+
+    versions: dict[str, int]

@@ -86,8 +86,10 @@ VIDEO_TIMELINES = Bucket("video_timelines", video.VideoTimeline, max_bytes=256 *
 VIDEO_FILES = ObjectBucket("video_files", max_bytes=4096 * _MB)
 
 ENCODE_PROMPT = RequestSubject("triptych.encoder.{}.encode", video.EncodePrompt, video.PromptEncoded)
+PROMPTS_SERVED = EventSubject("triptych.encoder.{}.served", video.PromptsServed)
 GRANT_LEASE = RequestSubject("triptych.dit.{}.lease", video.Lease, failures.Acknowledged)
-REVOKE_LEASE = RequestSubject("triptych.dit.{}.revoke", video.RevokeLease, failures.Acknowledged)
+REVOKE_LEASE = RequestSubject("triptych.dit.{}.revoke", video.RevokeLease, video.LeasesRevoked)
+FIND_LATENT = RequestSubject("triptych.dit.{}.find_latent", video.FindLatent, video.LatentFound)
 PARK_JOB = RequestSubject("triptych.dit.{}.park", video.ParkJob, failures.Acknowledged)
 DECODE_VIDEO = RequestSubject("triptych.vae.{}.decode", video.DecodeVideo, failures.Acknowledged)
 CANCEL_DECODING = RequestSubject("triptych.vae.{}.cancel", video.CancelDecoding, failures.Acknowledged)
@@ -134,6 +136,19 @@ TELL_INDEX = RequestSubject("triptych.language.{}.tell_index", kv_index.AskIndex
 STORE_TENSOR = RequestSubject("triptych.cache_store.store", cache.StoreTensor, cache.TensorStored)
 FIND_TENSOR = RequestSubject("triptych.cache_store.find", cache.FindTensor, cache.TensorFound)
 DROP_TENSOR = RequestSubject("triptych.cache_store.drop", cache.DropTensor, failures.Acknowledged)
+STORE_TENSORS = RequestSubject("triptych.cache_store.store_many", cache.StoreTensors, cache.TensorsStored)
+HAVE_TENSORS = RequestSubject("triptych.cache_store.have_many", cache.HaveTensors, cache.TensorsHad)
+FIND_TENSORS = RequestSubject("triptych.cache_store.find_many", cache.FindTensors, cache.TensorsFound)
+DROP_TENSORS = RequestSubject("triptych.cache_store.drop_many", cache.DropTensors, failures.Acknowledged)
+
+# Between cache stores. What is found here is what this one has, without asking the others.
+COPY_TENSOR = RequestSubject("triptych.cache_store.{}.copy", cache.CopyTensor, cache.TensorStored)
+DROP_COPY = RequestSubject("triptych.cache_store.{}.drop", cache.DropCopy, failures.Acknowledged)
+FIND_COPY = RequestSubject("triptych.cache_store.{}.find", cache.FindTensor, cache.TensorFound)
+HAVE_COPIES = RequestSubject("triptych.cache_store.{}.have_many", cache.HaveTensors, cache.TensorsHad)
+FIND_COPIES = RequestSubject("triptych.cache_store.{}.find_many", cache.FindTensors, cache.TensorsFound)
+ASK_DIGESTS = RequestSubject("triptych.cache_store.{}.digests", cache.AskDigests, cache.Digests)
+LIST_BUCKET = RequestSubject("triptych.cache_store.{}.list", cache.ListBucket, cache.BucketListed)
 
 # The cluster
 MEMBERS = Bucket("members", cluster.Member, max_bytes=16 * _MB)

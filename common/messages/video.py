@@ -3,6 +3,8 @@
 from enum import StrEnum
 from typing import ClassVar, Self
 
+from pydantic import Field
+
 from common.messages.base import Message
 from common.messages.failures import Failure
 from common.messages.tensors import TensorRef
@@ -147,6 +149,21 @@ class PromptEncoded(Message):
     ended_at_s: float
 
 
+class PromptSource(StrEnum):
+    """Where a prompt's embeddings came from: they were known, others had made them, or they were made."""
+
+    MEMORY = "memory"
+    CACHE_STORE = "cache_store"
+    MODEL = "model"
+
+
+class PromptsServed(Message):
+    """So many prompts' embeddings came from ``source``; for whoever counts."""
+
+    source: PromptSource
+    prompts: int
+
+
 # --- scheduler and DiT -------------------------------------------------------------------------------------------
 
 
@@ -204,6 +221,29 @@ class RevokeLease(Message):
 
     job_id: str | None
     epoch: int
+
+
+class LeasesRevoked(Message):
+    """Which job the worker has at hand, if any: it works on it, or has let it go and keeps its latent for a while."""
+
+    job_id: str | None = None
+
+
+class FindLatent(Message):
+    """What latent of the job, taken from this worker before, is kept; answered once the step under way is done.
+
+    With ``uses`` it is exported for so many fetches.
+    """
+
+    job_id: str
+    uses: int = Field(default=0, ge=0)
+
+
+class LatentFound(Message):
+    """The latent after ``step`` steps is kept, and exported if that was asked for; 0: nothing of use is kept."""
+
+    step: int = 0
+    latent: TensorRef | None = None
 
 
 class ParkJob(Message):
@@ -270,11 +310,15 @@ class JobParked(Message):
 
 
 class CheckpointStored(Message):
-    """The latent after ``step`` steps lies in the cache store: losing the worker costs the steps since, no more."""
+    """The latent after ``step`` steps lies in the cache store: losing the worker costs the steps since, no more.
+
+    ``copies``: in how many cache stores it lies; with two, neither's loss matters.
+    """
 
     job_id: str
     epoch: int
     step: int
+    copies: int = 1
 
 
 class DenoisingFinished(Message):

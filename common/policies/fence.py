@@ -42,6 +42,10 @@ class Fence:
         """Whether this grant was revoked; one that was merely followed by a newer one was not."""
         return epoch <= max(self._floor, self._revoked.get(job_id, 0))
 
+    def swept(self, job_id: str, epoch: int) -> bool:
+        """Whether this grant is void because those of every job were revoked, and not its own job's in particular."""
+        return self._revoked.get(job_id, 0) < epoch <= self._floor
+
     def holds(self, job_id: str, epoch: int) -> bool:
         """Whether this grant is the newest and not revoked."""
         return epoch == self._granted and epoch > max(self._floor, self._revoked.get(job_id, 0))

@@ -8,14 +8,19 @@ the models are and compiled. What the card could do at best is measured in the s
 import argparse
 import contextlib
 import gc
+import itertools
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch._inductor.utils import fresh_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common.models.opensora.gpu.graphs import CapturedSTDiT3
+from loadgen.bench.compare import write_json
 from loadgen.gpu.measure import Failed, Reading, measure
 from loadgen.gpu.rates import data_sheet_flops, matrix_flops
 from loadgen.gpu.setups import (
@@ -26,12 +31,13 @@ from loadgen.gpu.setups import (
     Setup,
     compile_transformer,
     compile_vae,
+    decode_flops,
     random_transformer,
     random_vae,
 )
 from loadgen.gpu.table import Decode, Rates, Step
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _ATTENTION = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -49,22 +55,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="readings of each (default %(default)s)")
     parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="calls before them (default %(default)s)")
     parser.add_argument("--device", default="cuda", metavar="NAME", help="(default %(default)s)")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the weights (default %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default %(default)s)")
     parser.add_argument("--attention", choices=("auto", *_ATTENTION), default="auto", help="torch's kernel to prefer")
     parser.add_argument("--not-compiled", action="store_true", help="leave the compiled half out")
+    parser.add_argument("--compile-vae", action="store_true", help="compile the autoencoder too: minutes for each size")
     parser.add_argument("--backend", metavar="NAME", help="what compiles (default inductor; on a CPU aot_eager)")
     parser.add_argument("--tiny", action="store_true", help="a tiny likeness instead of the published size")
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
-    """Measure, print line by line, and return what ``--json`` writes."""
+    """Measure, print line by line, keep what there is in ``--json`` after each, and return it."""
     try:
         bench = _Bench.of(options)
     except WrongArgument as error:
         raise SystemExit(f"loadgen bench gpu: {error}") from None
     torch.manual_seed(1)
     with _preferring(options.attention):
-        return bench.run()
+        rates = bench.begin()
+        return keep_rows({"benchmark": "gpu", "environment": bench.environment(rates)}, bench.rows(rates), options.json)
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class _Bench:
     repeats: int
     attention: str
     backend: str | None
+    compile_vae: bool
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "_Bench":
@@ -88,7 +97,7 @@ class _Bench:
         for size in options.size or ():
             if size not in setup.sizes:
                 raise WrongArgument(f"--size {size}: give some of {', '.join(setup.sizes)}")
-        device = _device(options.device)
+        device = chosen_device(options.device)
         # What inductor makes for a CPU takes minutes of a C++ compiler.
         backend = options.backend or ("aot_eager" if device.type == "cpu" else "inductor")
         if backend not in torch.compiler.list_backends(exclude_tags=()):
@@ -97,93 +106,126 @@ class _Bench:
             setup=setup,
             sizes=tuple(dict.fromkeys(options.size or setup.sizes)),
             device=device,
-            dtype=_DTYPES[options.dtype],
+            dtype=DTYPES[options.dtype],
             warm_up=options.warm_up,
             repeats=options.repeats,
             attention=options.attention,
             backend=None if options.not_compiled else backend,
+            compile_vae=options.compile_vae,
         )
 
-    @property
-    def card(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU ({platform.machine()})"
-
-    def run(self) -> dict[str, object]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        print(f"{self.setup.name}, {dtype}, {self.attention} attention, on {self.card}, torch {torch.__version__}")
+    def begin(self) -> Rates:
+        """What the card can do at best."""
+        card, dtype = device_name(self.device), name_of(self.dtype)
+        print(f"{self.setup.name}, {dtype}, {self.attention} attention, on {card}, torch {torch.__version__}")
         rates = Rates(
             matrix_flops(self.device, self.dtype, self.warm_up, self.repeats),
-            data_sheet_flops(self.card) if self.dtype is torch.bfloat16 else None,
+            data_sheet_flops(card) if self.dtype is torch.bfloat16 else None,
         )
-        print(rates.text())
-        print(f"\none guided step of {self.setup.frames} frames, {self.setup.text_tokens} text tokens\n{Step.HEAD}")
-        steps = list(self._steps(rates))
-        print(f"\none video decoded\n{Decode.HEAD}")
-        decodes = list(self._decodes())
+        print(rates.text(), flush=True)
+        return rates
+
+    def environment(self, rates: Rates) -> dict[str, object]:
+        """For ``--json``."""
         return {
-            "benchmark": "gpu",
-            "environment": {
-                "device": self.card,
-                "torch": torch.__version__,
-                "cuda": torch.version.cuda,
-                "dtype": dtype,
-                "attention": self.attention,
-                "backend": self.backend,
-                "model": self.setup.name,
-                "text_tokens": self.setup.text_tokens,
-                "matrix_flops_per_s": vars(rates),
-            },
-            "runs": [*(step.as_dict() for step in steps), *(decode.as_dict() for decode in decodes)],
+            "device": device_name(self.device),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "dtype": name_of(self.dtype),
+            "attention": self.attention,
+            "backend": self.backend,
+            "model": self.setup.name,
+            "text_tokens": self.setup.text_tokens,
+            "matrix_flops_per_s": vars(rates),
         }
 
-    def _steps(self, rates: Rates) -> Iterator[Step]:
+    def rows(self, rates: Rates) -> Iterator[dict[str, object]]:
+        """Every step and decoding as the models are, then compiled; the end where the device is lost."""
+        parts: list[Iterator[Step | Decode]] = [self._steps(rates, None), self._decodes(rates, None)]
+        if self.backend is not None and self.compile_vae:
+            parts.append(self._decodes(rates, self.backend))
+        if self.backend is not None:
+            parts.append(self._steps(rates, self.backend))
+        for row in itertools.chain.from_iterable(parts):
+            yield row.as_dict()
+            if isinstance(row.outcome, Failed) and row.outcome.device_lost:
+                return
+
+    def _steps(self, rates: Rates, backend: str | None) -> Iterator[Step]:
+        print(f"\none guided step of {self.setup.frames} frames, {self.setup.text_tokens} text tokens\n{Step.HEAD}")
         model = random_transformer(self.setup, self.device, self.dtype)
-        readings = self._both_ways(
-            lambda size: GuidedStep(self.setup, size, model, self.device),
-            lambda backend: compile_transformer(model, backend),
-        )
-        for size, compiled, outcome in readings:
-            step = Step(self.setup, size, compiled, outcome, rates)
+        run: Callable[..., Tensor] = model
+        if backend is not None:
+            compile_transformer(model, backend)
+        elif self.device.type == "cuda":
+            # As a worker does.
+            run = CapturedSTDiT3(model)
+        for size, outcome in self._outcomes(
+            lambda size: GuidedStep(self.setup, size, model, self.device, run), backend
+        ):
+            step = Step(self.setup, size, backend is not None, outcome, rates)
             print(step.line(), flush=True)
             yield step
 
-    def _decodes(self) -> Iterator[Decode]:
+    def _decodes(self, rates: Rates, backend: str | None) -> Iterator[Decode]:
+        print(f"\none video decoded\n{Decode.HEAD}")
         vae = random_vae(self.setup, self.device, self.dtype)
-        readings = self._both_ways(
-            lambda size: Decoding(self.setup, size, vae, self.device), lambda backend: compile_vae(vae, backend)
-        )
-        for size, compiled, outcome in readings:
-            decode = Decode(self.setup, size, compiled, outcome)
+        if backend is not None:
+            compile_vae(vae, backend)
+        for size, outcome in self._outcomes(lambda size: Decoding(self.setup, size, vae, self.device), backend):
+            work = decode_flops(self.setup, size)
+            decode = Decode(self.setup, size, backend is not None, outcome, rates, work)
             print(decode.line(), flush=True)
             yield decode
 
-    def _both_ways(
-        self, make: Callable[[str], Callable[[], object]], compile_model: Callable[[str], None]
-    ) -> Iterator[tuple[str, bool, Reading | Failed]]:
-        """Every size as the model is, then compiled."""
+    def _outcomes(
+        self, make: Callable[[str], Callable[[], object]], backend: str | None
+    ) -> Iterator[tuple[str, Reading | Failed]]:
+        """Of every size."""
         for size in self.sizes:
-            yield size, False, self._measured(make, size)
-        if self.backend is None:
-            return
-        compile_model(self.backend)
-        for size in self.sizes:
-            # For this size alone, with nothing kept of what was compiled before: what compiling costs is a figure too.
-            torch.compiler.reset()
-            with fresh_cache():
-                yield size, True, self._measured(make, size)
+            free_memory(self.device)
+            with contextlib.ExitStack() as stack:
+                if backend is not None:
+                    # For this size alone, with nothing kept of what was compiled before: what compiling costs is a
+                    # figure too.
+                    torch.compiler.reset()
+                    stack.enter_context(fresh_cache())
+                outcome = measure(make(size), self.device, self.warm_up, self.repeats)
+            yield size, outcome
         # What was compiled holds on to weights, which would count as memory of what is measured next.
         torch.compiler.reset()
 
-    def _measured(self, make: Callable[[str], Callable[[], object]], size: str) -> Reading | Failed:
-        if self.device.type == "cuda":
-            # Nothing that is left of the size before shall count as this one's memory.
-            gc.collect()
-            torch.cuda.empty_cache()
-        return measure(make(size), self.device, self.warm_up, self.repeats)
+
+def keep_rows(result: dict[str, object], rows: Iterable[dict[str, object]], path: Path | None) -> dict[str, object]:
+    """The result with its rows; written after each, so that a run that is cut off leaves what it has."""
+    runs: list[dict[str, object]] = []
+    result["runs"] = runs
+    for row in rows:
+        runs.append(row)
+        if path is not None:
+            write_json(path, result)
+    return result
 
 
-def _device(name: str) -> torch.device:
-    """Raises WrongArgument."""
+def name_of(dtype: torch.dtype) -> str:
+    """As people write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def device_name(device: torch.device) -> str:
+    """For people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+
+
+def free_memory(device: torch.device) -> None:
+    """Nothing that is left of what was measured before shall count as the next one's memory."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of that name. Raises WrongArgument."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -197,7 +239,8 @@ def _device(name: str) -> torch.device:
             "torch sees no GPU here, so that nothing was measured; on a machine with one, install a torch that is "
             "built for it (--device cpu --tiny takes the same way on a CPU)"
         )
-    if (device.index or 0) >= torch.cuda.device_count():
+    device = torch.device("cuda", device.index or 0)
+    if device.index >= torch.cuda.device_count():
         raise WrongArgument(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
     torch.cuda.set_device(device)
     return device

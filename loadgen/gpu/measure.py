@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+_LOST = "the device was lost"
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -20,12 +22,26 @@ class Reading:
     def median_s(self) -> float:
         return statistics.median(self.seconds)
 
+    def as_dict(self) -> dict[str, object]:
+        """For ``--json``."""
+        return {
+            "median_s": self.median_s,
+            "seconds": list(self.seconds),
+            "first_call_s": self.first_s,
+            "peak_bytes": self.peak_bytes,
+        }
+
 
 @dataclass(frozen=True)
 class Failed:
     """There is no reading; what stands in its place."""
 
     reason: str
+
+    @property
+    def device_lost(self) -> bool:
+        """Whether this process can measure nothing more."""
+        return self.reason.startswith(_LOST)
 
 
 def measure(work: Callable[[], object], device: torch.device, warm_up: int, repeats: int) -> Reading | Failed:
@@ -45,6 +61,9 @@ def measure(work: Callable[[], object], device: torch.device, warm_up: int, repe
         out_of_memory = True
     except torch._dynamo.exc.TorchDynamoException as error:
         return Failed(f"not compiled: {_first_line(error)}")
+    except torch.AcceleratorError as error:
+        # Nothing more can be computed on this device in this process.
+        return Failed(f"{_LOST}: {_first_line(error)}")
     if out_of_memory and device.type == "cuda":
         torch.cuda.empty_cache()
     return Failed("out of memory")

@@ -1,4 +1,4 @@
-"""How fast a card multiplies matrices: measured, and as its data sheet says."""
+"""How fast a card multiplies matrices and moves memory: measured, and the former as its data sheet says."""
 
 import torch
 
@@ -17,6 +17,7 @@ _DATA_SHEETS = (
     ("L4", 121e12),
 )
 _SIDES = (4096, 8192, 16384)
+_COPIED_BYTES = 2 << 30
 
 
 def data_sheet_flops(card: str) -> float | None:
@@ -37,3 +38,12 @@ def matrix_flops(device: torch.device, dtype: torch.dtype, warm_up: int, repeats
         if not isinstance(reading, Failed):
             best = max(best, 2 * side**3 / reading.median_s)
     return best
+
+
+def copy_bytes(device: torch.device, warm_up: int, repeats: int) -> float:
+    """Bytes a second that a large copy reads and writes within the device's memory; a CPU gets a small one."""
+    count = _COPIED_BYTES if device.type == "cuda" else 1 << 20
+    source = torch.randint(256, (count,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    reading = measure(lambda: target.copy_(source), device, warm_up, repeats)
+    return 0.0 if isinstance(reading, Failed) else 2 * count / reading.median_s

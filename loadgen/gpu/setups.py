@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.models.opensora import OpenSoraVAE, OpenSoraVAEConfig, PreparedText, RectifiedFlow, STDiT3, STDiT3Config
 from common.models.opensora.loading import cast_weights
@@ -80,10 +81,15 @@ def random_vae(setup: Setup, device: torch.device, dtype: torch.dtype) -> OpenSo
 
 
 class GuidedStep:
-    """One denoising step as a DiT worker takes it alone; the latent stays, as random weights would blow it up."""
+    """One denoising step as a DiT worker takes it alone; the latent stays, as random weights would blow it up.
 
-    def __init__(self, setup: Setup, size: str, model: STDiT3, device: torch.device) -> None:
-        self._model = model
+    run: another way to run the model.
+    """
+
+    def __init__(
+        self, setup: Setup, size: str, model: STDiT3, device: torch.device, run: Callable[..., Tensor] | None = None
+    ) -> None:
+        self._run = run or model
         self._flow = RectifiedFlow(**asdict(OPEN_SORA_1_2.flow))
         width, height = setup.sizes[size]
         self._size = {"height": float(height), "width": float(width)}
@@ -98,10 +104,21 @@ class GuidedStep:
         defaults = OPEN_SORA_1_2.defaults
 
         def velocity(z: Tensor, t: Tensor, text: PreparedText, frame_mask: Tensor | None) -> Tensor:
-            predicted: Tensor = self._model(z, t, text, x_mask=frame_mask, fps=defaults.fps, **self._size)
+            predicted: Tensor = self._run(z, t, text, x_mask=frame_mask, fps=defaults.fps, **self._size)
             return predicted
 
         return self._flow.step(velocity, self._latent, 0, self._times, self._text, defaults.guidance_scale)
+
+
+def decode_flops(setup: Setup, size: str) -> int:
+    """Operations of decoding one video, nearly all of them convolutions, as torch counts them; nothing is computed."""
+    with torch.device("meta"):
+        vae = OpenSoraVAE(setup.vae).eval()
+        latent = torch.empty(setup.latent_shape(size))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for _ in vae.decode_chunks(latent, setup.frames):
+            pass
+    return int(counter.get_total_flops())
 
 
 class Decoding:

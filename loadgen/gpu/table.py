@@ -59,9 +59,9 @@ class Step:
                 rate = self.flops.total / reading.median_s
                 measured, sheet = self.rates.shares(rate)
                 return start + (
-                    f"{_duration(reading.median_s):>10} {self.tokens / reading.median_s:>9,.0f} {rate / 1e12:>8.3g} "
+                    f"{duration(reading.median_s):>10} {self.tokens / reading.median_s:>9,.0f} {rate / 1e12:>8.3g} "
                     f"{measured:>8.1%} {'-' if sheet is None else f'{sheet:.1%}':>8} "
-                    f"{_memory(reading):>9} {_duration(reading.first_s):>10}"
+                    f"{memory(reading):>9} {duration(reading.first_s):>10}"
                 )
 
     def as_dict(self) -> dict[str, object]:
@@ -73,7 +73,7 @@ class Step:
         measured, sheet = self.rates.shares(rate)
         return {
             **row,
-            **_readings(self.outcome),
+            **self.outcome.as_dict(),
             "tokens_per_s": self.tokens / self.outcome.median_s,
             "flops_per_s": rate,
             "share_of_matrix_rate": {"measured": measured, "data_sheet": sheet},
@@ -82,14 +82,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Decode:
-    """One video decoded, chunk by chunk, to pixels in main memory."""
+    """One video decoded, chunk by chunk, to pixels in main memory. flops: see ``decode_flops``."""
 
     setup: Setup
     size: str
     compiled: bool
     outcome: Reading | Failed
+    rates: Rates
+    flops: int
 
-    HEAD = f"{'size':>5} {'frames':>7} {'way':>9} {'video':>10} {'frames/s':>9} {'peak':>9} {'first call':>10}"
+    HEAD = (
+        f"{'size':>5} {'frames':>7} {'way':>9} {'video':>10} {'frames/s':>9} {'TFLOP/s':>8} "
+        f"{'of rate':>8} {'of sheet':>8} {'peak':>9} {'first call':>10}"
+    )
 
     def line(self) -> str:
         """A line under ``HEAD``."""
@@ -98,28 +103,41 @@ class Decode:
             case Failed(reason):
                 return start + reason
             case Reading() as reading:
+                rate = self.flops / reading.median_s
+                measured, sheet = self.rates.shares(rate)
                 return start + (
-                    f"{_duration(reading.median_s):>10} {self.setup.frames / reading.median_s:>9,.1f} "
-                    f"{_memory(reading):>9} {_duration(reading.first_s):>10}"
+                    f"{duration(reading.median_s):>10} {self.setup.frames / reading.median_s:>9,.1f} "
+                    f"{rate / 1e12:>8.3g} {measured:>8.1%} {'-' if sheet is None else f'{sheet:.1%}':>8} "
+                    f"{memory(reading):>9} {duration(reading.first_s):>10}"
                 )
 
     def as_dict(self) -> dict[str, object]:
         """For ``--json``."""
-        row = _about("decode", self.setup, self.size, self.compiled)
+        row = {**_about("decode", self.setup, self.size, self.compiled), "flops": self.flops}
         if isinstance(self.outcome, Failed):
             return {**row, "error": self.outcome.reason}
-        return {**row, **_readings(self.outcome), "frames_per_s": self.setup.frames / self.outcome.median_s}
+        rate = self.flops / self.outcome.median_s
+        measured, sheet = self.rates.shares(rate)
+        return {
+            **row,
+            **self.outcome.as_dict(),
+            "frames_per_s": self.setup.frames / self.outcome.median_s,
+            "flops_per_s": rate,
+            "share_of_matrix_rate": {"measured": measured, "data_sheet": sheet},
+        }
 
 
 def _way(compiled: bool) -> str:
     return "compiled" if compiled else "as it is"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people."""
     return f"{seconds:.2f} s" if seconds >= 10 else f"{1000 * seconds:.4g} ms"
 
 
-def _memory(reading: Reading) -> str:
+def memory(reading: Reading) -> str:
+    """The most that was held, for people."""
     return "-" if reading.peak_bytes is None else f"{reading.peak_bytes / 2**30:.2f} GiB"
 
 
@@ -132,13 +150,4 @@ def _about(phase: str, setup: Setup, size: str, compiled: bool) -> dict[str, obj
         "height": height,
         "frames": setup.frames,
         "compiled": compiled,
-    }
-
-
-def _readings(reading: Reading) -> dict[str, object]:
-    return {
-        "median_s": reading.median_s,
-        "seconds": list(reading.seconds),
-        "first_call_s": reading.first_s,
-        "peak_bytes": reading.peak_bytes,
     }

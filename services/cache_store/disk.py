@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +10,7 @@ from typing import TypeVar
 import structlog
 import torch
 
+from services.cache_store.dropped import Dropped, DroppedFile
 from services.cache_store.files import DamagedFile, FileHeader, read_header, read_tensor, write_tensor
 from services.cache_store.tier import Held, Tier, TierFull
 
@@ -25,6 +26,8 @@ class DiskTier:
         self._folder = folder
         self._tier = Tier(capacity_bytes)
         self._thread = ThreadPoolExecutor(1, "disk")
+        self._dropped_file = DroppedFile(folder / "dropped.log")
+        self.dropped = Dropped()
 
     @classmethod
     async def open(cls, folder: Path, capacity_bytes: int, now_s: float) -> "DiskTier":
@@ -37,7 +40,9 @@ class DiskTier:
             OSError: the folder cannot be made or read.
         """
         disk = cls(folder, capacity_bytes)
-        for header in await disk._run(disk._scan):
+        headers = await disk._run(disk._scan)
+        disk.dropped = await disk._run(lambda: disk._dropped_file.read(now_s))
+        for header in headers:
             disk._index(header, now_s)
         return disk
 
@@ -48,8 +53,19 @@ class DiskTier:
     def used_bytes(self) -> int:
         return self._tier.used_bytes
 
+    def listen(self, changed: Callable[[str], None]) -> None:
+        """See `Tier.listen`."""
+        self._tier.listen(changed)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tier)
+
     def held(self, key: str) -> Held | None:
         return self._tier.held(key)
+
+    def evicts(self, key: str, size_bytes: int, now_s: float) -> bool:
+        """See `Tier.evicts`."""
+        return self._tier.evicts(key, size_bytes, now_s)
 
     def check_room(self, key: str, size_bytes: int, now_s: float) -> None:
         """Raises TierFull where so much would not fit."""
@@ -74,19 +90,24 @@ class DiskTier:
             self._forget(key, held)
             raise
 
-    async def read(self, key: str) -> tuple[int, torch.Tensor] | None:
+    async def read(self, key: str) -> tuple[Held, torch.Tensor] | None:
         """The newest version under ``key`` and its tensor. A damaged file is removed with a log line, and is none."""
         held = self._tier.held(key)
         if held is None:
             return None
-        self._tier.used(key)
         try:
             header, tensor = await self._run(lambda: self._read(key))
         except (DamagedFile, OSError) as error:
             log.warning("damaged tensor dropped", key=key, reason=str(error))
             self._forget(key, held)
             return None
-        return header.version, tensor
+        return header.held, tensor
+
+    async def drop(self, key: str, at_s: float) -> None:
+        """Forget the key at once; returns when that it was dropped will outlive this process."""
+        self.remove(key)
+        all_known = tuple(self.dropped) if self._dropped_file.overgrown else ()
+        await self._run(lambda: self._note_dropped(key, at_s, all_known))
 
     def remove(self, key: str) -> None:
         """Forget the key; its file goes in a moment."""
@@ -105,9 +126,12 @@ class DiskTier:
             self._tier.remove(key)
 
     def _index(self, header: FileHeader, now_s: float) -> None:
+        if header.stored_at_s <= (self.dropped.at_s(header.key) or -1.0):
+            # The former life ended between the note of its drop and the file's end.
+            self._thread.submit(self._unlink, header.key)
+            return
         try:
-            held = Held(header.version, header.size_bytes, header.pinned_until_s)
-            evicted = self._tier.admit(header.key, held, now_s)
+            evicted = self._tier.admit(header.key, header.held, now_s)
         except TierFull:
             evicted = [header.key]
         for key in evicted:
@@ -137,7 +161,7 @@ class DiskTier:
 
     def _write(self, key: str, held: Held, tensor: torch.Tensor) -> None:
         try:
-            write_tensor(self._path(key), key, held.version, held.pinned_until_s, tensor)
+            write_tensor(self._path(key), key, held, tensor)
         except OSError:
             self._unlink(key)
             raise
@@ -154,6 +178,14 @@ class DiskTier:
             self._path(key).unlink(missing_ok=True)
         except OSError as error:
             log.warning("file not removed", key=key, reason=str(error))
+
+    def _note_dropped(self, key: str, at_s: float, all_known: tuple[tuple[str, float], ...]) -> None:
+        try:
+            self._dropped_file.append(key, at_s)
+            if all_known:
+                self._dropped_file.rewrite(all_known)
+        except OSError as error:
+            log.warning("not on disk that a tensor was dropped", key=key, reason=str(error))
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.tensor"

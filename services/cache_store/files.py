@@ -18,6 +18,7 @@ import torch
 
 from common.tensors.errors import TensorMismatch
 from common.tensors.memory import dtype_name, dtype_named
+from services.cache_store.tier import Held
 
 _MAGIC = b"triptych tensor 1\n"
 _LENGTH_AND_CHECK = struct.Struct("<II")
@@ -30,7 +31,7 @@ class DamagedFile(ValueError):
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What a file says of its tensor. ``pinned_until_s`` is in Unix seconds, ``sha256`` in hexadecimal."""
+    """What a file says of its tensor. Times are Unix seconds, ``sha256`` is in hexadecimal."""
 
     key: str
     version: int
@@ -39,9 +40,15 @@ class FileHeader:
     shape: tuple[int, ...]
     size_bytes: int
     sha256: str
+    stored_at_s: float = 0.0
+
+    @property
+    def held(self) -> Held:
+        """Its place in a tier."""
+        return Held(self.version, self.size_bytes, self.pinned_until_s, self.stored_at_s)
 
 
-def write_tensor(path: Path, key: str, version: int, pinned_until_s: float, tensor: torch.Tensor) -> None:
+def write_tensor(path: Path, key: str, held: Held, tensor: torch.Tensor) -> None:
     """Put ``tensor``, on the CPU and contiguous, in place of what ``path`` holds.
 
     Raises:
@@ -50,7 +57,14 @@ def write_tensor(path: Path, key: str, version: int, pinned_until_s: float, tens
     data = _bytes_of(tensor)
     digest = hashlib.sha256(data).hexdigest()
     header = FileHeader(
-        key, version, pinned_until_s, dtype_name(tensor.dtype), tuple(tensor.shape), tensor.nbytes, digest
+        key,
+        held.version,
+        held.pinned_until_s,
+        dtype_name(tensor.dtype),
+        tuple(tensor.shape),
+        tensor.nbytes,
+        digest,
+        held.stored_at_s,
     )
     packed = json.dumps(asdict(header)).encode()
     temporary = path.with_suffix(".part")

@@ -1,7 +1,8 @@
-"""The cache store: a process without compute that keeps tensors for others, in memory and on disk.
+"""The cache store: a process without compute that keeps tensors for others, in memory and on disk (MemServe 4).
 
-What it keeps is a matter of its askers: step checkpoints of videos today. Everything about them is in their key and
-version; see ``common.messages.cache`` for what can be asked.
+What it keeps is a matter of its askers: step checkpoints of videos, embeddings of prompts, KV blocks. Everything about
+them is in their key and version; see ``common.messages.cache`` for what can be asked. Several cache stores are copies
+of each other, and any of them may be asked.
 """
 
 import asyncio
@@ -13,19 +14,43 @@ import structlog
 from common.bus.errors import Refusal
 from common.bus.nats_bus import NatsBus
 from common.bus.port import Bus, Subscription
-from common.messages.cache import DropTensor, FindTensor, StoreTensor, TensorFound, TensorStored
+from common.messages.cache import (
+    AskDigests,
+    BucketListed,
+    CopyTensor,
+    Digests,
+    DropCopy,
+    DropTensor,
+    FindTensor,
+    ListBucket,
+    StoreTensor,
+    TensorFound,
+    TensorStored,
+)
 from common.messages.cluster import Service
 from common.messages.failures import Acknowledged, Failure, Stage
-from common.messages.subjects import DROP_TENSOR, FIND_TENSOR, MEMBERS, STORE_TENSOR
+from common.messages.subjects import (
+    ASK_DIGESTS,
+    COPY_TENSOR,
+    DROP_COPY,
+    DROP_TENSOR,
+    FIND_COPY,
+    FIND_TENSOR,
+    LIST_BUCKET,
+    MEMBERS,
+    STORE_TENSOR,
+)
 from common.runtime.membership import Registration
 from common.runtime.process import CannotServe
 from common.tensors.errors import TensorError
 from common.tensors.port import Tensors
 from common.tensors.ucx import UcxTensors
+from services.cache_store.batches import Batches
 from services.cache_store.config import CacheStoreSettings
 from services.cache_store.disk import DiskTier
+from services.cache_store.replication import Replication
 from services.cache_store.store import TensorStore
-from services.cache_store.tier import TierFull
+from services.cache_store.tier import Held, TierFull
 
 log = structlog.get_logger()
 
@@ -33,18 +58,30 @@ FETCH_DEADLINE_S = 4.0
 # Each may be fetching a tensor, so this bounds what comes on top of the memory tier.
 MAX_STORES_IN_FLIGHT = 4
 QUEUE_GROUP = "cache_store"
+EVERYWHERE = 1 << 30
 
 
 class CacheStore:
     """Answers what is asked over the bus; the tensors come and go over UCX."""
 
-    def __init__(self, bus: Bus, tensors: Tensors, store: TensorStore, found_lease_s: float) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        tensors: Tensors,
+        store: TensorStore,
+        others: Replication,
+        instance: str,
+        found_lease_s: float,
+    ) -> None:
         self._bus = bus
         self._tensors = tensors
         self._store = store
+        self._others = others
+        self._instance = instance
         self._found_lease_s = found_lease_s
 
     async def listen(self) -> Sequence[Subscription]:
+        """Answer anybody."""
         return (
             await self._bus.serve(
                 STORE_TENSOR, self._keep, queue_group=QUEUE_GROUP, max_in_flight=MAX_STORES_IN_FLIGHT
@@ -53,24 +90,53 @@ class CacheStore:
             await self._bus.serve(DROP_TENSOR, self._drop, queue_group=QUEUE_GROUP),
         )
 
+    async def listen_to_others(self) -> Sequence[Subscription]:
+        """Answer the other cache stores: before anybody else is answered here."""
+        me = self._instance
+        return (
+            await self._bus.serve(COPY_TENSOR, self._copy, me, max_in_flight=MAX_STORES_IN_FLIGHT),
+            await self._bus.serve(DROP_COPY, self._drop_copy, me),
+            await self._bus.serve(FIND_COPY, self._find_here, me),
+            await self._bus.serve(ASK_DIGESTS, self._digests, me),
+            await self._bus.serve(LIST_BUCKET, self._list, me),
+        )
+
+    # --- for anybody ----------------------------------------------------------------------------------------------
+
     async def _keep(self, request: StoreTensor) -> TensorStored:
         kept = self._store.version(request.key)
-        if kept is not None and kept >= request.tensor_version:
-            return TensorStored(key=request.key, tensor_version=kept, stored=False)
-        try:
-            self._store.check_room(request.key, request.tensor.size_bytes)
-            tensor = await self._tensors.fetch(request.tensor, deadline_s=FETCH_DEADLINE_S)
-            stored = await self._store.put(request.key, request.tensor_version, tensor, request.pin_s)
-        except TierFull as error:
-            raise _refusal("store_full", error) from error
-        except TensorError as error:
-            raise _refusal("tensor_not_fetched", error) from error
+        if kept is None or kept < request.tensor_version:
+            try:
+                self._store.check_room(request.key, request.tensor.size_bytes)
+                tensor = await self._tensors.fetch(request.tensor, deadline_s=FETCH_DEADLINE_S)
+                stored = await self._store.put(request.key, request.tensor_version, tensor, request.pin_s)
+            except TierFull as error:
+                raise refusal("store_full", error) from error
+            except TensorError as error:
+                raise refusal("tensor_not_fetched", error) from error
+        else:
+            stored = False
+        copies = await self._others.copied(request.key, request.copies) if stored or request.copies > 1 else 1
         version = request.tensor_version if stored else self._store.version(request.key)
-        return TensorStored(key=request.key, tensor_version=version or 0, stored=stored)
+        return TensorStored(key=request.key, tensor_version=version or 0, stored=stored, copies=copies)
 
     async def _find(self, request: FindTensor) -> TensorFound:
-        if not request.uses:
-            return TensorFound(key=request.key, tensor_version=self._store.version(request.key))
+        """The newest version that any store has; copies may still be on their way here."""
+        floors = [floor for floor in (self._store.version(request.key), request.above) if floor is not None]
+        newer = await self._others.newer(request.model_copy(update={"above": max(floors, default=None)}))
+        return newer if newer is not None else await self._find_here(request)
+
+    async def _drop(self, request: DropTensor) -> Acknowledged:
+        await self._store.drop(request.key)
+        await self._others.copied(request.key, EVERYWHERE)
+        return Acknowledged()
+
+    # --- for the other cache stores -------------------------------------------------------------------------------
+
+    async def _find_here(self, request: FindTensor) -> TensorFound:
+        version = self._store.version(request.key)
+        if version is None or not request.uses or (request.above is not None and version <= request.above):
+            return TensorFound(key=request.key, tensor_version=version)
         found = await self._store.get(request.key)
         if found is None:
             return TensorFound(key=request.key)
@@ -78,12 +144,36 @@ class CacheStore:
         ref = self._tensors.export(tensor, uses=request.uses, lease_s=self._found_lease_s)
         return TensorFound(key=request.key, tensor_version=version, tensor=ref)
 
-    async def _drop(self, request: DropTensor) -> Acknowledged:
-        self._store.drop(request.key)
+    async def _copy(self, request: CopyTensor) -> TensorStored:
+        size_bytes = request.tensor.size_bytes
+        held = Held(request.tensor_version, size_bytes, request.pinned_until_s, request.stored_at_s)
+        stored = False
+        try:
+            if self._store.wants(request.key, held, request.spare):
+                tensor = await self._tensors.fetch(request.tensor, deadline_s=FETCH_DEADLINE_S)
+                # Looked at again: it may have been dropped while it was on its way.
+                if self._store.wants(request.key, held, request.spare):
+                    stored = await self._store.keep(request.key, held, tensor)
+        except TierFull as error:
+            raise refusal("store_full", error) from error
+        except TensorError as error:
+            raise refusal("tensor_not_fetched", error) from error
+        version = self._store.version(request.key)
+        return TensorStored(key=request.key, tensor_version=-1 if version is None else version, stored=stored)
+
+    async def _drop_copy(self, request: DropCopy) -> Acknowledged:
+        await self._store.drop_until(request.key, request.dropped_at_s)
         return Acknowledged()
 
+    async def _digests(self, _: AskDigests) -> Digests:
+        return Digests(digests=self._store.catalogue.digests)
 
-def _refusal(code: str, error: Exception) -> Refusal:
+    async def _list(self, request: ListBucket) -> BucketListed:
+        return BucketListed(versions=dict(self._store.catalogue.bucket(request.bucket)))
+
+
+def refusal(code: str, error: Exception) -> Refusal:
+    """What the asker is told; it may try again."""
     return Refusal(Failure(stage=Stage.CACHE_STORE, code=code, message=str(error), retryable=True))
 
 
@@ -115,12 +205,17 @@ async def serve(settings: CacheStoreSettings, stop: asyncio.Event) -> None:
         await bus.prepare(buckets=(MEMBERS,))
         async with Registration(bus, settings, Service.CACHE_STORE) as registration:
             store = await open_store(settings, instance)
-            subscriptions = await CacheStore(bus, tensors, store, settings.found_lease_s).listen()
-            await registration.ready()
-            await stop.wait()
-            await registration.draining()
-            for subscription in subscriptions:
-                await subscription.stop(settings.drain_s)
+            others = Replication(bus, tensors, store, instance, settings.member_timeout_s)
+            answering = CacheStore(bus, tensors, store, others, instance, settings.found_lease_s)
+            batches = Batches(bus, tensors, store, others, instance, settings.found_lease_s)
+            subscriptions = [*await answering.listen_to_others(), *await batches.listen_to_others()]
+            async with others.running():
+                subscriptions += [*await answering.listen(), *await batches.listen()]
+                await registration.ready()
+                await stop.wait()
+                await registration.draining()
+                for subscription in subscriptions:
+                    await subscription.stop(settings.drain_s)
             await store.close()
     finally:
         await tensors.close()

@@ -4,6 +4,7 @@ A tier knows keys and sizes, not bytes; whoever owns the bytes follows its answe
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 
@@ -13,11 +14,15 @@ class TierFull(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One key's place in a tier. ``pinned_until_s`` is in Unix seconds; a pin holds across restarts."""
+    """One key's place in a tier. Times are Unix seconds; a pin holds across restarts.
+
+    ``stored_at_s``: when this version was stored first, in whichever cache store.
+    """
 
     version: int
     size_bytes: int
     pinned_until_s: float = 0.0
+    stored_at_s: float = 0.0
 
 
 class Tier:
@@ -27,6 +32,7 @@ class Tier:
         self._capacity_bytes = capacity_bytes
         self._held: OrderedDict[str, Held] = OrderedDict()
         self._used_bytes = 0
+        self._changed: Callable[[str], None] = _nothing
 
     def __len__(self) -> int:
         return len(self._held)
@@ -34,6 +40,13 @@ class Tier:
     @property
     def used_bytes(self) -> int:
         return self._used_bytes
+
+    def listen(self, changed: Callable[[str], None]) -> None:
+        """Have ``changed`` called with each key that comes, goes or gets another version from now on."""
+        self._changed = changed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
 
     def held(self, key: str) -> Held | None:
         return self._held.get(key)
@@ -49,11 +62,19 @@ class Tier:
             self.remove(each)
         self._held[key] = held
         self._used_bytes += held.size_bytes
+        self._changed(key)
         return evicted
 
     def check_room(self, key: str, size_bytes: int, now_s: float) -> None:
         """Raises TierFull where ``admit`` would."""
         self._victims(key, size_bytes, now_s)
+
+    def evicts(self, key: str, size_bytes: int, now_s: float) -> bool:
+        """Whether ``admit`` would evict anything, or raise TierFull."""
+        try:
+            return bool(self._victims(key, size_bytes, now_s))
+        except TierFull:
+            return True
 
     def used(self, key: str) -> None:
         """Note that ``key`` was asked for."""
@@ -64,6 +85,7 @@ class Tier:
         held = self._held.pop(key, None)
         if held is not None:
             self._used_bytes -= held.size_bytes
+            self._changed(key)
 
     def _victims(self, key: str, size_bytes: int, now_s: float) -> list[str]:
         replaced = self._held.get(key)
@@ -81,3 +103,7 @@ class Tier:
                 f"{size_bytes} bytes under {key!r} do not fit into {self._capacity_bytes} beside what is pinned"
             )
         return victims
+
+
+def _nothing(key: str) -> None:
+    """Nobody listens."""

@@ -101,6 +101,10 @@ class LeaseBook:
         """Whether the lease was revoked, or overtaken by another line; one that was merely changed is not void."""
         return lease.epoch < self._line[1] or self._fence.void(lease.job_id, lease.epoch)
 
+    def taken_back(self, lease: Lease) -> bool:
+        """Whether the lease was revoked together with all others: its job has not ended, and is granted again."""
+        return self._fence.swept(lease.job_id, lease.epoch)
+
     def change(self, job_id: str, epoch: int) -> Lease | None:
         """The lease ``epoch`` of that job, if this worker is in it."""
         lease = self._granted.get(epoch)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import structlog
 import torch
 
-from common.bus.errors import BusError
+from common.bus.errors import BusError, BusUnavailable, DeadlineExceeded, RemoteFailure
 from common.bus.port import Bus
 from common.messages.cache import StoreTensor, TensorStored
 from common.messages.subjects import CHECKPOINT_STORED, STORE_TENSOR
@@ -27,6 +27,10 @@ log = structlog.get_logger()
 
 # A store that was killed while asked never answers, and until it is given up no newer latent is kept: so not for long.
 STORE_DEADLINE_S = 1.0
+# After so long, or five times what the last store took, it is asked once more: another one, if that one has died.
+FIRST_STORE_DEADLINE_S = 0.05
+# So many cache stores have a checkpoint that is said to be stored, or all that are in reach.
+COPIES = 2
 STORE_BYTES_PER_S = 50e6
 # A leader whose next checkpoint is due waits so long at most for the one before it to lie in the cache store.
 CATCH_UP_S = 0.5
@@ -148,8 +152,10 @@ class CheckpointWriter:
             answer = await self._ask(snapshot)
             self.store_s = time.monotonic() - started_s
             self.least_store_s = min(self.store_s, self.least_store_s or self.store_s)
-            if answer.stored:
-                stored = CheckpointStored(job_id=snapshot.job_id, epoch=snapshot.epoch, step=snapshot.step)
+            if answer.tensor_version == snapshot.step:
+                stored = CheckpointStored(
+                    job_id=snapshot.job_id, epoch=snapshot.epoch, step=snapshot.step, copies=answer.copies
+                )
                 await self._bus.publish(CHECKPOINT_STORED, stored, snapshot.job_id)
         except (BusError, TensorError) as error:
             if not self._failing:
@@ -161,10 +167,22 @@ class CheckpointWriter:
             self._failing = False
 
     async def _ask(self, snapshot: Snapshot) -> TensorStored:
-        deadline_s = STORE_DEADLINE_S + snapshot.latent.nbytes / STORE_BYTES_PER_S
+        try:
+            return await self._ask_once(snapshot, min(STORE_DEADLINE_S, max(FIRST_STORE_DEADLINE_S, 5 * self.store_s)))
+        except (BusUnavailable, DeadlineExceeded, RemoteFailure) as error:
+            log.info("storing once more", job=snapshot.job_id, step=snapshot.step, reason=str(error))
+            return await self._ask_once(snapshot, STORE_DEADLINE_S)
+
+    async def _ask_once(self, snapshot: Snapshot, deadline_s: float) -> TensorStored:
+        deadline_s += snapshot.latent.nbytes / STORE_BYTES_PER_S
         ref = self._tensors.export(snapshot.latent, uses=1, lease_s=2 * deadline_s)
-        key = checkpoint_key(snapshot.job_id)
-        request = StoreTensor(key=key, tensor_version=snapshot.step, tensor=ref, pin_s=PIN_S)
+        request = StoreTensor(
+            key=checkpoint_key(snapshot.job_id),
+            tensor_version=snapshot.step,
+            tensor=ref,
+            pin_s=PIN_S,
+            copies=COPIES,
+        )
         try:
             return await self._bus.request(STORE_TENSOR, request, deadline_s=deadline_s)
         finally:

@@ -10,7 +10,7 @@ from common.bus.errors import Refusal
 from common.bus.port import Bus, Subscription
 from common.messages.failures import Acknowledged
 from common.messages.subjects import GRANT_LEASE, GROUP_CALLED, PARK_JOB, REVOKE_LEASE
-from common.messages.video import GroupCalled, Lease, ParkJob, RevokeLease
+from common.messages.video import GroupCalled, Lease, LeasesRevoked, ParkJob, RevokeLease
 from common.policies.fence import StaleEpoch
 from common.runtime.leases import Reporter
 from services.dit.book import LeaseBook
@@ -19,6 +19,8 @@ log = structlog.get_logger()
 
 # Longer than any step takes that this worker may have to finish before it is free.
 FREE_DEADLINE_S = 60.0
+# Who asks what was let go waits so long for the end of the step under way.
+LET_GO_DEADLINE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class LeaseDesk:
         self._reporter = reporter
         self._news = asyncio.Condition()
         self._current: Lease | None = None
+        self._kept: Lease | None = None
         self.book = book
         self.idle = asyncio.Event()
         self.idle.set()
@@ -67,23 +70,34 @@ class LeaseDesk:
         """Work under ``lease`` begins, or goes on under it."""
         self.book.begin(lease)
         self._current = lease
+        self._kept = None
 
-    async def end(self) -> None:
-        """Nothing is under way any more: whoever waits for this worker to be free is answered."""
+    async def end(self, rest: Rest | None) -> None:
+        """Nothing is under way any more, but perhaps kept: whoever waits for this worker to be free is answered."""
         self._current = None
+        self._kept = None if rest is None else rest.lease
         await self._tell()
 
+    async def let_go(self, job_id: str) -> bool:
+        """Whether work on the job, if it is under way here, has come to its end: what was revoked does so soon.
+
+        Raises:
+            TimeoutError: the step under way takes long.
+        """
+        async with asyncio.timeout(LET_GO_DEADLINE_S), self._news:
+            await self._news.wait_for(lambda: not self._works_on(job_id) or not self.book.void(self.current))
+        return not self._works_on(job_id)
+
     async def next(self, rest: Rest | None) -> Lease | None:
-        """The lease to begin with, once there is one. None: ``rest``'s time is over, or nobody waits for it."""
+        """The lease to begin with, once there is one. None: ``rest``'s time is over."""
         broken = rest.lease if rest is not None and rest.broken else None
         deadline_s = None if rest is None else rest.until_s
         try:
             async with asyncio.timeout_at(deadline_s), self._news:
                 while (lease := self.book.waiting(broken)) is None:
-                    if rest is None or not rest.owed:
+                    # What was taken back is not owed any more, but may still be asked for.
+                    if rest is None or not rest.owed or self.book.void(rest.lease):
                         self.idle.set()
-                    elif self.book.void(rest.lease):
-                        return None
                     await self._news.wait()
         except TimeoutError:
             return None
@@ -111,10 +125,14 @@ class LeaseDesk:
             return True
         return lease.job_id == self._current.job_id and lease.text is None
 
-    async def _revoke(self, request: RevokeLease) -> Acknowledged:
+    def _works_on(self, job_id: str) -> bool:
+        return self._current is not None and self._current.job_id == job_id
+
+    async def _revoke(self, request: RevokeLease) -> LeasesRevoked:
         self.book.revoke(request.job_id, request.epoch)
         await self._tell()
-        return Acknowledged()
+        at_hand = self._current or self._kept
+        return LeasesRevoked(job_id=at_hand.job_id if at_hand is not None else None)
 
     async def _park(self, request: ParkJob) -> Acknowledged:
         self.book.park(request.job_id, request.epoch)

@@ -82,7 +82,7 @@ class Leader:
         held = self._member.held_of(lease)
         if lease.text is not None:
             resume_at = lease.resume.step if lease.resume is not None else 0
-            if held is None or held.run.steps_done <= resume_at:
+            if held is None or held.run.steps_done < max(1, resume_at):
                 self._member.drop()
                 self._member.held = await self._starter.start(lease, lease.text)
             else:
@@ -106,6 +106,7 @@ class Leader:
             match verdict:
                 case Stop():
                     await self._dismiss()
+                    await self._secure(lease)
                     raise LeaseLost
                 case Park():
                     await self._park(lease)
@@ -169,6 +170,13 @@ class Leader:
         """Have the group stop. One that falls apart over this has stopped as well."""
         with contextlib.suppress(GroupBroken):
             await self._compute.run(self._member.tell, STOP)
+
+    async def _secure(self, lease: Lease) -> None:
+        """A scheduler that starts took everything back: who goes on when this worker waits no more has a checkpoint."""
+        run = self._member.run
+        if run.steps_done and self._desk.book.taken_back(lease):
+            latent = await self._compute.run(copied, run.latent)
+            self._checkpoints.offer(Snapshot(lease.job_id, lease.epoch, run.steps_done, latent))
 
     async def _park(self, lease: Lease) -> None:
         """Bring the latent away and be free, with all members."""

@@ -27,6 +27,7 @@ from services.dit.checkpoints import CheckpointWriter
 from services.dit.config import DitSettings
 from services.dit.desk import LeaseDesk, Rest
 from services.dit.follower import Follower
+from services.dit.keeper import LatentKeeper
 from services.dit.leader import Leader
 from services.dit.member import GroupMember
 from services.dit.start import JobStarter
@@ -49,9 +50,10 @@ class DitWorker:
         starter = JobStarter(equipment, denoiser)
         self._leader = Leader(equipment, self._desk, self._member, starter, self._checkpoints, self._reporter, settings)
         self._follower = Follower(equipment.compute, self._desk, self._member)
+        self._keeper = LatentKeeper(equipment.bus, equipment.tensors, self._desk, self._member)
 
     async def listen(self) -> Sequence[Subscription]:
-        return await self._desk.listen()
+        return *await self._desk.listen(), *await self._keeper.listen()
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -77,7 +79,7 @@ class DitWorker:
             elif rest is not None:
                 await self._give_up(rest)
                 rest = None
-            await self._desk.end()
+            await self._desk.end(rest)
 
     async def _take_part(self, lease: Lease) -> Rest | None:
         """Work under the lease and what follows from it; what is left of the job afterwards, if anything."""

@@ -3,8 +3,11 @@
 import structlog
 import torch
 
+from common.bus.errors import BusError
+from common.messages.cache import FindTensor
+from common.messages.subjects import FIND_TENSOR
 from common.messages.tensors import TensorRef
-from common.messages.video import Lease
+from common.messages.video import Checkpoint, Lease, checkpoint_key
 from common.models.opensora.pipeline import Denoiser
 from common.runtime.worker import Equipment
 from common.tensors.errors import TensorError
@@ -15,12 +18,14 @@ log = structlog.get_logger()
 FETCH_DEADLINE_S = 10.0
 # Beginning again is the remedy, so this is not worth a long wait.
 CHECKPOINT_FETCH_DEADLINE_S = 5.0
+CHECKPOINT_FIND_DEADLINE_S = 1.0
 
 
 class JobStarter:
     """Makes the video of a lease that starts ready for its next step."""
 
     def __init__(self, equipment: Equipment, denoiser: Denoiser) -> None:
+        self._bus = equipment.bus
         self._tensors = equipment.tensors
         self._compute = equipment.compute
         self._denoiser = denoiser
@@ -36,7 +41,7 @@ class JobStarter:
         negative = None
         if lease.negative is not None:
             negative = await self._tensors.fetch(lease.negative, deadline_s=FETCH_DEADLINE_S)
-        latent = await self._resumed(lease)
+        step, latent = await self._resumed(lease)
         run = await self._compute.run(
             self._denoiser.start,
             text,
@@ -49,7 +54,7 @@ class JobStarter:
             guidance_scale=request.guidance_scale,
             seed=request.seed,
             latent=latent,
-            steps_done=lease.resume.step if lease.resume is not None and latent is not None else 0,
+            steps_done=step,
         )
         return HeldVideo(lease.job_id, request, run, text, negative)
 
@@ -60,18 +65,47 @@ class JobStarter:
             if ref is not None:
                 await self._tensors.release(ref)
 
-    async def _resumed(self, lease: Lease) -> torch.Tensor | None:
-        """The checkpoint's latent; None where there is none that fits, so that the job begins again."""
+    async def _resumed(self, lease: Lease) -> tuple[int, torch.Tensor | None]:
+        """The latent to go on from, and after how many steps; 0 and None to begin with the first one.
+
+        Where the one that the lease names is gone, its keeper having died since, whatever the cache stores have is as
+        good as the steps since then are few.
+        """
+        if lease.resume is None:
+            return 0, None
+        latent = await self._fetched(lease, lease.resume)
+        if latent is not None:
+            return lease.resume.step, latent
+        stored = await self._stored(lease.job_id)
+        latent = await self._fetched(lease, stored) if stored is not None else None
+        if stored is not None and latent is not None:
+            return stored.step, latent
+        log.warning("checkpoint not fetched, beginning again", job=lease.job_id)
+        return 0, None
+
+    async def _fetched(self, lease: Lease, resume: Checkpoint) -> torch.Tensor | None:
+        """The checkpoint's latent; None where it cannot be had or does not fit."""
         request = lease.request
-        if lease.resume is None or not 0 < lease.resume.step <= request.steps:
+        if not 0 < resume.step <= request.steps:
             return None
         shape = self._denoiser.latent_shape(request.frames, request.height, request.width)
         # Torch's own memory, aligned like any step's latent: the steps that follow come out bit for bit the same.
         latent = torch.empty(shape, dtype=torch.float32, device=self._denoiser.device)
         try:
-            await self._tensors.fetch(lease.resume.latent, latent, deadline_s=CHECKPOINT_FETCH_DEADLINE_S)
+            await self._tensors.fetch(resume.latent, latent, deadline_s=CHECKPOINT_FETCH_DEADLINE_S)
         except TensorError as error:
-            log.warning("checkpoint not fetched, beginning again", job=lease.job_id, reason=str(error))
+            log.warning("latent not fetched", job=lease.job_id, step=resume.step, reason=str(error))
             return None
-        log.info("going on from a checkpoint", job=lease.job_id, step=lease.resume.step)
+        log.info("going on from a checkpoint", job=lease.job_id, step=resume.step)
         return latent
+
+    async def _stored(self, job_id: str) -> Checkpoint | None:
+        request = FindTensor(key=checkpoint_key(job_id))
+        try:
+            found = await self._bus.request(FIND_TENSOR, request, deadline_s=CHECKPOINT_FIND_DEADLINE_S)
+        except BusError as error:
+            log.warning("no cache store to ask", job=job_id, reason=str(error))
+            return None
+        if found.tensor_version is None or found.tensor is None:
+            return None
+        return Checkpoint(step=found.tensor_version, latent=found.tensor)

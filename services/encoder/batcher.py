@@ -25,18 +25,20 @@ class PromptBatcher:
         self._waiting: dict[str, asyncio.Future[torch.Tensor]] = {}
         self._asked = asyncio.Event()
         self.batches = 0
-        self.hits = 0
 
     @property
     def idle(self) -> bool:
         return not self._waiting
+
+    def remembers(self, prompt: str) -> bool:
+        """Whether the prompt's embeddings are known already."""
+        return prompt in self._results
 
     async def encoded(self, prompt: str) -> torch.Tensor:
         """The prompt's embeddings [tokens, channels]; shared, not to be written to."""
         known = self._results.get(prompt)
         if known is not None:
             self._results.move_to_end(prompt)
-            self.hits += 1
             return known
         future = self._waiting.get(prompt)
         if future is None:

@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 FIND_DEADLINE_S = 1.0
 # Only the version, which lies in memory; a starting scheduler asks for one job after the other.
-STEP_DEADLINE_S = 0.3
+STEP_DEADLINE_S = 0.5
 # A cache store that died together with a worker is back before this; what it has on disk is worth the wait.
 RESTART_S = 3.0
 _RETRY_S = 0.05
@@ -41,9 +41,9 @@ class Checkpoints:
         """The job's newest checkpoint, its latent exported for one fetch."""
         try:
             async with asyncio.timeout(RESTART_S):
-                found = await self._find_once_there(job_id)
+                found = await self._find_once_there(FindTensor(key=checkpoint_key(job_id)))
         except (BusError, TimeoutError) as error:
-            log.warning("no checkpoint found, the job begins again", job=job_id, reason=str(error) or "no answer")
+            log.warning("no checkpoint found", job=job_id, reason=str(error) or "no answer")
             return None
         if not found.tensor_version or found.tensor is None:
             return None
@@ -52,31 +52,36 @@ class Checkpoints:
     async def newest_step(self, job_id: str) -> int:
         """After how many steps that was; 0 without one."""
         try:
-            return (await self._find(job_id, uses=0, deadline_s=STEP_DEADLINE_S)).tensor_version or 0
+            request = FindTensor(key=checkpoint_key(job_id), uses=0)
+            return (await self._find(request, STEP_DEADLINE_S)).tensor_version or 0
         except BusError as error:
             log.info("not known how far a job has come", job=job_id, reason=str(error))
             return 0
 
     async def drop(self, job_id: str) -> None:
         """The job has ended. What cannot be told to the cache store now, it evicts in time."""
-        try:
-            await self._bus.request(DROP_TENSOR, DropTensor(key=checkpoint_key(job_id)), deadline_s=DROP_DEADLINE_S)
-        except NobodyThere:
-            return
-        except BusError as error:
-            log.warning("checkpoint not dropped", job=job_id, reason=str(error))
+        request = DropTensor(key=checkpoint_key(job_id))
+        for last in (False, True):
+            try:
+                await self._bus.request(DROP_TENSOR, request, deadline_s=DROP_DEADLINE_S)
+                return
+            except NobodyThere:
+                return
+            except BusError as error:
+                # A cache store that died while it was asked never answers; the next one asked may be another.
+                if last:
+                    log.warning("checkpoint not dropped", job=job_id, reason=str(error))
 
-    async def _find_once_there(self, job_id: str) -> TensorFound:
+    async def _find_once_there(self, request: FindTensor) -> TensorFound:
         while True:
             try:
-                return await self._find(job_id, uses=1)
+                return await self._find(request)
             except BusUnavailable:
-                log.info("no broker, asking for the checkpoint again", job=job_id)
+                log.info("no broker, asking for the checkpoint again", key=request.key)
             except (NobodyThere, DeadlineExceeded):
                 if not self._expected():
                     raise
             await asyncio.sleep(_RETRY_S)
 
-    async def _find(self, job_id: str, uses: int, deadline_s: float = FIND_DEADLINE_S) -> TensorFound:
-        request = FindTensor(key=checkpoint_key(job_id), uses=uses)
+    async def _find(self, request: FindTensor, deadline_s: float = FIND_DEADLINE_S) -> TensorFound:
         return await self._bus.request(FIND_TENSOR, request, deadline_s=deadline_s)

@@ -197,7 +197,7 @@ class VideoJob:
             return
         # Embeddings are fetched once; a job that was parked has its prompt encoded again, which is soon done.
         encoded = self._encoded.pop(self.attempt, None) or await self._workers.encode(self._prompt(), self._encoder)
-        resume = await self._resume_point()
+        resume = await self._resume_point(decision.leader)
         await self._keeper.move(VideoState.DENOISING, time.time())
         start = {"text": encoded.text, "negative": encoded.negative, "resume": resume}
         lease = self._lease(decision).model_copy(update=start)
@@ -243,9 +243,15 @@ class VideoJob:
                 log.warning(f"{otherwise} yet", job=self.record.job_id, epoch=epoch, reason=str(error))
             await asyncio.sleep(CHANGE_PAUSE_S)
 
-    async def _resume_point(self) -> Checkpoint | None:
-        """Where the job goes on; nobody is asked about one that was never under way."""
-        resume = await self._checkpoints.newest(self.record.job_id) if self._leased else None
+    async def _resume_point(self, leader: str) -> Checkpoint | None:
+        """Where the job goes on; nobody is asked about one that was never under way.
+
+        What those who had it before keep of it for a few seconds is as good as a checkpoint, and newer.
+        """
+        job_id, resume = self.record.job_id, None
+        if self._leased:
+            resume = await self._workers.kept_latent(job_id, self.checkpoint_step, leader)
+            resume = resume or await self._checkpoints.newest(job_id)
         self._leased = True
         self.step = self.checkpoint_step = resume.step if resume is not None else 0
         return resume

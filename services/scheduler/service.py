@@ -311,7 +311,7 @@ class Scheduler:
         everything = self._first_epoch - 1
         match member.service:
             case Service.DIT:
-                await self._workers.revoke_lease(member.instance, None, everything)
+                await self._workers.take_back(member.instance, everything)
             case Service.VAE:
                 await self._workers.cancel_decoding(member.instance, None, everything)
             case _:

@@ -1,6 +1,7 @@
 """What the scheduler says to encoders, DiT and VAE workers."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from common.messages.subjects import (
     CANCEL_DECODING,
     DECODE_VIDEO,
     ENCODE_PROMPT,
+    FIND_LATENT,
     GRANT_LEASE,
     PARK_JOB,
     PING,
@@ -21,7 +23,18 @@ from common.messages.subjects import (
     Request,
     RequestSubject,
 )
-from common.messages.video import CancelDecoding, DecodeVideo, EncodePrompt, Lease, ParkJob, PromptEncoded, RevokeLease
+from common.messages.video import (
+    CancelDecoding,
+    Checkpoint,
+    DecodeVideo,
+    EncodePrompt,
+    FindLatent,
+    LatentFound,
+    Lease,
+    ParkJob,
+    PromptEncoded,
+    RevokeLease,
+)
 from common.policies import decisions as decide
 
 log = structlog.get_logger()
@@ -31,6 +44,9 @@ ENCODE_DEADLINE_S = 60.0
 # A worker that joins a group answers when it is free, which may take the step of a job that was taken from it.
 JOIN_DEADLINE_S = 65.0
 PING_DEADLINE_S = 1.0
+# A worker answers once the step under way is done; then a checkpoint of its group may be all there is.
+LATENT_DEADLINE_S = 2.5
+HEARD_DEADLINE_S = 1.0
 # A broker that is started again takes what was asked, or the answer, with it: asked again after so long, then after
 # twice that, and so on. Workers take everything twice.
 PATIENCE_S = 2.0
@@ -47,6 +63,10 @@ class Workers:
         self._bus = bus
         self._doubt = doubt
         self._asked: dict[str, set[asyncio.Timeout]] = {}
+        self._unheard: set[str] = set()
+        self._all_heard = asyncio.Event()
+        self._all_heard.set()
+        self._at_hand: dict[str, set[str]] = {}
         self.meetings: dict[str, str] = {}
 
     def lost(self, instance: str) -> None:
@@ -95,6 +115,50 @@ class Workers:
             await self._ask_until_answered(REVOKE_LEASE, revoke, instance, CONTROL_DEADLINE_S)
         except BusError as error:
             log.info("lease not revoked", instance=instance, job=job_id, reason=str(error))
+
+    async def take_back(self, instance: str, epoch: int) -> None:
+        """Have a DiT worker drop what was granted before, up to ``epoch``, and note which job it has at hand."""
+        self._unheard.add(instance)
+        self._all_heard.clear()
+        try:
+            revoke = RevokeLease(job_id=None, epoch=epoch)
+            answer = await self._ask_until_answered(REVOKE_LEASE, revoke, instance, CONTROL_DEADLINE_S)
+            if answer.job_id is not None:
+                self._at_hand.setdefault(answer.job_id, set()).add(instance)
+        except BusError as error:
+            log.info("leases not taken back", instance=instance, reason=str(error))
+        finally:
+            self._unheard.discard(instance)
+            if not self._unheard:
+                self._all_heard.set()
+
+    async def kept_latent(self, job_id: str, above: int, leader: str) -> Checkpoint | None:
+        """The furthest latent that is still kept by those from whom the job was taken back, exported for one fetch.
+
+        None if it is not ``above`` so many steps. Of several as far as each other, that of ``leader``, the next one.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._all_heard.wait(), HEARD_DEADLINE_S)
+        at_hand = self._at_hand.pop(job_id, set())
+        found = await asyncio.gather(*(self._find_latent(instance, FindLatent(job_id=job_id)) for instance in at_hand))
+        kept = sorted(
+            ((latent.step, instance == leader, instance) for latent, instance in zip(found, at_hand, strict=True)),
+            reverse=True,
+        )
+        for step, _, instance in kept:
+            if step <= above:
+                break
+            latent = await self._find_latent(instance, FindLatent(job_id=job_id, uses=1))
+            if latent.latent is not None:
+                return Checkpoint(step=latent.step, latent=latent.latent)
+        return None
+
+    async def _find_latent(self, instance: str, request: FindLatent) -> LatentFound:
+        try:
+            return await self._ask(FIND_LATENT, request, instance, LATENT_DEADLINE_S)
+        except BusError as error:
+            log.info("not known what is kept of a job", instance=instance, job=request.job_id, reason=str(error))
+            return LatentFound()
 
     async def cancel_decoding(self, instance: str, job_id: str | None, epoch: int) -> None:
         """Have a VAE worker drop the decoding of ``job_id`` (None: of any job) up to ``epoch``."""

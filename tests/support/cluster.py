@@ -1,4 +1,4 @@
-"""A scheduler, an encoder, four DiT workers and a cache store as real processes; the test decodes and looks on.
+"""A scheduler, an encoder, four DiT workers and cache stores as real processes; the test decodes and looks on.
 
 The test's decoders take the final latents of videos as they are, so that they can be compared to the last bit.
 """
@@ -19,6 +19,7 @@ from common.messages.cluster import Service
 from common.messages.failures import Acknowledged, Stage
 from common.messages.subjects import (
     CANCEL_DECODING,
+    CHECKPOINT_STORED,
     DECODE_VIDEO,
     DECODING_FINISHED,
     GRANT_LEASE,
@@ -34,6 +35,7 @@ from common.messages.subjects import (
 )
 from common.messages.video import (
     CancelDecoding,
+    CheckpointStored,
     DecodeVideo,
     DecodingFinished,
     GroupCalled,
@@ -121,13 +123,23 @@ class Cluster(Processes):
     """What the videos' workers report, their final latents, and how to kill whom.
 
     ``steps``: by job, as they were reported; ``leases``: by job, in the order in which any member was first asked;
-    ``regroups``: how many messages there were that change a group, or have one meet.
+    ``regroups``: how many messages there were that change a group, or have one meet. ``stored``: by job, the
+    checkpoints as they were told of.
     """
 
     def __init__(
-        self, server: NatsServer, bus: Bus, tensors: UcxTensors, model: Path, folder: Path, settings: dict[str, str]
+        self,
+        server: NatsServer,
+        bus: Bus,
+        tensors: UcxTensors,
+        model: Path,
+        folder: Path,
+        settings: dict[str, str],
+        services: tuple[str, ...],
     ) -> None:
         super().__init__(server, bus, model, folder)
+        self.services = services
+        self.stored: dict[str, list[CheckpointStored]] = defaultdict(list)
         self.steps: dict[str, list[StepFinished]] = defaultdict(list)
         self.latents: dict[str, torch.Tensor] = {}
         self.leases: dict[str, list[Lease]] = defaultdict(list)
@@ -167,14 +179,12 @@ class Cluster(Processes):
                 self._news.clear()
                 await self._news.wait()
 
-    async def restart(self, victim: str) -> None:
-        """Kill it; its next life begins at once."""
-        if victim == NATS:
-            await self._server.kill()
-            await self._server.start()
-            return
-        await self.kill(victim)
-        await self.start(victim, **self._settings)
+    async def restart(self, *victims: str) -> None:
+        """Kill them, one after the other; their next lives begin at once."""
+        for victim in victims:
+            await (self._server.kill() if victim == NATS else self.kill(victim))
+        for victim in victims:
+            await (self._server.start() if victim == NATS else self.start(victim, **self._settings))
 
     @contextlib.asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
@@ -183,13 +193,14 @@ class Cluster(Processes):
             await self.bus.subscribe(GROUP_CALLED, self._regroups),
             await self.bus.subscribe(_PARKS, self._regroups),
             await self.bus.subscribe(_GRANTS, self._granted),
+            await self.bus.subscribe(CHECKPOINT_STORED, self._checkpointed),
         ]
         async with contextlib.AsyncExitStack() as decoders, self.running():
             for decoder in self._decoders:
                 await decoders.enter_async_context(decoder.working(self._server.url))
-            for instance in SERVICES:
+            for instance in self.services:
                 await self.start(instance, **self._settings)
-            await self.ready(*SERVICES)
+            await self.ready(*self.services)
             yield
         for subscription in subscriptions:
             await subscription.stop()
@@ -197,6 +208,9 @@ class Cluster(Processes):
     def _stepped(self, report: StepFinished) -> None:
         self.steps[report.job_id].append(report)
         self._news.set()
+
+    def _checkpointed(self, report: CheckpointStored) -> None:
+        self.stored[report.job_id].append(report)
 
     def _granted(self, lease: Lease) -> None:
         leases = self.leases[lease.job_id]
@@ -210,7 +224,9 @@ class Cluster(Processes):
 
 
 @contextlib.asynccontextmanager
-async def running_cluster(model: Path, folder: Path, policy: str, rib: Rib, **settings: str) -> AsyncIterator[Cluster]:
+async def running_cluster(
+    model: Path, folder: Path, policy: str, rib: Rib, services: tuple[str, ...] = SERVICES, **settings: str
+) -> AsyncIterator[Cluster]:
     """A cluster that takes videos; all of its processes are gone at the end. ``settings`` are for all of them."""
     profile = folder / "rib.json"
     profile.write_text(rib.to_json())
@@ -221,6 +237,6 @@ async def running_cluster(model: Path, folder: Path, policy: str, rib: Rib, **se
     ):
         await bus.prepare(queues=VIDEO_QUEUES, buckets=VIDEO_BUCKETS, object_buckets=VIDEO_OBJECTS)
         scheduling = {"TRIPTYCH_POLICY": policy, "TRIPTYCH_RIB": str(profile)}
-        cluster = Cluster(server, bus, tensors, model, folder, settings | scheduling)
+        cluster = Cluster(server, bus, tensors, model, folder, settings | scheduling, services)
         async with cluster.working():
             yield cluster

@@ -43,12 +43,12 @@ def small_vae() -> OpenSoraVAE:
     return model
 
 
-def save_small_model(folder: Path) -> Path:
+def save_small_model(folder: Path, text_seed: int = 3) -> Path:
     """Write a complete model: text encoder, tokenizer, transformer, VAE and its index."""
     transformers_logging.disable_progress_bar()
     save_stdit3(small_stdit3(), folder / "transformer")
     save_vae(small_vae(), folder / "vae")
-    _save_text_encoder(folder / "text_encoder")
+    _save_text_encoder(folder / "text_encoder", text_seed)
     save_spec(
         VideoModelSpec(
             name="small",
@@ -69,7 +69,7 @@ def save_small_model(folder: Path) -> Path:
     return folder
 
 
-def _save_text_encoder(folder: Path) -> None:
+def _save_text_encoder(folder: Path, seed: int) -> None:
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{word: index + 3 for index, word in enumerate(WORDS)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -77,6 +77,6 @@ def _save_text_encoder(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     config = T5Config(vocab_size=len(vocabulary), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
     T5EncoderModel(config).save_pretrained(folder)

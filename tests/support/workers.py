@@ -17,6 +17,7 @@ from common.messages.subjects import (
     DECODING_FINISHED,
     DENOISING_FINISHED,
     ENCODE_PROMPT,
+    FIND_LATENT,
     GRANT_LEASE,
     GROUP_LOST,
     JOB_PARKED,
@@ -34,9 +35,12 @@ from common.messages.video import (
     DecodingFinished,
     DenoisingFinished,
     EncodePrompt,
+    FindLatent,
     GroupLost,
     JobParked,
+    LatentFound,
     Lease,
+    LeasesRevoked,
     ParkJob,
     PhaseFailed,
     PromptEncoded,
@@ -66,6 +70,8 @@ class PlayedWorker:
         self.decodings: asyncio.Queue[DecodeVideo] = asyncio.Queue(100)
         self.cancelled: asyncio.Queue[CancelDecoding] = asyncio.Queue(100)
         self.encoded: list[str] = []
+        # Of which jobs, taken back from this worker, the latent is kept here, and after how many steps.
+        self.kept: dict[str, int] = {}
         self._asked: list[Message] = []
         # Cleared by a test, this worker is busy: it answers to no lease before it is set again.
         self.free = asyncio.Event()
@@ -98,6 +104,7 @@ class PlayedWorker:
                     await self.bus.serve(PARK_JOB, self._park, self.instance),
                     await self.bus.serve(PING, self._pinged, self.instance),
                     await self.bus.serve(REVOKE_LEASE, self._revoke, self.instance),
+                    await self.bus.serve(FIND_LATENT, self._find_latent, self.instance),
                 ]
             case _:
                 return [
@@ -130,12 +137,16 @@ class PlayedWorker:
     async def _pinged(self, _: Ping) -> Acknowledged:
         return Acknowledged()
 
-    async def _revoke(self, request: RevokeLease) -> Acknowledged:
+    async def _revoke(self, request: RevokeLease) -> LeasesRevoked:
         if request.job_id is None:
             self.welcomed.set()
         elif self._is_new(request):
             self.revoked.put_nowait(request)
-        return Acknowledged()
+        return LeasesRevoked(job_id=next(iter(self.kept), None))
+
+    async def _find_latent(self, request: FindLatent) -> LatentFound:
+        step = self.kept.get(request.job_id, 0)
+        return LatentFound(step=step, latent=self.ref(step) if request.uses else None)
 
     async def _decode(self, work: DecodeVideo) -> Acknowledged:
         if self._is_new(work):

@@ -53,6 +53,16 @@ def test_a_new_scheduler_clears_everything_before_it() -> None:
     assert fence.holds("b", 101)
 
 
+def test_what_was_swept_away_with_all_others_is_told_from_what_was_meant() -> None:
+    fence = Fence()
+    fence.admit("a", 5)
+    assert not fence.swept("a", 5)
+    fence.revoke(None, 9)
+    assert fence.swept("a", 5) and not fence.swept("a", 10)
+    fence.revoke("a", 5)
+    assert not fence.swept("a", 5)
+
+
 def test_memory_of_revocations_is_bounded() -> None:
     fence = Fence()
     for number in range(5000):

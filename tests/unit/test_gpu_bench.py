@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.models.causal_lm import KVLayout
 from common.models.opensora import STDiT3Config
 from loadgen.__main__ import main
 from loadgen.gpu.flops import step_flops
+from loadgen.gpu.language import TINY as TINY_LANGUAGE
+from loadgen.gpu.language import Work
 from loadgen.gpu.measure import Failed, measure
 from loadgen.gpu.rates import data_sheet_flops
 from loadgen.gpu.setups import GUIDED_ROWS, PUBLISHED, TINY, GuidedStep, compile_transformer, random_transformer
@@ -90,17 +94,52 @@ def test_too_little_memory_is_a_cell_not_the_end() -> None:
 
 def test_the_same_way_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "gpu.json"
-    few = ["--repeats", "2", "--warm-up", "0", "--size", "240p", "--backend", "eager"]
+    few = ["--repeats", "2", "--warm-up", "0", "--size", "240p", "--backend", "eager", "--compile-vae"]
     assert main(["bench", "gpu", "--device", "cpu", "--tiny", *few, "--json", str(out)]) == 0
     said = capsys.readouterr().out
     assert "tiny, bfloat16" in said and "by the data sheet not known" in said
     result = json.loads(out.read_text())
     rows = [(run["phase"], run["size"], run["compiled"]) for run in result["runs"]]
-    assert rows == [(phase, "240p", compiled) for phase in ("step", "decode") for compiled in (False, True)]
-    step, _, decode, _ = result["runs"]
+    ways = [("step", False), ("decode", False), ("decode", True), ("step", True)]
+    assert rows == [(phase, "240p", compiled) for phase, compiled in ways]
+    step, decode, *_ = result["runs"]
     assert step["tokens"] == 140 and step["share_of_matrix_rate"]["measured"] > 0
+    assert decode["flops"] > 0 and decode["share_of_matrix_rate"]["measured"] > 0
     assert step["peak_bytes"] is None and len(decode["seconds"]) == 2
     torch.compiler.reset()
+
+
+def test_a_language_models_work_is_that_of_its_weights() -> None:
+    config = TINY_LANGUAGE.configs["tiny"]()
+    model = transformers.LlamaForCausalLM(config)
+    work = Work.of(config, KVLayout(2, 2, 16, torch.bfloat16))
+    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+    assert work.head_weights == head.numel()
+    matrices = sum(weight.numel() for weight in model.parameters() if weight.dim() == 2)
+    assert work.layer_weights == matrices - head.numel() - embedding.numel()
+    # Two tokens: each through all layers, the second attending to both; the logits after the last alone.
+    attention = 4 * 64 * 2 * (1 + 2)
+    assert work.prompt_flops(2, 1) == 2 * (2 * work.layer_weights) + attention + 2 * work.head_weights
+    assert work.step_bytes(3, 10) == 2 * (work.layer_weights + work.head_weights) + 3 * 10 * (2 * 2 * 2 * 16 * 2)
+
+
+def test_language_models_the_same_way_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "gpu-llm.json"
+    few = ["--repeats", "2", "--warm-up", "0"]
+    assert main(["bench", "gpu-llm", "--device", "cpu", "--tiny", *few, "--json", str(out)]) == 0
+    assert "tiny: a prompt of 64 tokens" in capsys.readouterr().out
+    prefills, decodes = [], []
+    for run in json.loads(out.read_text())["runs"]:
+        (prefills if run["phase"] == "prefill" else decodes).append(run)
+    assert [run["chunk_tokens"] for run in prefills] == [16, 64]
+    assert [run["sequences"] for run in decodes] == [1, 3] and not any(run["captured"] for run in decodes)
+    assert all(run["share_of_matrix_rate"] > 0 for run in prefills)
+    assert all(run["share_of_bandwidth"] > 0 for run in decodes)
+
+
+def test_an_unknown_language_model_is_refused_in_one_line() -> None:
+    with pytest.raises(SystemExit, match="loadgen bench gpu-llm: --model gpt: give some of tiny"):
+        main(["bench", "gpu-llm", "--tiny", "--device", "cpu", "--model", "gpt"])
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ async def test_a_known_prompt_is_not_encoded_again_until_it_is_the_least_recentl
         for prompt in ("a", "bb", "a", "ccc", "a", "bb"):
             await asyncio.wait_for(subject.encoded(prompt), 5.0)
     assert encoding.batches == [["a"], ["bb"], ["ccc"], ["bb"]]
-    assert subject.hits == 2
+    assert [subject.remembers(prompt) for prompt in ("a", "bb", "ccc")] == [True, True, False]
 
 
 async def test_a_failed_batch_fails_its_askers_and_nobody_else() -> None:

@@ -1,10 +1,13 @@
-"""Attention of packed chunks over paged keys and values; what is here is for CPUs, see ``varlen`` for GPUs.
+"""Attention of packed chunks over paged keys and values.
 
 Each chunk attends to the positions before it, read from the pool, and to itself. What lies in few runs of neighbouring
 blocks is read in place, run by run; the parts are joined by their log-sum-exp (as in flash decoding). What is
 scattered over many runs is gathered first. Single tokens of all sequences go through one call of the kernel in
 ``native`` where there is one. Grouped query heads share their keys without repeating them: the key-value
 heads are the kernel's batch, the heads of a group its heads (or, for a single token, its rows).
+
+On a GPU single tokens go through the kernel of ``gpu.kernels``, chunks of several through torch's flash attention
+(``gpu.varlen``); what these do not compute, and single tokens where there is no Triton, takes the formula itself.
 """
 
 from dataclasses import dataclass
@@ -13,8 +16,9 @@ import torch
 from torch import Tensor
 
 from common.models.causal_lm.batch import Batch, Segment
+from common.models.causal_lm.gpu.kernels import gpu_kernels
+from common.models.causal_lm.gpu.varlen import attend_packed, fits_packed, lengths_of, singles_of
 from common.models.causal_lm.paging import slots_of
-from common.models.causal_lm.varlen import attend_packed
 
 # Each run costs a kernel call, as much as gathering about this many tokens in place of it would.
 _GATHER_TOKENS_PER_RUN = 192
@@ -50,8 +54,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, batch: Batch, 
     """
     if batch.stored is not None:
         batch.stored(layer)
-    if query.is_cuda and not scoring.softcap:
-        return attend_packed(query, layer, batch, scoring.scale, scoring.window)
+    if query.is_cuda:
+        return _on_gpu(query, layer, batch, scoring)
     pool = batch.pool.layers[layer]
     if len(batch.segments) == 1 and batch.kernels is None:
         return _attend_one(query, key, value, pool, batch.segments[0], scoring)
@@ -63,6 +67,30 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, batch: Batch, 
         if singles is None or segment.count > 1:
             rows = slice(segment.first, segment.end)
             out[rows] = _attend_one(query[rows], key[rows], value[rows], pool, segment, scoring)
+    return out
+
+
+def _on_gpu(query: Tensor, layer: int, batch: Batch, scoring: Scoring) -> Tensor:
+    """See ``attend``."""
+    pool = batch.pool.layers[layer]
+    kernels = gpu_kernels()
+    if kernels is not None and batch.paged is None:
+        batch.paged = singles_of(batch)
+    paged = batch.paged
+    more = (scoring.scale, scoring.window, scoring.softcap)
+    if kernels is not None and paged is not None and paged.rows is None:
+        return kernels.attend(query, pool, paged.positions, paged.tables, *more)
+    out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+    if kernels is not None and paged is not None:
+        out[paged.rows] = kernels.attend(query[paged.rows], pool, paged.positions, paged.tables, *more)
+    if fits_packed(query, scoring.softcap):
+        batch.lengths = batch.lengths or lengths_of(batch, with_singles=paged is None)
+        attend_packed(query, pool, batch.lengths, scoring.scale, scoring.window, out)
+        return out
+    for segment in batch.segments:
+        if paged is None or segment.count > 1:
+            rows = slice(segment.first, segment.end)
+            out[rows] = _plainly(query[rows], pool, segment, scoring)
     return out
 
 
@@ -119,12 +147,13 @@ def _windowed(query: Tensor, pool: Tensor, segment: Segment, scoring: Scoring) -
 
 
 def _plainly(query: Tensor, pool: Tensor, segment: Segment, scoring: Scoring) -> Tensor:
-    """The formula itself, for scores that no kernel knows."""
+    """The formula itself, for what no kernel knows."""
     grouped = _grouped(query, pool.shape[2])
     keys, values, mask = _seen(pool, segment, scoring.window, query.dtype)
     scores = torch.matmul(grouped, keys.unsqueeze(1).transpose(2, 3)) * scoring.scale
-    scores = torch.tanh(scores / scoring.softcap) * scoring.softcap + mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    if scoring.softcap:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+    weights = (scores + mask).softmax(-1, dtype=torch.float32).to(query.dtype)
     return _ungrouped(torch.matmul(weights, values.unsqueeze(1)))
 
 

@@ -69,19 +69,34 @@ class Singles:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Of a batch's chunks, for kernels that take all of them at once.
+    """Of the chunks of several tokens, for a kernel that takes all of them at once.
 
     Attributes:
+        rows: which tokens of the batch are theirs; None: all, in order.
         queries, keys: [chunks + 1] int32, where each one's tokens begin, and where what they attend to does.
         most_queries, most_keys: of one chunk.
         slots: [all keys], where they lie in the pool.
     """
 
+    rows: Tensor | None
     queries: Tensor
     keys: Tensor
     most_queries: int
     most_keys: int
     slots: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Paged:
+    """The chunks of one token, as a GPU's decode kernel takes them: see ``GpuKernels.attend``.
+
+    Attributes:
+        rows: which tokens of the batch are meant; None: all, in order.
+    """
+
+    rows: Tensor | None
+    positions: Tensor
+    tables: Tensor
 
 
 @dataclass(slots=True)
@@ -96,7 +111,8 @@ class Batch:
         pool: the blocks that all of this is about.
         kernels: ours; None: there are none, torch's do.
         stored: told each layer whose keys and values of all tokens are in the pool, while the layer is still computed.
-        lengths, singles: for kernels, from the first layer on; the latter for each width of the window.
+        singles: for our kernels, from the first layer on, for each width of the window.
+        lengths, paged: the same on a GPU, for chunks of several tokens and of one.
     """
 
     input_ids: Tensor
@@ -108,6 +124,7 @@ class Batch:
     kernels: Kernels | None = None
     stored: Callable[[int], None] | None = None
     lengths: Lengths | None = None
+    paged: Paged | None = None
     singles: dict[int, Singles | None] = field(default_factory=dict)
 
     def singles_within(self, window: int) -> Singles | None:
@@ -143,7 +160,7 @@ def pack(
     segments: list[Segment] = []
     for chunk in chunks:
         first, stop = len(ids), chunk.start + len(chunk.tokens)
-        _check(chunk, stop, context)
+        check(chunk, context)
         ids += chunk.tokens
         if len(chunk.tokens) == 1:
             positions.append(chunk.start)
@@ -172,7 +189,9 @@ def _singles(segments: Sequence[Segment], window: int) -> Singles | None:
     return Singles(torch.tensor(rows), torch.tensor(spans), torch.tensor(first_span)) if rows else None
 
 
-def _check(chunk: Chunk, stop: int, context: int) -> None:
+def check(chunk: Chunk, context: int) -> None:
+    """Raises WrongChunkError, see ``pack``."""
+    stop = chunk.start + len(chunk.tokens)
     if not chunk.tokens or chunk.start < 0:
         raise WrongChunkError(f"{chunk.sequence}: {len(chunk.tokens)} tokens at {chunk.start} are no chunk")
     if stop > chunk.table.tokens:

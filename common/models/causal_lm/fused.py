@@ -30,7 +30,7 @@ def can_fuse(model: PreTrainedModel) -> bool:
     """Whether the decoder here computes what this transformers model does."""
     return (
         model.config.model_type in FAMILIES
-        and knows_activation(_activation(model.config))
+        and knows_activation(activation_of(model.config))
         # Whole heads are turned, not parts of them.
         and 2 * model.model.rotary_emb.inv_freq.numel() == model.model.layers[0].self_attn.head_dim
         and all(parameter.device.type == "cpu" for parameter in model.parameters())
@@ -99,14 +99,14 @@ class _Layer:
         self._head_dim: int = attention.head_dim
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
-        self._scoring = Scoring(attention.scaling, _window(attention, config))
+        self._scoring = Scoring(attention.scaling, window_of(attention, config))
         self._before = norms.of(layer.input_layernorm)
         self._between = norms.of(layer.post_attention_layernorm)
         self._head_norm = self._weight_of_head_norm(attention)
         self._epsilon: float = config.rms_norm_eps
         self._qkv = _taken([attention.q_proj, attention.k_proj, attention.v_proj])
         self._out = _taken([attention.o_proj])
-        self._gate = _taken([mlp.gate_proj], _activation(config))
+        self._gate = _taken([mlp.gate_proj], activation_of(config))
         self._up = _taken([mlp.up_proj])
         self._down = _taken([mlp.down_proj])
 
@@ -168,11 +168,12 @@ def _taken(modules: Sequence[Any], activation: str = "silu") -> Linear:
     return Linear(weight, torch.cat(biases).detach() if biases else None, activation)
 
 
-def _window(attention: Any, config: Any) -> int:
+def window_of(attention: Any, config: Any) -> int:
     """How many positions the layer sees, 0 for all: Mistral's is the model's, Qwen's each layer's own."""
     window = config.sliding_window if config.model_type == "mistral" else getattr(attention, "sliding_window", None)
     return window or 0
 
 
-def _activation(config: Any) -> str:
+def activation_of(config: Any) -> str:
+    """The name of the activation in the MLP."""
     return str(getattr(config, "hidden_activation", None) or config.hidden_act)

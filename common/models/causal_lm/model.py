@@ -9,6 +9,9 @@ from transformers import PreTrainedModel
 from common.models.causal_lm import interface, probe
 from common.models.causal_lm.batch import Batch, Chunk, pack
 from common.models.causal_lm.fused import FusedDecoder, can_fuse
+from common.models.causal_lm.gpu.decoder import GpuDecoder, can_decode
+from common.models.causal_lm.gpu.graphs import DecodeGraphs
+from common.models.causal_lm.gpu.kernels import gpu_kernels
 from common.models.causal_lm.native import Kernels, kernels
 from common.models.causal_lm.paging import KVLayout, KVPool
 
@@ -16,14 +19,16 @@ from common.models.causal_lm.paging import KVLayout, KVPool
 class CausalLM:
     """Any transformers causal LM whose attention goes through the library's attention interface.
 
-    On a CPU the close relatives of Llama run through ``FusedDecoder``; all others through transformers' own modules.
+    The close relatives of Llama run through ``FusedDecoder`` on a CPU and ``GpuDecoder`` on a GPU, there with captured
+    decoding steps; all others through transformers' own modules.
 
     Args:
         model: is taken over: its attention, and where it is fused its weights, belong to this object from now on.
         fuse: False: transformers' modules in any case.
-        native: False: torch's own kernels in any case.
+        native: False: torch's own kernels in any case (on a CPU).
 
     Attributes:
+        capture: whether decoding steps are captured as CUDA graphs (on a GPU, where the decoder is ours).
         layout: of its keys and values.
         context: how many positions it knows.
         vocabulary: how many tokens it knows.
@@ -44,8 +49,18 @@ class CausalLM:
         on_cpu = self.device.type == "cpu"
         self._kernels: Kernels | None = kernels(self.layout.dtype) if native and on_cpu else None
         self._run: Callable[[Batch], Tensor]
+        self._graphs: DecodeGraphs | None = None
         with torch.inference_mode():
-            self._run = FusedDecoder(model, self._kernels) if fuse and can_fuse(model) else _Interfaced(model)
+            self._run = self._chosen(model) if fuse else _Interfaced(model)
+        self.capture = True
+        if isinstance(self._run, GpuDecoder):
+            self._graphs = DecodeGraphs(self._run, self.context, self.device)
+
+    def _chosen(self, model: PreTrainedModel) -> "Callable[[Batch], Tensor]":
+        on_gpu = gpu_kernels() if self.device.type == "cuda" else None
+        if on_gpu is not None and can_decode(model):
+            return GpuDecoder(model, on_gpu)
+        return FusedDecoder(model, self._kernels) if can_fuse(model) else _Interfaced(model)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], pool: KVPool, stored: Callable[[int], None] | None = None) -> Tensor:
@@ -53,7 +68,7 @@ class CausalLM:
 
         Args:
             stored: told each layer whose keys and values are in the pool (on a GPU: that will be, for what is queued
-                behind), while the layer is still computed.
+                behind), while the layer is still computed. Of captured steps nothing is told.
 
         Returns:
             [wanted, vocabulary] float32: the logits after the last token of each chunk that wants them, in order.
@@ -61,6 +76,9 @@ class CausalLM:
         Raises:
             WrongChunkError: a chunk that does not fit.
         """
+        if stored is None and self.capture and self._graphs is not None and self._graphs.fit(chunks):
+            # Another's next pass fills the same memory.
+            return self._graphs(chunks, pool).to(torch.float32, copy=True)
         return self._run(pack(chunks, pool, self.context, self.device, self._kernels, stored)).float()
 
 

@@ -149,7 +149,7 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
 def _library() -> ctypes.CDLL | None:
     compiler = shutil.which("c++")
     if compiler is None:
-        _without("no program is called c++")
+        _say_without("no program is called c++")
         return None
     flags = _FLAGS + (_FLAGS_X86 if platform.machine() == "x86_64" else ())
     key = hashlib.sha256(
@@ -162,14 +162,13 @@ def _library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(kept))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
-        _without(f"{compiler} failed: {lines[0] if lines else f'exit status {error.returncode}'}")
-        return None
+        _say_without(f"{compiler} failed: {lines[0] if lines else f'exit status {error.returncode}'}")
     except (OSError, subprocess.SubprocessError) as error:
-        _without(str(error))
-        return None
+        _say_without(str(error))
+    return None
 
 
-def _without(reason: str) -> None:
+def _say_without(reason: str) -> None:
     """Say once in a process's life why it is slower than it could be."""
     remedy = "install a C++ compiler with OpenMP, such as g++, and start again"
     log.warning("no kernels of our own: torch's compute the same, more slowly", reason=reason, remedy=remedy)

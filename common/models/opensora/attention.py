@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.models.opensora.gpu.kernels import GpuKernels, gpu_kernels
+
 _MAX_CACHED_TABLES = 64
 
 
@@ -86,6 +88,10 @@ class SelfAttention(nn.Module):
         """
         batch, frames, patches, channels = x.shape
         qkv = self.qkv(x).view(batch, frames, patches, 3, self.num_heads, self.head_dim)
+        kernels = gpu_kernels(qkv)
+        attended = None if kernels is None else self._on_gpu(kernels, qkv, temporal, rope)
+        if attended is not None:
+            return self.proj(attended)  # type: ignore[no-any-return]
         # [3, B, outer, heads, N, head_dim], with the attended axis as N
         qkv = qkv.permute(3, 0, 2, 4, 1, 5) if temporal else qkv.permute(3, 0, 1, 4, 2, 5)
         q, k, v = qkv.flatten(1, 2).unbind(0)
@@ -97,6 +103,24 @@ class SelfAttention(nn.Module):
         out = out.permute(0, 3, 1, 2, 4) if temporal else out.permute(0, 1, 3, 2, 4)
         projected: Tensor = self.proj(out.reshape(batch, frames, patches, channels))
         return projected
+
+    def _on_gpu(
+        self, kernels: GpuKernels, qkv: Tensor, temporal: bool, rope: tuple[Tensor, Tensor] | None
+    ) -> Tensor | None:
+        """Before the projection, [B, T, S, C], without copies of queries, keys and values; None: it does not fit."""
+        queries, keys = self.q_norm, self.k_norm
+        if not isinstance(queries, RMSNorm) or not isinstance(keys, RMSNorm):
+            return None
+        if temporal:
+            if rope is None or not kernels.fits_places(qkv):
+                return None
+            return kernels.attend_places(qkv, queries.weight, keys.weight, queries.eps, rope)
+        if rope is not None:
+            return None
+        kernels.norm_heads(qkv, queries.weight, keys.weight, queries.eps)
+        # [B*T, heads, S, head_dim], as views
+        q, k, v = (each.transpose(1, 2) for each in qkv.flatten(0, 1).unbind(2))
+        return attend(q, k, v).transpose(1, 2).reshape(*qkv.shape[:3], -1)
 
 
 class CrossAttention(nn.Module):

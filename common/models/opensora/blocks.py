@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.models.opensora.attention import CrossAttention, SelfAttention
 from common.models.opensora.embeddings import Mlp
+from common.models.opensora.gpu.kernels import GpuKernels, gpu_kernels
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class StepConditions:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm of x [B, T, S, C] without its own weights, then scale and shift [B, T or 1, 1, C]."""
+    kernels = gpu_kernels(x)
+    if kernels is not None:
+        return kernels.modulate(x.contiguous(), shift, scale)
     normed = F.layer_norm(x, (x.shape[-1],), eps=1e-6)
     return torch.addcmul(shift, normed, 1 + scale)
 
@@ -66,9 +70,11 @@ class STDiT3Block(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """x: [B, frames*patches, C]; text: this block's keys and values of the prompt; result: shaped like x."""
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = conditions.select(
-            self.scale_shift_table, conditions.modulation, conditions.still_modulation
-        )
+        chosen = conditions.select(self.scale_shift_table, conditions.modulation, conditions.still_modulation)
+        kernels = gpu_kernels(x)
+        if kernels is not None:
+            return self._on_gpu(kernels, x, text, text_mask, chosen, frames, patches, rope)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = chosen
         layout = (x.shape[0], frames, patches, x.shape[2])
         tokens = x.view(layout)
         attended = self.attn(modulate(tokens, shift_attn, scale_attn), self.temporal, rope)
@@ -77,6 +83,26 @@ class STDiT3Block(nn.Module):
         tokens = (x + self.cross_attn(x, text[0], text[1], text_mask)).view(layout)
         out: Tensor = tokens + gate_mlp * self.mlp(modulate(tokens, shift_mlp, scale_mlp))
         return out.flatten(1, 2)
+
+    def _on_gpu(
+        self,
+        kernels: GpuKernels,
+        x: Tensor,
+        text: tuple[Tensor, Tensor],
+        text_mask: Tensor | None,
+        chosen: tuple[Tensor, ...],
+        frames: int,
+        patches: int,
+        rope: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """The same, with what follows one another over the same tokens in one kernel."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = chosen
+        tokens = x.contiguous().view(x.shape[0], frames, patches, x.shape[2])
+        attended = self.attn(kernels.modulate(tokens, shift_attn, scale_attn), self.temporal, rope)
+        tokens = kernels.add(tokens, attended, gate_attn)
+        crossed = self.cross_attn(tokens.flatten(1, 2), text[0], text[1], text_mask).view(tokens.shape)
+        tokens, modulated = kernels.add_and_modulate(tokens, crossed, shift_mlp, scale_mlp)
+        return kernels.add(tokens, self.mlp(modulated), gate_mlp).flatten(1, 2)
 
 
 class FinalLayer(nn.Module):

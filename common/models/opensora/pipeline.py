@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.models.opensora.errors import ModelLoadError
+from common.models.opensora.gpu.graphs import CapturedSTDiT3
 from common.models.opensora.loading import fetch, load_stdit3, load_vae, read_vae_config
 from common.models.opensora.rectified_flow import RectifiedFlow
 from common.models.opensora.spec import VideoModelSpec
@@ -74,6 +75,7 @@ class Denoiser:
         self.device = torch.device(device)
         self.flow = RectifiedFlow(**asdict(spec.flow))
         self.model = load_stdit3(spec.transformer, self.device, dtype)
+        self._captured = CapturedSTDiT3(self.model) if self.device.type == "cuda" else None
         self._vae_config = read_vae_config(fetch(spec.vae, config_only=True))
         longest = self.model.config.model_max_length
         if spec.max_prompt_tokens > longest:
@@ -131,7 +133,7 @@ class Denoiser:
         transformer: another way to run the model, with the arguments of `STDiT3.forward`; a group of workers
         passes its shared one.
         """
-        run = self.model if transformer is None else transformer
+        run = transformer or self._captured or self.model
 
         def velocity(z: Tensor, t: Tensor, text: PreparedText, frame_mask: Tensor | None) -> Tensor:
             size = {"height": conditioning.height, "width": conditioning.width}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.models.opensora.group_norm import norm_silu
 from common.models.opensora.latents import LatentDistribution
 from common.models.opensora.vae_config import SpatialVAEConfig
 
@@ -28,8 +29,8 @@ class ResnetBlock2D(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv2(norm_silu(self.norm2, h))
         out: Tensor = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
         return out
 
@@ -128,7 +129,7 @@ class Encoder2D(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(norm_silu(self.conv_norm_out, x))
         return out
 
 
@@ -151,7 +152,7 @@ class Decoder2D(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(norm_silu(self.conv_norm_out, x))
         return out
 
 

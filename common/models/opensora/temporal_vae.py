@@ -7,6 +7,7 @@ depends on a later one, and time alone is shortened. Module names are those of t
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.models.opensora.group_norm import norm_silu
 from common.models.opensora.latents import LatentDistribution
 from common.models.opensora.vae_config import TemporalVAEConfig
 
@@ -48,8 +49,8 @@ class ResBlock(nn.Module):
         self.conv3 = CausalConv3d(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv2(norm_silu(self.norm2, h))
         out: Tensor = h + (x if self.conv3 is None else self.conv3(x))
         return out
 
@@ -90,7 +91,7 @@ class Encoder(nn.Module):
                 x = self.conv_blocks[index](x)
         for block in self.res_blocks:
             x = block(x)
-        out: Tensor = self.conv2(F.silu(self.norm1(x)))
+        out: Tensor = self.conv2(norm_silu(self.norm1, x))
         return out
 
 
@@ -129,7 +130,7 @@ class Decoder(nn.Module):
                 x = self.conv_blocks[index - 1](x)
                 if self.temporal_downsample[index - 1]:
                     x = _interleave_frames(x)
-        out: Tensor = self.conv_out(F.silu(self.norm1(x)))
+        out: Tensor = self.conv_out(norm_silu(self.norm1, x))
         return out
 
 

@@ -1,0 +1,159 @@
+"""Many tensors in one request: what has one version for ever, such as KV blocks under the hash of their prefix.
+
+What this store lacks it looks for at the others; what it has is not asked about there, since it cannot be older.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+import structlog
+import torch
+
+from common.bus.errors import Refusal
+from common.bus.port import Bus, Subscription
+from common.messages.cache import (
+    DropTensors,
+    FindTensors,
+    HaveTensors,
+    StoreTensors,
+    TensorsFound,
+    TensorsHad,
+    TensorsPart,
+    TensorsStored,
+)
+from common.messages.failures import Acknowledged, Failure, Stage
+from common.messages.subjects import (
+    DROP_TENSORS,
+    FIND_COPIES,
+    FIND_TENSORS,
+    HAVE_COPIES,
+    HAVE_TENSORS,
+    STORE_TENSORS,
+)
+from common.tensors.errors import TensorError
+from common.tensors.port import Tensors
+from services.cache_store.replication import Replication
+from services.cache_store.store import TensorStore
+from services.cache_store.tier import TierFull
+
+log = structlog.get_logger()
+
+# At the rate of a slow disk and a busy link.
+FETCH_DEADLINE_S = 10.0
+MAX_BATCHES_IN_FLIGHT = 2
+QUEUE_GROUP = "cache_store"
+ONLY_VERSION = 0
+
+
+class Batches:
+    """Answers what is asked for many keys at once."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        tensors: Tensors,
+        store: TensorStore,
+        others: Replication,
+        instance: str,
+        found_lease_s: float,
+    ) -> None:
+        self._bus = bus
+        self._tensors = tensors
+        self._store = store
+        self._others = others
+        self._instance = instance
+        self._found_lease_s = found_lease_s
+
+    async def listen(self) -> Sequence[Subscription]:
+        """Answer anybody."""
+        return (
+            await self._bus.serve(
+                STORE_TENSORS, self._keep, queue_group=QUEUE_GROUP, max_in_flight=MAX_BATCHES_IN_FLIGHT
+            ),
+            await self._bus.serve(
+                FIND_TENSORS, self._find, queue_group=QUEUE_GROUP, max_in_flight=MAX_BATCHES_IN_FLIGHT
+            ),
+            await self._bus.serve(HAVE_TENSORS, self._have, queue_group=QUEUE_GROUP),
+            await self._bus.serve(DROP_TENSORS, self._drop, queue_group=QUEUE_GROUP),
+        )
+
+    async def listen_to_others(self) -> Sequence[Subscription]:
+        """Answer the other cache stores."""
+        return (
+            await self._bus.serve(HAVE_COPIES, self._have_here, self._instance),
+            await self._bus.serve(FIND_COPIES, self._find_here, self._instance, max_in_flight=MAX_BATCHES_IN_FLIGHT),
+        )
+
+    async def _keep(self, request: StoreTensors) -> TensorsStored:
+        shape, count = request.tensor.shape, len(request.keys)
+        if not shape or shape[0] != count:
+            raise _refusal("bad_batch", f"{count} keys for a tensor of shape {shape}", retryable=False)
+        new = [place for place, key in enumerate(request.keys) if self._store.held(key) is None]
+        if not new:
+            return TensorsStored(stored=0)
+        try:
+            tensors = await self._tensors.fetch(request.tensor, deadline_s=FETCH_DEADLINE_S)
+        except TensorError as error:
+            raise _refusal("tensor_not_fetched", str(error)) from error
+        stored = 0
+        for place in new:
+            key = request.keys[place]
+            try:
+                # A copy: a view would keep the whole batch in memory for as long as one of it is kept.
+                stored += await self._store.put(key, ONLY_VERSION, tensors[place].clone())
+            except TierFull as full:
+                log.info("batch cut off", kept=stored, of=len(new), reason=str(full))
+                break
+            self._others.changed(key)
+        return TensorsStored(stored=stored)
+
+    async def _have(self, request: HaveTensors) -> TensorsHad:
+        here = (await self._have_here(request)).had
+        lacking = [key for key, had in zip(request.keys, here, strict=True) if not had]
+        elsewhere = await self._others.have(lacking)
+        return TensorsHad(had=tuple(had or key in elsewhere for key, had in zip(request.keys, here, strict=True)))
+
+    async def _have_here(self, request: HaveTensors) -> TensorsHad:
+        return TensorsHad(had=tuple(self._store.held(key) is not None for key in request.keys))
+
+    async def _find(self, request: FindTensors) -> TensorsFound:
+        here = (await self._find_here(request)).parts
+        found = {place for part in here for place in part.places}
+        lacking = [place for place in range(len(request.keys)) if place not in found]
+        elsewhere = [
+            part.model_copy(update={"places": tuple(lacking[place] for place in part.places)})
+            for part in await self._others.find([request.keys[place] for place in lacking], request.most_bytes)
+        ]
+        return TensorsFound(parts=(*here, *elsewhere))
+
+    async def _find_here(self, request: FindTensors) -> TensorsFound:
+        places: list[int] = []
+        tensors: list[torch.Tensor] = []
+        left_bytes = request.most_bytes
+        for place, key in enumerate(request.keys):
+            held = self._store.held(key)
+            if held is None or held.size_bytes > left_bytes:
+                continue
+            found = await self._store.get(key)
+            if found is None:
+                continue
+            left_bytes -= held.size_bytes
+            if tensors and (found[1].shape, found[1].dtype) != (tensors[0].shape, tensors[0].dtype):
+                raise _refusal("bad_batch", f"{key} is of another shape or dtype than the others", retryable=False)
+            places.append(place)
+            tensors.append(found[1])
+        if not places:
+            return TensorsFound()
+        together = await asyncio.to_thread(torch.stack, tensors)
+        ref = self._tensors.export(together, uses=1, lease_s=self._found_lease_s)
+        return TensorsFound(parts=(TensorsPart(places=tuple(places), tensor=ref),))
+
+    async def _drop(self, request: DropTensors) -> Acknowledged:
+        for key in request.keys:
+            await self._store.drop(key)
+            self._others.changed(key)
+        return Acknowledged()
+
+
+def _refusal(code: str, message: str, *, retryable: bool = True) -> Refusal:
+    return Refusal(Failure(stage=Stage.CACHE_STORE, code=code, message=message, retryable=retryable))
