@@ -1,6 +1,5 @@
 """The loop of one instance: ask the policy, run the model, choose tokens, tell the policy what came of it."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,16 +8,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from common.engine.blocks import Prefixes, SequenceBlocks
-from common.engine.request import Finish, Output, Request
-from common.mempool.address import TOKEN_BYTES, Address
+from common.engine.request import Output, Request
+from common.engine.sequence import Computed
+from common.mempool.address import Address
 from common.mempool.allocator import BlockAllocator
 from common.mempool.caching import Caching
 from common.mempool.pool import MemPool
 from common.mempool.tiers import Tier
-from common.messages.chat import pack_tokens, tokens_in, unpack_tokens
+from common.messages.chat import tokens_in, unpack_tokens
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, CausalLM, Chunk, KVPool
-from common.models.causal_lm.sampling import History, Sampled, sample
-from common.models.causal_lm.text import Detokenizer, StopStrings
+from common.models.causal_lm.sampling import sample
 from common.policies.continuous_batching import (
     ContinuousBatching,
     Piece,
@@ -42,28 +41,6 @@ class EngineCounts:
 
     prefilled: int = 0
     found: int = 0
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """``computed``: of so many of its tokens keys and values are there. ``keeps``: for others too, then."""
-
-    request: Request
-    tokens: bytearray
-    history: History
-    detokenizer: Detokenizer | None
-    stops: StopStrings
-    blocks: SequenceBlocks
-    keeps: bool
-    computed: int = 0
-    prefilled: bool = False
-    cached: int | None = None
-    parked: bool = False
-
-    @property
-    def known(self) -> bytes:
-        """The tokens whose keys and values others may have."""
-        return bytes(self.tokens[: TOKEN_BYTES * self.computed]) if self.keeps else b""
 
 
 class Engine:
@@ -95,7 +72,7 @@ class Engine:
         self._chunk_tokens = chunk_tokens
         self._most_sequences = most_sequences
         self._batching = self._new_batching()
-        self._sequences: dict[str, _Sequence] = {}
+        self._sequences: dict[str, Computed] = {}
         self._parked = 0
         self.layer_stored: Callable[[Sequence[Chunk], int], None] | None = None
         """Told the chunks of a step and a layer whose keys and values of them are in the pool, within the step."""
@@ -174,25 +151,15 @@ class Engine:
         if name in self._sequences:
             raise ValueError(f"{name} is being answered already")
         self.check(name, request)
-        tokens = bytearray(request.prompt + request.answered)
-        arrival = SequenceArrived(name, len(tokens) // TOKEN_BYTES, request.computed_tokens, computed, len(addresses))
+        tokens = tokens_in(request.prompt) + tokens_in(request.answered)
+        arrival = SequenceArrived(name, tokens, request.computed_tokens, computed, len(addresses))
         for decision in self._batching.handle(arrival, now_s):
             if isinstance(decision, RefuseSequence):
                 raise RequestRefused(f"{name}: {decision.reason}")
-        answered = unpack_tokens(request.answered)
-        repeats = request.sampling.repetition_penalty != 1
-        prompt = frozenset(unpack_tokens(request.prompt)) if repeats else frozenset[int]()
-        self._sequences[name] = _Sequence(
-            request,
-            tokens,
-            History(prompt, Counter(answered), len(answered)),
-            Detokenizer(self._tokenizer) if self._tokenizer is not None else None,
-            StopStrings(request.stops),
-            SequenceBlocks(self.memory, addresses),
-            self.caching.keeps_received if addresses else self.caching.keeps_computed,
-            computed,
-            prefilled=bool(addresses),
-        )
+        keeps = self.caching.keeps_received if addresses else self.caching.keeps_computed
+        sequence = Computed.of(request, self._tokenizer, SequenceBlocks(self.memory, addresses), keeps)
+        sequence.computed, sequence.prefilled = computed, bool(addresses)
+        self._sequences[name] = sequence
 
     def parked(self, name: str) -> BlockTable | None:
         """The blocks of a parked sequence, the last token's keys and values not in them; None: it is not parked."""
@@ -284,13 +251,14 @@ class Engine:
         speaking = [self._sequences[name] for name in names]
         parameters = [sequence.request.sampling for sequence in speaking]
         sampled = sample(logits, parameters, [sequence.history for sequence in speaking]) if speaking else []
-        return [self._take(*named) for named in zip(names, speaking, sampled, strict=True)]
+        ends = self._model.end_tokens
+        return [sequence.take(name, one, ends) for name, sequence, one in zip(names, speaking, sampled, strict=True)]
 
     def _share(self, pieces: tuple[Piece, ...]) -> None:
         """Give those who begin in the midst of their tokens the blocks of what is before."""
         beginning = [(piece, one) for piece in pieces if not (one := self._sequences[piece.sequence]).blocks.addresses]
         for piece, sequence in beginning:
-            sequence.blocks.share(bytes(sequence.tokens[: TOKEN_BYTES * piece.start]))
+            sequence.blocks.share(sequence.span(0, piece.start))
             sequence.computed = piece.start
             self.counts.found += piece.start
             if sequence.cached is None:
@@ -303,8 +271,7 @@ class Engine:
         sequence = self._sequences[piece.sequence]
         if piece.new_blocks:
             sequence.blocks.grow(piece.new_blocks)
-        end = piece.start + piece.count
-        tokens = unpack_tokens(bytes(sequence.tokens[TOKEN_BYTES * piece.start : TOKEN_BYTES * end]))
+        tokens = unpack_tokens(sequence.span(piece.start, piece.start + piece.count))
         return Chunk(piece.sequence, tokens, piece.start, sequence.blocks.table, piece.last)
 
     def _note(self, pieces: tuple[Piece, ...]) -> None:
@@ -317,25 +284,3 @@ class Engine:
                 sequence.prefilled = piece.last
                 if piece.last and sequence.keeps:
                     sequence.blocks.keep(sequence.known)
-
-    def _take(self, name: str, sequence: _Sequence, sampled: Sampled) -> Output:
-        """Note a sequence's new token, and see whether it is the last."""
-        token = sampled.token
-        sequence.tokens += pack_tokens((token,))
-        sequence.history.add(token)
-        finish: Finish | None = None
-        text = ""
-        if token in sequence.request.stop_tokens or (
-            token in self._model.end_tokens and not sequence.request.ignore_end
-        ):
-            finish = Finish.STOP
-        elif sequence.detokenizer is not None:
-            text = sequence.stops.add(sequence.detokenizer.add(token))
-        if sequence.stops.stopped is not None:
-            finish = Finish.STOP
-        elif finish is None and sequence.history.drawn == sequence.request.most_tokens:
-            finish = Finish.LENGTH
-        if finish is not None and sequence.stops.stopped is None and sequence.detokenizer is not None:
-            text += sequence.stops.add(sequence.detokenizer.finish()) + sequence.stops.finish()
-        cached, sequence.cached = sequence.cached, 0
-        return Output(name, sampled, text, finish, cached or 0)

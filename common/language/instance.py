@@ -107,6 +107,13 @@ class LanguageInstance:
                 self._spawn(self.sending_back.run(), "send back")
                 await self._stepper.run()
         finally:
+            log.info(
+                "keys and values",
+                prefilled_tokens=self._engine.counts.prefilled,
+                found_tokens=self._engine.counts.found,
+                handed_over_bytes=self.hand_over.sent_bytes + self._ahead.sent_bytes,
+                moved_bytes=self.transfers.sent_bytes,
+            )
             self._ahead.stop()
             failure = self._failure("draining", f"{self._instance} is leaving")
             await self._tell_failed(self._sequences.all, failure)
@@ -125,7 +132,7 @@ class LanguageInstance:
         if asked.park:
             if self._engine.caching.keeps_received:
                 held.known = asyncio.get_running_loop().create_future()
-                self._spawn(self._ask(held, held.known), f"ask of {held.key}")
+                self._stepper.soon(partial(self._ask, held, held.known))
             self._ahead.begin(held)
         now_s = asyncio.get_running_loop().time()
         self._stepper.soon(partial(self._add, held, asked, now_s))
@@ -149,10 +156,6 @@ class LanguageInstance:
             held=held is not None,
             tokens=held.generated if held is not None else 0,
         )
-
-    async def _ask(self, held: Held, known: asyncio.Future[int]) -> None:
-        """Now, so that no answer is waited for when it is handed over."""
-        known.set_result(await prefix_at(self._bus, held.request.decode, held.tokens))
 
     async def _match(self, asked: MatchPrefix) -> PrefixMatched:
         blocks = await self._stepper.between(partial(self._engine.memory.use, asked.tokens))
@@ -193,6 +196,15 @@ class LanguageInstance:
     def _add(self, held: Held, asked: Request, now_s: float) -> None:
         if self._sequences.has(held):
             self._engine.add(held.key, asked, now_s)
+
+    def _ask(self, held: Held, known: asyncio.Future[int]) -> None:
+        """Ask who will decode it what it has of it: now, so that no answer is waited for when it is handed over."""
+        tokens = held.tokens
+
+        async def ask() -> None:
+            known.set_result(await prefix_at(self._bus, held.request.decode, tokens))
+
+        self._spawn(ask(), f"ask of {held.key}")
 
     def _drop(self, held: Held) -> None:
         self._ahead.forget(held.key)

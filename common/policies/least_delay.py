@@ -37,7 +37,9 @@ class DelayModel:
             token whose keys and values are read.
         transfer_token_s: for one token's keys and values between two instances.
         kv_tokens: how many of them an instance has room for.
-        first_token_weight: how many seconds between later tokens a second before the first one counts for.
+        first_token_weight: how much more a second before a first token counts than one between later ones, for each
+            sequence that decodes at the average instance, and once more. So it keeps its weight against the stalls that
+            a prompt causes, which grow with their number.
     """
 
     prompt_token_s: float
@@ -169,7 +171,8 @@ class LeastDelay:
 
     def _route(self, came: SequenceCame, now_s: float) -> ChooseInstances:
         places = list(self._instances.values())
-        prefill_s = {place.name: self._prefill_s(place, came) for place in places}
+        weight = self._weight()
+        prefill_s = {place.name: self._prefill_s(place, came, weight) for place in places}
         decode_s = {place.name: self._decode_s(place, came, now_s) for place in places}
         move_s = {place.name: self._uncached(came, place) * self._model.transfer_token_s for place in places}
         total_s, prefill, decode = min(
@@ -184,7 +187,12 @@ class LeastDelay:
         )
         return ChooseInstances(came.sequence, prefill, decode, came.prefix_tokens.get(prefill, 0), reason)
 
-    def _prefill_s(self, place: _Instance, came: SequenceCame) -> float:
+    def _weight(self) -> float:
+        """How many seconds between later tokens a second before a first one counts for now."""
+        decoding = sum(place.decoding for place in self._instances.values()) / len(self._instances)
+        return self._model.first_token_weight * (1 + decoding)
+
+    def _prefill_s(self, place: _Instance, came: SequenceCame, weight: float) -> float:
         """What is lost by prefilling it there."""
         model = self._model
         tokens = self._uncached(came, place)
@@ -197,8 +205,7 @@ class LeastDelay:
         # Of its chunks' time, a sequence that decodes loses what is beyond its usual steps.
         stall = max(0.0, 1 - model.floor_s / chunk_s)
         own_s = tokens * token_s
-        first_token_s = (before * token_s + own_s * (1 + longer)) * model.first_token_weight
-        return first_token_s + own_s * stall * place.decoding
+        return weight * (before * token_s + own_s * (1 + longer)) + own_s * stall * place.decoding
 
     def _decode_s(self, place: _Instance, came: SequenceCame, now_s: float) -> float:
         """What is lost by decoding it there."""

@@ -175,10 +175,11 @@ def _reserve(found: Mapping[Place, By]) -> str:
     greedy = mean(by_policy["greedy"], "jct_s")
     rows = []
     for name, runs in by_policy.items():
-        paper = RESERVE[name]
         own = mean(runs, "jct_s")
+        paper = RESERVE.get(name)
+        published = f"{paper:.1f} ({100 * (paper / RESERVE['greedy'] - 1):+.1f} %)" if paper is not None else ""
         rows.append(
-            f'<tr><td>{name}</td><td class="number">{paper:.1f} ({100 * (paper / RESERVE["greedy"] - 1):+.1f} %)</td>'
+            f'<tr><td>{name}</td><td class="number">{published}</td>'
             f'<td class="number">{own:.1f} ({100 * (own / greedy - 1):+.1f} %)</td>'
             f'<td class="number">{mean(runs, "preempted"):.0f}</td></tr>'
         )

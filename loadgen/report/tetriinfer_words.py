@@ -35,7 +35,8 @@ RESERVE = (
     "Figure 18: 256 requests whose keys and values do not fit at once. The signs are the paper's, the gains smaller: "
     "who is thrown out is computed again by a pass that costs what its tokens cost, where the paper's engine swapped "
     "at a cost it does not give. A wrong prediction does not hurt here: most lower ends are 0 at either accuracy, and "
-    "the paper says nothing about how its predictor errs."
+    "the paper says nothing about how its predictor errs. "
+    "Last row: who has most yet to come leaves first, by prediction, instead of who came last."
 )
 FLUID = (
     "fluid is ours: any instance may prefill, decode or do both, and each request goes where all requests together "

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from common.engine import Engine, Output, Request
-from common.mempool.allocator import BlockAllocator
+from common.mempool.pool import MemPool
+from common.mempool.tiers import Tier
+from common.messages.chat import pack_tokens
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, CausalLM, Chunk, KVLayout, KVPool
 from common.models.causal_lm.gpu.kernels import GpuKernels, gpu_kernels
 from common.models.causal_lm.sampling import SamplingParameters
@@ -159,14 +161,14 @@ PROMPTS = [_prompt(number, length) for number, length in enumerate((1, 15, 16, 3
 
 
 def _answers(model: CausalLM, chunk: int, blocks: int, scatter: bool = False) -> dict[str, list[Output]]:
-    allocator = BlockAllocator(blocks)
+    pool = KVPool(model.layout, 2 * blocks if scatter else blocks, DEVICE)
+    memory = MemPool("own", Tier.over(pool.blocks))
     if scatter:
-        allocator = BlockAllocator(2 * blocks)
-        taken = allocator.allocate(2 * blocks) or []
-        allocator.release(random.Random(blocks).sample(taken, blocks))
-    engine = Engine(model, KVPool(model.layout, allocator.blocks, DEVICE), None, chunk, 256, allocator)
+        taken = memory.alloc_mem(2 * blocks) or []
+        memory.free_mem(random.Random(blocks).sample(taken, blocks))
+    engine = Engine(model, pool, None, chunk, 256, memory)
     for number, prompt in enumerate(PROMPTS):
-        engine.add(str(number), Request(prompt, ANSWER, GREEDY), 0.0)
+        engine.add(str(number), Request(pack_tokens(prompt), ANSWER, GREEDY), 0.0)
     answers: dict[str, list[Output]] = {}
     for _ in range(1000):
         if not engine.busy:

@@ -16,6 +16,7 @@ _PROGRAM = """
 import json, sys
 import torch
 from common.engine import Engine, Request
+from common.messages.chat import pack_tokens
 from common.models.causal_lm import KVPool, load
 from common.models.causal_lm.sampling import SamplingParameters
 
@@ -23,7 +24,7 @@ model = load(sys.argv[1], "cpu", torch.float32)
 engine = Engine(model, KVPool(model.layout, 64), chunk_tokens=32)
 prompts = json.loads(sys.argv[2])
 for name, prompt in enumerate(prompts):
-    engine.add(str(name), Request(tuple(prompt), int(sys.argv[3]), SamplingParameters(temperature=0)), 0.0)
+    engine.add(str(name), Request(pack_tokens(prompt), int(sys.argv[3]), SamplingParameters(temperature=0)), 0.0)
 answers = [[] for _ in prompts]
 while engine.busy:
     for output in engine.step(0.0):

@@ -1,7 +1,7 @@
 """Who goes on with a sequence (TetriInfer, section 3.3.4), on loads written out by hand."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.policies.decode_dispatch import (
@@ -123,6 +123,7 @@ def test_a_prefix_counts_as_the_milliseconds_of_its_transfer() -> None:
         DecodeDispatch(rule)
 
 
+@settings(max_examples=100, deadline=None)
 @given(
     loads=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6),
     sequences=st.lists(

@@ -41,9 +41,8 @@ def tetriinfer(name: str, prefill: int, decode: int) -> Setup:
 def fluid(instances: int) -> Setup:
     """Ours: prediction without a trained model, prefixes, preemption between chunks, and roles by least delay.
 
-    A sequence that has outlived its prediction is expected to have some more tokens; what comes before the first token
-    weighs as much as waiting at a coupled engine would make it; one prompt alone is not sliced. Measured choices, see
-    the decision note.
+    A sequence that has outlived its prediction is expected to have some more tokens; first tokens weigh so much that
+    they come no later than at coupled engines; one prompt alone is not sliced.
     """
     return Setup(
         _OURS,
@@ -54,7 +53,7 @@ def fluid(instances: int) -> Setup:
         past_tokens=50,
         histogram=True,
         fluid=True,
-        first_token_weight=32.0,
+        first_token_weight=6.0,
         alone_tokens=VLLM_BUDGET,
     )
 

@@ -8,7 +8,7 @@ and ``flip`` (a load that turns from decode to prefill).
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from common.policies.decode_admission import AdmissionRule
+from common.policies.decode_admission import AdmissionRule, VictimRule
 from common.policies.flip import IdleFlip, QueueFlip
 from common.policies.prefill_schedule import PrefillOrder
 from loadgen.simulator.language.arms import burst_arms, chosen, coupled, fluid, steady_arms, tetriinfer
@@ -84,7 +84,8 @@ def reserve(seeds: int) -> Iterator[Task]:
     for rule in (AdmissionRule.RESERVE_DYNAMIC, AdmissionRule.RESERVE_STATIC):
         for accuracy in (0.749, 1.0):
             setups.append(replace(greedy, name=f"{rule.value}, {accuracy:.1%}", admission=rule, accuracy=accuracy))
-    for setup in setups:
+    longest = replace(greedy, name="greedy, longest leaves", accuracy=0.749, victim=VictimRule.LONGEST_REMAINING)
+    for setup in (*setups, longest):
         for seed in range(seeds):
             yield Task("reserve", "ShareGPT", setup, seed, tuple(class_requests(SHAREGPT, seed)), decode_only=True)
 
