@@ -5,7 +5,8 @@ and writes the JSON that ``loadgen report`` makes a page of. ``--day`` simulates
 ``--record`` simulates the requests of a recorded run.
 
 ``--experiment tetriinfer`` does so for language (``loadgen/simulator/language/experiment.py``), and ``--trace`` for the
-requests of a trace of production.
+requests of a trace of production. ``--experiment memserve`` and ``--format mooncake`` do so for caching and routing, on
+traces that tell which prompts begin alike (``loadgen/simulator/memserve``).
 """
 
 import argparse
@@ -39,7 +40,7 @@ from loadgen.simulator.sweep import Setting
 from loadgen.simulator.write import write_experiment
 from loadgen.workloads import MIXES, UnknownMix, WrongMix, mix_named
 
-EXPERIMENTS = ("ddit", "tetriinfer")
+EXPERIMENTS = ("ddit", "tetriinfer", "memserve")
 TRACES = {"azure": azure_requests}
 SIZES = (8, 64)
 
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--day", action="store_true", help="one day; prints the seconds that it took")
     what.add_argument("--trace", type=Path, metavar="FILE", help="chats of a trace; --format says of which form it is")
     what.add_argument("--record", type=Path, metavar="FILE", help="the requests of a recorded run, on its slots")
+    parser.add_argument("--speed", type=float, default=1.0, help="with --trace: how many times as fast requests come")
     parser.add_argument(
         "--policy", nargs="+", metavar="NAME", help="only these (default: all but fifo, which is sdop:1; --day: ddit)"
     )
@@ -78,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="in servers of 8 (default: 8 and 64; --day: 64); a language instance has 2 (default: 8; --trace: 16)",
     )
-    parser.add_argument("--format", choices=tuple(TRACES), default="azure", help="of --trace (default: azure)")
+    parser.add_argument("--format", choices=(*TRACES, "mooncake"), default="azure", help="of --trace (default: azure)")
     parser.add_argument("--mix", nargs="+", metavar="NAME", help=f"only these, of {', '.join(MIXES)}")
     parser.add_argument(
         "--point",
@@ -111,7 +113,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     """
     try:
         _check(options)
-        result = _result(options)
+        result = _memserve(options) if _is_memserve(options) else _result(options)
     except _MISTAKES as error:
         raise SystemExit(f"loadgen sim: {error}") from None
     if options.out is not None:
@@ -121,6 +123,17 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     elif result["experiment"] in ("tetriinfer", "trace"):
         print_language_summary(result["runs"])
     return result
+
+
+def _is_memserve(options: argparse.Namespace) -> bool:
+    return options.experiment == "memserve" or (options.trace is not None and options.format == "mooncake")
+
+
+def _memserve(options: argparse.Namespace) -> dict[str, Any]:
+    # Its instances' memory is the live one, which is made of tensors: torch takes seconds to load.
+    from loadgen.simulator.memserve.command import run_memserve
+
+    return run_memserve(options)
 
 
 def _result(options: argparse.Namespace) -> dict[str, Any]:
@@ -202,6 +215,14 @@ def _check(options: argparse.Namespace) -> None:
         raise WrongArgument(f"--record {options.record}: there is no such file")
     if options.out is not None and not options.out.resolve().parent.is_dir():
         raise WrongArgument(f"--json {options.out}: the folder does not exist; make it first")
+    if options.speed <= 0:
+        raise WrongArgument(f"--speed {options.speed}: give a number above 0, for example 2")
+    if options.trace is not None and not options.trace.is_file():
+        raise WrongArgument(f"--trace {options.trace}: there is no such file")
+    if _is_memserve(options):
+        if options.gpus is not None and options.gpus < 1:
+            raise WrongArgument(f"--gpus {options.gpus}: give the number of instances, 1 or more")
+        return
     if options.gpus is not None:
         check_gpus(options.gpus)
     language = options.trace is not None or options.experiment == "tetriinfer"
@@ -209,8 +230,6 @@ def _check(options: argparse.Namespace) -> None:
     for name in options.point or ():
         if name not in points:
             raise WrongArgument(f"--point {name}: there are {', '.join(points)}")
-    if options.trace is not None and not options.trace.is_file():
-        raise WrongArgument(f"--trace {options.trace}: there is no such file")
     if language:
         if options.gpus is not None and options.gpus < 4 * GPUS_PER_INSTANCE:
             raise WrongArgument(f"--gpus {options.gpus}: give 8 or more, that is 4 instances of 2 GPUs")

@@ -12,6 +12,7 @@ from common.bus.port import Subscription
 from common.engine import Output, Request, RequestRefused
 from common.language.handover import HandOver
 from common.language.held import Held, Sequences
+from common.language.index_teller import IndexTeller
 from common.language.loading import LoadedModel
 from common.language.prefixes import SendingPrefixes, prefix_at
 from common.language.sendback import SendingBack
@@ -41,6 +42,7 @@ from common.messages.subjects import (
     OFFER_KV,
     SEND_PREFIX,
     TAKE_OVER,
+    TELL_INDEX,
 )
 from common.policies.fence import StaleEpoch
 from common.runtime.worker import Equipment
@@ -73,6 +75,7 @@ class LanguageInstance:
         self._ahead = self.hand_over.ahead
         self.receiving = Receiving(equipment.tensors, model.engine, self._stepper, self._sequences, settings)
         memory = model.engine.memory
+        self._teller = IndexTeller(equipment.bus, equipment.instance, memory, self._stepper)
         self.transfers = BlockTransfer(
             memory, equipment.bus, equipment.tensors, self._stepper.between, settings.transfer_s
         )
@@ -91,6 +94,7 @@ class LanguageInstance:
             await self._bus.serve(SEND_PREFIX, self._send_prefix, self._instance, max_in_flight=_MOST_MOVES),
             await self._bus.serve(MOVE_BLOCKS, self.transfers.receive, self._instance, max_in_flight=_MOST_MOVES),
             await self._bus.serve(TAKE_OVER, self._take_over, self._instance, max_in_flight=_MOST_TAKE_OVERS),
+            await self._bus.serve(TELL_INDEX, self._teller.tell, self._instance),
             await self._bus.subscribe(CANCEL_GENERATION, self._cancel, self._instance),
         )
 
@@ -98,6 +102,7 @@ class LanguageInstance:
         """Work until cancelled; what is left then goes on elsewhere."""
         try:
             async with self._tasks:
+                self._spawn(self._teller.run(), "tell of the index")
                 self._spawn(self.sending_back.run(), "send back")
                 await self._stepper.run()
         finally:

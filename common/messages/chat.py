@@ -85,14 +85,16 @@ class Sampling(Message):
 class RouteChat(Message):
     """Where shall this sequence be computed? Asked anew for every attempt, and answered when there is an instance.
 
-    ``prompt_tokens`` is all that must be prefilled, tokens of the answer from before included; ``max_tokens`` is what
-    may yet be generated. ``avoid`` names instances to be taken only where there is no other; ``gone`` those at which
-    nobody answered. After ``wait_s`` seconds without an instance the answer is a failure; whoever asks again keeps the
-    place in the queue that ``created_at_s`` (Unix, when the client's request came) gives.
+    ``prompt_tokens`` is all that must be prefilled, tokens of the answer from before included, and ``tokens`` are
+    these, packed; empty: what they are is not said. ``max_tokens`` is what may yet be generated. ``avoid`` names
+    instances to be taken only where there is no other; ``gone`` those at which nobody answered. After ``wait_s``
+    seconds without an instance the answer is a failure; whoever asks again keeps the place in the queue that
+    ``created_at_s`` (Unix, when the client's request came) gives.
     """
 
     request_id: str
     gateway: str
+    tokens: bytes = Field(default=b"", repr=False)
     prompt_tokens: int = Field(ge=1)
     max_tokens: int = Field(ge=1)
     avoid: tuple[str, ...] = ()

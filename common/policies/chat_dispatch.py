@@ -2,15 +2,16 @@
 global scheduler (section 3.2) until its predictor and dispatcher are there.
 
 Load is counted in tokens that are still to come: prompt tokens at the prefill instance until the first token is there,
-and the most that may yet be generated at the decode instance until the sequence ends. Both are known here without
-asking anybody, and are forgotten with the gateway that holds the sequence. An instance that does both (fused) bears
-both, and keeps what it has prefilled: handing over would only cost.
+and the most that may yet be generated at the decode instance until the sequence ends. What an instance has cached of a
+prompt it need not compute (MemServe, section 6): a prompt goes where what waits and what it lacks are least together.
+Load is known here without asking anybody, and is forgotten with the gateway that holds the sequence. An instance that
+does both (fused) bears both, and keeps what it has prefilled: handing over would only cost.
 
 Departure from TetriInfer: there the global scheduler never picks the decode instance. Here it does, as long as there is
 no prediction of the answer's length by which the prefill instance would do better.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.messages.cluster import LanguageRole
@@ -45,7 +46,7 @@ class ChatArrived:
     """A sequence waits for a route: a new one, or one that lost its former route, which this one takes the place of.
 
     ``created_s``: when its client asked; of what waits, the oldest goes first. ``avoid``: instances to be taken only
-    where there is no other.
+    where there is no other. ``cached``: how many tokens of the prompt's beginning instances have.
     """
 
     request_id: str
@@ -54,6 +55,11 @@ class ChatArrived:
     prompt_tokens: int
     max_tokens: int
     avoid: tuple[str, ...] = ()
+    cached: Mapping[str, int] = field(default_factory=dict)
+
+    def lacking(self, instance: str) -> int:
+        """How many tokens would have to be prefilled there; the last one always has."""
+        return self.prompt_tokens - min(self.cached.get(instance, 0), self.prompt_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +189,11 @@ class ChatDispatch:
     def _route(
         self, arrived: ChatArrived, prefills: Sequence[_Instance], decodes: Sequence[_Instance]
     ) -> RouteSequence:
-        prefill = min(prefills, key=lambda there: (there.prefill_tokens, there.decode_tokens, there.name))
+        prefill = min(
+            prefills,
+            key=lambda there: (there.prefill_tokens + arrived.lacking(there.name), there.decode_tokens, there.name),
+        )
+        lacking = arrived.lacking(prefill.name)
         if prefill in decodes:
             decode = prefill
             what = f"least to prefill of {len(prefills)}, and decodes too"
@@ -191,9 +201,9 @@ class ChatDispatch:
             decode = min(decodes, key=lambda there: (there.decode_tokens, there.prefill_tokens, there.name))
             what = f"least to prefill of {len(prefills)}, least to generate of {len(decodes)}"
         load = f"{prefill.prefill_tokens} tokens to prefill, {decode.decode_tokens} to generate before it"
-        routed = _Routed(
-            arrived.gateway, self.next_epoch, prefill.name, decode.name, arrived.prompt_tokens, arrived.max_tokens
-        )
+        if lacking < arrived.prompt_tokens:
+            load += f"; {arrived.prompt_tokens - lacking} of its {arrived.prompt_tokens} tokens are there"
+        routed = _Routed(arrived.gateway, self.next_epoch, prefill.name, decode.name, lacking, arrived.max_tokens)
         self.next_epoch += 1
         prefill.prefill_tokens += routed.prefill_tokens
         decode.decode_tokens += routed.decode_tokens

@@ -145,6 +145,7 @@ class Generation:
         clock = asyncio.get_running_loop().time
         end_s = clock() + self._patience.route_s
         request_id = self._request.request_id
+        tokens = self._prompt + pack_tokens(self._generated)
         routed = False
         try:
             while True:
@@ -153,7 +154,8 @@ class Generation:
                 asked = RouteChat(
                     request_id=request_id,
                     gateway=self._board.instance,
-                    prompt_tokens=tokens_in(self._prompt) + len(self._generated),
+                    tokens=tokens,
+                    prompt_tokens=tokens_in(tokens),
                     max_tokens=self._sampling.max_tokens - len(self._generated),
                     avoid=self._avoid,
                     gone=self._gone,

@@ -17,6 +17,7 @@ from common.messages.failures import Failure, Stage
 from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, ROUTE_CHAT
 from common.policies import chat_dispatch as dispatch
 from common.runtime.membership import MemberChange, MemberDraining, MemberJoined, MemberLost
+from services.scheduler.prompt_view import PromptView
 
 log = structlog.get_logger()
 
@@ -31,6 +32,7 @@ class ChatRouter:
         self._policy = dispatch.ChatDispatch(first_epoch)
         self._doubt = doubt
         self._asked: dict[str, asyncio.Future[ChatRoute]] = {}
+        self._prompts = PromptView(bus)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -41,7 +43,8 @@ class ChatRouter:
             await self._bus.subscribe(CHAT_ENDED, self._ended),
         ]
         try:
-            yield
+            async with self._prompts.running():
+                yield
         finally:
             for answer in self._asked.values():
                 _refuse(answer, "stopping", "this scheduler stops")
@@ -53,10 +56,12 @@ class ChatRouter:
         member = change.member
         match change:
             case MemberJoined() if member.roles:
+                self._prompts.follow(member.instance)
                 self._tell(dispatch.InstanceJoined(member.instance, member.roles))
             case MemberDraining() if member.roles:
                 self._tell(dispatch.InstanceDraining(member.instance))
             case MemberLost() if member.roles:
+                self._prompts.forget(member.instance)
                 self._tell(dispatch.InstanceLost(member.instance))
             case MemberLost() if member.service is Service.GATEWAY:
                 self._tell(dispatch.GatewayLost(member.instance))
@@ -79,11 +84,14 @@ class ChatRouter:
                 asked.prompt_tokens,
                 asked.max_tokens,
                 (*asked.avoid, *asked.gone),
+                self._prompts.cached(asked.tokens),
             )
         )
         try:
             async with asyncio.timeout(asked.wait_s):
-                return await answer
+                route = await answer
+            self._prompts.expect(route.prefill, asked.tokens)
+            return route
         except TimeoutError:
             raise _refusal("no_instance", f"no prefill and decode instance within {asked.wait_s:g} s") from None
         finally:

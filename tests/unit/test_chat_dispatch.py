@@ -163,3 +163,20 @@ def test_whatever_happens_load_is_never_negative_and_ends_at_nothing(happening: 
         dispatch.handle(ChatEnded(request_id, None))
     assert all(dispatch.load(name) == (0, 0) for name in there)
     assert dispatch.waiting == 0
+
+
+def test_a_prompt_goes_where_what_waits_and_what_it_lacks_are_least() -> None:
+    dispatch = cluster(p0=PREFILL, p1=PREFILL, d0=DECODE)
+    known = ChatArrived("known", "gateway-0", 0.0, 500, 10, cached={"p1": 480})
+    assert route(dispatch, known) == ("p1", "d0")
+    assert dispatch.load("p1") == (20, 0)
+    # All of it is there, but the last token is always computed.
+    assert route(dispatch, ChatArrived("whole", "gateway-0", 0.0, 480, 10, cached={"p1": 480})) == ("p1", "d0")
+    assert dispatch.load("p1") == (21, 0)
+    dispatch.handle(arrived("long", prompt=1000))
+    assert dispatch.load("p0") == (1000, 0)
+    # What it saves is not worth the wait.
+    assert route(dispatch, ChatArrived("waits", "gateway-0", 0.0, 500, 10, cached={"p0": 480})) == ("p1", "d0")
+    for name, epoch in (("known", 100), ("whole", 101), ("long", 102), ("waits", 103)):
+        dispatch.handle(ChatEnded(name, epoch))
+    assert dispatch.load("p0") == dispatch.load("p1") == (0, 0)

@@ -1,0 +1,67 @@
+"""What real instances have cached, from their pools over the bus to a scheduler's view."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from common.bus.nats_bus import NatsBus
+from common.mempool.address import BLOCK_TOKENS
+from common.messages.chat import pack_tokens
+from services.scheduler.prompt_view import PromptView
+from tests.component.language_support import known_prompts, language_stack, shown
+from tests.support.bus import eventually
+from tests.support.language_instance import language_instance
+from tests.support.language_model import BLOCK_BYTES
+from tests.support.nats_server import NatsServer
+
+
+@contextlib.asynccontextmanager
+async def viewing(url: str) -> AsyncIterator[PromptView]:
+    async with await NatsBus.connect(url, name="view") as bus:
+        view = PromptView(bus)
+        view.follow("decode-0")
+        async with view.running():
+            yield view
+
+
+async def knows(view: PromptView, prompt: tuple[int, ...]) -> None:
+    """Return once the view has all whole blocks of a prompt at the instance."""
+    cached = {"decode-0": len(prompt) // BLOCK_TOKENS * BLOCK_TOKENS}
+    await eventually(lambda: view.cached(pack_tokens(prompt)) == cached, deadline_s=60.0)
+
+
+async def test_a_view_follows_an_instance_and_one_that_comes_later_learns_all_of_it(
+    nats_server: NatsServer, language_model: Path
+) -> None:
+    prompts = known_prompts(language_model)
+    long = [prompt for prompt in prompts if len(prompt) >= 2 * BLOCK_TOKENS]
+    async with (
+        language_stack(nats_server.url, language_model) as stack,
+        language_instance(nats_server.url, "decode-0", language_model),
+        viewing(nats_server.url) as early,
+    ):
+        await stack.served("decode-0")
+        for prompt in long:
+            assert await stack.text(prompt, 4) == shown(prompts[prompt][:4])
+            await knows(early, prompt)
+        async with viewing(nats_server.url) as late:
+            for prompt in long:
+                await knows(late, prompt)
+            late.forget("decode-0")
+            assert late.cached(pack_tokens(long[0])) == {}
+
+
+async def test_what_was_evicted_is_not_in_the_view(nats_server: NatsServer, language_model: Path) -> None:
+    prompts = known_prompts(language_model)
+    first, *others = [prompt for prompt in prompts if len(prompt) >= 2 * BLOCK_TOKENS]
+    async with (
+        language_stack(nats_server.url, language_model) as stack,
+        language_instance(nats_server.url, "decode-0", language_model, kv_bytes=8 * BLOCK_BYTES) as served,
+        viewing(nats_server.url) as view,
+    ):
+        await stack.served("decode-0")
+        for prompt in (first, *others):
+            assert await stack.text(prompt, 16) == shown(prompts[prompt][:16])
+        assert served.model.engine.memory.match(pack_tokens(first)) == []
+        await knows(view, others[-1])
+        assert view.cached(pack_tokens(first)) == {}
