@@ -131,11 +131,16 @@ def _add_timeline(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _add_profile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    profile = commands.add_parser("profile", help="measure step times on this machine, for the scheduler to go by")
+    profile = commands.add_parser("profile", help="measure steps and prefill on this machine, for triptych up to go by")
     profile.add_argument(
         "-o", "--output", type=Path, default=Path("rib.json"), metavar="FILE", help="(default %(default)s)"
     )
-    profile.add_argument("--video-model", default="demo", metavar="PATH|NAME", help="a local folder or a hub name")
+    profile.add_argument(
+        "--video-model", default="demo", metavar="PATH|NAME", help="a local folder, a hub name, or none"
+    )
+    profile.add_argument(
+        "--language-model", default="demo", metavar="PATH|NAME", help="a local folder, a hub name, or none"
+    )
     profile.add_argument(
         "--slots", type=int, metavar="N", help="measure on 1, 2, 4, ... up to N (default: the GPUs; without any, 2)"
     )
@@ -238,6 +243,7 @@ def _run_profile(options: argparse.Namespace) -> int:
         ProfileOptions(
             output=options.output,
             video_model=options.video_model,
+            language_model=options.language_model,
             slots=options.slots,
             sizes=tuple(options.sizes or ()),
             frames=tuple(options.frames or ()),

@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.language.settings import model_name
+from common.policies.prefill_profile import PrefillProfile, WrongPrefillProfile
 from common.policies.registry import UnknownPolicy, make_policy
 from common.policies.rib import Rib, WrongRib
 from compose.errors import OptionError, StartError
@@ -152,6 +155,7 @@ def stack_variables(options: StackOptions, directory: RunDirectory, port: int) -
         "TRIPTYCH_VIDEO_MODEL": model_location(options.video_model, "--video-model"),
         "TRIPTYCH_LOG_LEVEL": options.log_level,
         **_language_variables(options),
+        **_chunk_variables(options),
         **scheduling_variables(options),
     }
 
@@ -164,14 +168,31 @@ def _language_variables(options: StackOptions) -> dict[str, str]:
     return {"TRIPTYCH_LANGUAGE_MODEL": model_location(name, "--language-model")}
 
 
+def _chunk_variables(options: StackOptions) -> dict[str, str]:
+    """The chunk that the profile found best for this very model, unless the environment names one."""
+    if options.rib is None or "TRIPTYCH_CHUNK_TOKENS" in os.environ:
+        return {}
+    profile = PrefillProfile.from_json(options.rib.read_text(encoding="utf-8"))
+    served = options.language_model or os.environ.get("TRIPTYCH_LANGUAGE_MODEL", "demo")
+    if profile is None or profile.model != model_name(served):
+        return {}
+    return {"TRIPTYCH_CHUNK_TOKENS": str(profile.chunk_tokens)}
+
+
 def scheduling_variables(options: StackOptions) -> dict[str, str]:
     """The scheduler's variables, as far as they were asked for. Paths in full: the services run elsewhere."""
-    asked = {"TRIPTYCH_POLICY": options.policy, "TRIPTYCH_RIB": options.rib, "TRIPTYCH_RECORD": options.record}
+    rib = options.rib if options.rib is not None and _has_kinds(options.rib) else None
+    asked = {"TRIPTYCH_POLICY": options.policy, "TRIPTYCH_RIB": rib, "TRIPTYCH_RECORD": options.record}
     return {
         name: str(value.resolve()) if isinstance(value, Path) else value
         for name, value in asked.items()
         if value is not None
     }
+
+
+def _has_kinds(profile: Path) -> bool:
+    """Whether the file has a profile of video; it may have one of prefill alone."""
+    return "kinds" in json.loads(profile.read_text(encoding="utf-8"))
 
 
 def check_scheduling(options: StackOptions) -> None:
@@ -183,10 +204,13 @@ def check_scheduling(options: StackOptions) -> None:
             raise OptionError(f"--policy: {error}") from error
     if options.rib is not None:
         try:
-            Rib.from_json(options.rib.read_text(encoding="utf-8"))
+            text = options.rib.read_text(encoding="utf-8")
+            # One of them may have been left out, but not both.
+            if PrefillProfile.from_json(text) is None or "kinds" in json.loads(text):
+                Rib.from_json(text)
         except OSError as error:
             raise OptionError(f"--rib {options.rib}: {error.strerror}; triptych profile writes one") from error
-        except (WrongRib, UnicodeDecodeError) as error:
+        except (WrongRib, WrongPrefillProfile, UnicodeDecodeError) as error:
             raise OptionError(f"--rib {options.rib} is no profile ({error}); triptych profile writes one") from error
     if options.record is not None and not options.record.resolve().parent.is_dir():
         raise OptionError(f"--record {options.record}: the folder does not exist; make it first")

@@ -1,8 +1,9 @@
 """The loop of one instance: ask the policy, run the model, choose tokens, tell the policy what came of it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from transformers import PreTrainedTokenizerFast
 
@@ -67,6 +68,10 @@ class Engine:
         self._batching = self._new_batching()
         self._sequences: dict[str, _Sequence] = {}
         self._parked = 0
+        self.layer_stored: Callable[[Sequence[Chunk], int], None] | None = None
+        """Told the chunks of a step and a layer whose keys and values of them are in the pool, within the step."""
+        self.computed: tuple[Piece, ...] = ()
+        """What the last step computed."""
         self.stalled = False
         """Whether the last step could do nothing: blocks that others hold are waited for."""
 
@@ -145,6 +150,11 @@ class Engine:
         sequence = self._sequences.get(name)
         return sequence.table if sequence is not None and sequence.parked else None
 
+    def table(self, name: str) -> BlockTable | None:
+        """The blocks of a sequence, of which the engine is to stay the only writer; None: there is no such sequence."""
+        sequence = self._sequences.get(name)
+        return None if sequence is None else sequence.table
+
     def cancel(self, name: str, now_s: float) -> None:
         """Give an answer up, or what is parked of it; nothing if it is at its end."""
         sequence = self._sequences.pop(name, None)
@@ -167,18 +177,28 @@ class Engine:
 
     def step(self, now_s: float) -> list[Output]:
         """One forward pass; the tokens that came of it. None while prompts are only partly computed."""
-        outputs: list[Output] = []
-        decisions = self._batching.handle(StepDue(self.allocator.free_blocks), now_s)
-        self.stalled = not decisions
-        for decision in decisions:
-            if isinstance(decision, PreemptSequence):
-                sequence = self._sequences[decision.sequence]
-                self.allocator.release(sequence.table.blocks)
-                sequence.table = BlockTable()
-            elif isinstance(decision, RunStep):
-                outputs = self._run(decision.pieces)
-                self._batching.handle(StepFinished(self._leaving(outputs)), now_s)
+        step = self._plan(now_s)
+        self.computed = () if step is None else step.pieces
+        self.stalled = step is None
+        if step is None:
+            return []
+        outputs = self._run(step.pieces)
+        self._batching.handle(StepFinished(self._leaving(outputs)), now_s)
         return outputs
+
+    def _plan(self, now_s: float) -> RunStep | None:
+        """What to compute, after as many preemptions as it takes; None: nothing can be."""
+        while True:
+            decisions = self._batching.handle(StepDue(self.allocator.free_blocks), now_s)
+            for decision in decisions:
+                if isinstance(decision, RunStep):
+                    return decision
+                if isinstance(decision, PreemptSequence):
+                    sequence = self._sequences[decision.sequence]
+                    self.allocator.release(sequence.table.blocks)
+                    sequence.table = BlockTable()
+            if not decisions:
+                return None
 
     def _leaving(self, outputs: list[Output]) -> frozenset[str]:
         """Who takes no part in further steps: the blocks of those at their end are free, others are parked in them."""
@@ -196,7 +216,11 @@ class Engine:
         return frozenset(leaving)
 
     def _run(self, pieces: tuple[Piece, ...]) -> list[Output]:
-        logits = self._model.forward([self._chunk(piece) for piece in pieces], self._pool)
+        chunks = [self._chunk(piece) for piece in pieces]
+        stored = None
+        if self.layer_stored is not None and any(self._sequences[piece.sequence].request.park for piece in pieces):
+            stored = partial(self.layer_stored, chunks)
+        logits = self._model.forward(chunks, self._pool, stored)
         names = [piece.sequence for piece in pieces if piece.last]
         speaking = [self._sequences[name] for name in names]
         parameters = [sequence.request.sampling for sequence in speaking]

@@ -124,6 +124,10 @@ class Sequences:
         self.idle.clear()
         return former
 
+    def void(self, request_id: str, epoch: int) -> bool:
+        """Whether the epoch was cancelled, come it before or after."""
+        return self._fence.void(request_id, epoch)
+
     def has(self, held: Held) -> bool:
         """Whether it is still wanted."""
         return self._held.get(held.request.request_id) is held

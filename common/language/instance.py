@@ -1,8 +1,9 @@
 """What an instance answers. Its role is state, not code: which part of a sequence is done here, each request says."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
+from typing import Any
 
 import structlog
 
@@ -21,11 +22,12 @@ from common.messages.chat import (
     FindGeneration,
     GenerateTokens,
     GenerationFound,
+    OfferKV,
     SequenceTokens,
     TakeOver,
 )
 from common.messages.failures import Acknowledged, Failure, Stage
-from common.messages.subjects import CANCEL_GENERATION, FIND_GENERATION, GENERATE_TOKENS, TAKE_OVER
+from common.messages.subjects import CANCEL_GENERATION, FIND_GENERATION, GENERATE_TOKENS, OFFER_KV, TAKE_OVER
 from common.policies.fence import StaleEpoch
 from common.runtime.worker import Equipment
 
@@ -50,8 +52,9 @@ class LanguageInstance:
         self._speaker = Speaker(equipment.bus, equipment.instance)
         self._stepper = Stepper(model.engine, equipment.compute, self._absorb, self._lose)
         self._hand_over = HandOver(
-            equipment.instance, equipment.bus, equipment.tensors, model.engine, self._stepper, settings
+            equipment.instance, equipment.bus, equipment.tensors, model.engine, self._stepper, settings, self._spawn
         )
+        self._ahead = self._hand_over.ahead
         self.receiving = Receiving(equipment.tensors, model.engine, self._stepper, self._sequences, settings)
         self._tasks = asyncio.TaskGroup()
 
@@ -60,6 +63,7 @@ class LanguageInstance:
         return (
             await self._bus.serve(GENERATE_TOKENS, self._generate, self._instance),
             await self._bus.serve(FIND_GENERATION, self._find, self._instance),
+            await self._bus.serve(OFFER_KV, self._offered, self._instance, max_in_flight=_MOST_TAKE_OVERS),
             await self._bus.serve(TAKE_OVER, self._take_over, self._instance, max_in_flight=_MOST_TAKE_OVERS),
             await self._bus.subscribe(CANCEL_GENERATION, self._cancel, self._instance),
         )
@@ -70,6 +74,7 @@ class LanguageInstance:
             async with self._tasks:
                 await self._stepper.run()
         finally:
+            self._ahead.stop()
             failure = self._failure("draining", f"{self._instance} is leaving")
             await self._tell_failed(self._sequences.all, failure)
 
@@ -84,8 +89,14 @@ class LanguageInstance:
 
     async def _generate(self, request: GenerateTokens) -> Acknowledged:
         held, asked = self._take_in(request, park=request.decode != self._instance)
+        if asked.park:
+            self._ahead.begin(held)
         now_s = asyncio.get_running_loop().time()
         self._stepper.soon(partial(self._add, held, asked, now_s))
+        return Acknowledged()
+
+    async def _offered(self, offer: OfferKV) -> Acknowledged:
+        await self.receiving.offered(offer)
         return Acknowledged()
 
     async def _take_over(self, handed: TakeOver) -> Acknowledged:
@@ -104,6 +115,7 @@ class LanguageInstance:
 
     def _cancel(self, cancel: CancelGeneration) -> None:
         held = self._sequences.cancel(cancel.request_id, cancel.epoch)
+        self.receiving.cancel(cancel.request_id, cancel.epoch)
         if held is not None:
             self._drop(held)
 
@@ -131,9 +143,11 @@ class LanguageInstance:
             self._engine.add(held.key, asked, now_s)
 
     def _drop(self, held: Held) -> None:
+        self._ahead.forget(held.key)
         self._stepper.soon(partial(self._engine.cancel, held.key, asyncio.get_running_loop().time()))
 
     async def _absorb(self, outputs: list[Output]) -> None:
+        self._ahead.step_done()
         news: dict[str, list[SequenceTokens]] = {}
         handing_over = []
         for output in outputs:
@@ -143,19 +157,19 @@ class LanguageInstance:
                 continue
             news.setdefault(held.request.gateway, []).append(held.take(output))
             if output.finish is not None:
-                self._sequences.remove(held)
+                self._remove(held)
             elif held.request.decode != self._instance and self._engine.parked(held.key) is not None:
                 handing_over.append(held)
         await self._speaker.tell(news)
         for held in handing_over:
-            self._tasks.create_task(self._hand(held), name=f"hand over {held.key}")
+            self._spawn(self._hand(held), f"hand over {held.key}")
 
     async def _hand(self, held: Held) -> None:
         failure = await self._hand_over.run(held)
         if failure is not None and self._sequences.has(held):
             log.warning("not taken over", sequence=held.key, decode=held.request.decode, reason=failure.message)
             await self._tell_failed([held], failure)
-        self._sequences.remove(held)
+        self._remove(held)
 
     async def _lose(self, keys: list[str], error: Exception) -> None:
         held = [one for key in keys if (one := self._sequences.named(key)) is not None]
@@ -165,8 +179,16 @@ class LanguageInstance:
         news: dict[str, list[SequenceTokens]] = {}
         for held in lost:
             news.setdefault(held.request.gateway, []).append(held.failed(failure))
-            self._sequences.remove(held)
+            self._remove(held)
         await self._speaker.tell(news)
+
+    def _remove(self, held: Held) -> None:
+        """It is at its end here."""
+        self._sequences.remove(held)
+        self._ahead.forget(held.key)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        return self._tasks.create_task(work, name=name)
 
     def _failure(self, code: str, message: str, *, retryable: bool = True) -> Failure:
         return Failure(stage=self._stage, code=code, message=message, retryable=retryable)

@@ -2,44 +2,33 @@
 
 Every transfer ends in one of three ways, each before its deadline: ``taken``, ``recomputed`` here from the first token
 (the bytes did not come, came damaged, or there was no room for them), or ``dropped`` because nobody wants it any more.
+What came ahead is kept for ``transfer_s`` at most without news of it.
 """
 
 import asyncio
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import structlog
 
+from common.bus.errors import Refusal
 from common.engine import Engine
-from common.language.blocks import checksum, fetch_blocks, runs_of
+from common.language.arriving import Arriving, NotTransferred
 from common.language.held import Held, Sequences
 from common.language.settings import LanguageSettings
 from common.language.stepper import Stepper
-from common.mempool.allocator import Access
-from common.messages.chat import TakeOver
-from common.models.causal_lm import BLOCK_TOKENS, BlockTable
+from common.messages.chat import OfferKV, TakeOver
+from common.messages.failures import Failure, Stage
+from common.models.causal_lm import BLOCK_TOKENS
 from common.tensors.errors import TensorError
 from common.tensors.port import Tensors
 
 log = structlog.get_logger()
 
 
-class NotTransferred(Exception):
-    """The keys and values are not here; the text says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Reserved:
-    """Blocks for a sequence that is on its way; ``access`` keeps those that are written to from being given out."""
-
-    blocks: list[int]
-    access: Access
-
-
 class Receiving:
-    """Takes sequences over, any number at once. ``outcomes`` counts how transfers ended."""
+    """Takes sequences over, any number at once. ``outcomes`` counts how transfers ended, ``offers`` what came ahead."""
 
     def __init__(
         self, tensors: Tensors, engine: Engine, stepper: Stepper, sequences: Sequences, settings: LanguageSettings
@@ -49,14 +38,86 @@ class Receiving:
         self._stepper = stepper
         self._sequences = sequences
         self._settings = settings
+        self._ahead: dict[str, Arriving] = {}
         self.outcomes: Counter[str] = Counter()
+        self.offers: Counter[str] = Counter()
+
+    # --- ahead ---------------------------------------------------------------------------------------------------
+
+    async def offered(self, offer: OfferKV) -> None:
+        """Fetch what a sequence that will be handed over has so far.
+
+        Raises:
+            Refusal: there is no room, it did not come, or it is not the next offer: then all of it comes at the end.
+        """
+        deadline_s = self._deadline_s()
+        arriving = await self._stepper.between(partial(self._expected, offer))
+        if not isinstance(arriving, Arriving):
+            self.offers["refused"] += 1
+            raise _refusal(arriving)
+        taken = False
+        try:
+            await arriving.fill(offer.parts, self._tensors, deadline_s, self._settings.kv_checksum)
+            taken = True
+        except (NotTransferred, TensorError) as error:
+            raise _refusal(str(error)) from error
+        finally:
+            self.offers["taken" if taken else "lost"] += 1
+            if taken:
+                arriving.expire_at(self._deadline_s(), partial(self._forget, arriving))
+            else:
+                self._forget(arriving)
+
+    def _expected(self, offer: OfferKV) -> Arriving | str:
+        """Where an offer goes, from its first on; otherwise why it goes nowhere. There is no waiting for blocks."""
+        request_id, epoch = offer.request_id, offer.epoch
+        if self._sequences.void(request_id, epoch):
+            return f"epoch {epoch} of {request_id} is cancelled"
+        if offer.block_tokens != BLOCK_TOKENS:
+            return f"blocks of {offer.block_tokens} tokens are not what is needed"
+        known = self._ahead.get(request_id)
+        if offer.number:
+            in_order = known is not None and (known.epoch, known.offers) == (epoch, offer.number) and not known.filling
+            return known if known is not None and in_order else f"offer {offer.number} of {request_id} is not the next"
+        if known is not None and known.epoch > epoch:
+            return f"epoch {epoch} of {request_id} is not the newest"
+        if known is not None:
+            self._forget(known)
+        arriving = Arriving.reserve(self._engine, self._stepper, request_id, epoch, offer.kv_tokens)
+        if arriving is None:
+            return f"{offer.kv_tokens} tokens have no room here for now"
+        self._ahead[request_id] = arriving
+        return arriving
+
+    def cancel(self, request_id: str, epoch: int) -> None:
+        """Forget what came ahead of the sequence's epochs up to this one."""
+        arriving = self._ahead.get(request_id)
+        if arriving is not None and arriving.epoch <= epoch:
+            self._forget(arriving)
+
+    def _forget(self, arriving: Arriving) -> None:
+        if self._ahead.get(arriving.request_id) is arriving:
+            del self._ahead[arriving.request_id]
+        arriving.drop()
+
+    def _come_ahead(self, held: Held, handed: TakeOver) -> Arriving | None:
+        """What the sequence brought before, if it is what the other side thinks it is."""
+        arriving = self._ahead.pop(held.request.request_id, None)
+        if arriving is None:
+            return None
+        if handed.offers and (arriving.epoch, arriving.offers) == (held.request.epoch, handed.offers):
+            arriving.expire_at(None)
+            return arriving
+        arriving.drop()
+        return None
+
+    # --- at the end ----------------------------------------------------------------------------------------------
 
     async def run(self, held: Held, handed: TakeOver) -> None:
         """Have the sequence go on here, with the keys and values from there if that can be."""
-        deadline_s = asyncio.get_running_loop().time() + self._settings.transfer_s
         outcome = "recomputed"
         try:
-            outcome = await self._transfer(held, handed, deadline_s)
+            outcome = await self._transfer(held, handed, self._deadline_s())
         except (NotTransferred, TensorError) as error:
             log.warning("keys and values not taken", sequence=held.key, source=handed.prefill, reason=str(error))
             if not await self._stepper.between(partial(self._recompute, held)):
@@ -64,57 +125,56 @@ class Receiving:
         self.outcomes[outcome] += 1
 
     async def _transfer(self, held: Held, handed: TakeOver, deadline_s: float) -> str:
-        # The token that is computed next needs a place too.
-        tokens = len(held.prompt) + held.generated
-        if (handed.kv_tokens, handed.block_tokens, handed.first_block) != (tokens - 1, BLOCK_TOKENS, 0):
-            raise NotTransferred(f"{handed.kv_tokens} tokens in blocks of {handed.block_tokens} are not what is needed")
-        layout = self._engine.pool.layout
-        reserved = await self._reserve(layout.blocks_for(tokens), held, deadline_s)
-        if reserved is None:
-            return "dropped"
+        arriving = self._come_ahead(held, handed)
+        tokens = len(held.prompt) + held.generated - 1
         adopted = False
         try:
-            count = layout.blocks_for(tokens - 1)
-            await self._fetch(handed, reserved.blocks[:count], deadline_s)
-            adopted = await self._stepper.between(partial(self._adopt, held, reserved))
+            if (handed.kv_tokens, handed.block_tokens, handed.first_block) != (tokens, BLOCK_TOKENS, 0):
+                raise NotTransferred(f"{handed.kv_tokens} tokens in blocks of {handed.block_tokens} are not needed")
+            if arriving is None:
+                arriving = await self._reserve(held, tokens, deadline_s)
+            if arriving is None:
+                return "dropped"
+            await arriving.fill(handed.parts, self._tensors, deadline_s, self._settings.kv_checksum)
+            arriving.check_whole()
+            adopted = await self._stepper.between(partial(self._adopt, held, arriving))
             return "taken" if adopted else "dropped"
         finally:
-            # By now nothing writes to them any more.
-            self._stepper.soon(partial(self._engine.allocator.end_access, reserved.access))
-            if not adopted:
-                self._stepper.soon(partial(self._engine.allocator.release, reserved.blocks))
+            if arriving is not None and not adopted:
+                arriving.drop()
 
-    async def _reserve(self, count: int, held: Held, deadline_s: float) -> _Reserved | None:
+    async def _reserve(self, held: Held, tokens: int, deadline_s: float) -> Arriving | None:
         """Blocks as soon as there are enough; None once nobody wants the sequence. Raises: NotTransferred."""
-        reserved = await self._stepper.until(partial(self._allocate, count, held), deadline_s)
+        reserved = await self._stepper.until(partial(self._allocate, held, tokens), deadline_s)
         if reserved is None:
-            raise NotTransferred(f"{count} blocks were not free in time")
-        return reserved if isinstance(reserved, _Reserved) else None
+            raise NotTransferred(f"blocks for {tokens} tokens were not free in time")
+        return reserved if isinstance(reserved, Arriving) else None
 
-    def _allocate(self, count: int, held: Held) -> _Reserved | Literal["unwanted"] | None:
+    def _allocate(self, held: Held, tokens: int) -> Arriving | Literal["unwanted"] | None:
         if not self._sequences.has(held):
             return "unwanted"
-        blocks = self._engine.allocator.allocate(count)
-        return None if blocks is None else _Reserved(blocks, self._engine.allocator.begin_access(blocks))
+        request = held.request
+        return Arriving.reserve(self._engine, self._stepper, request.request_id, request.epoch, tokens)
 
-    async def _fetch(self, handed: TakeOver, blocks: list[int], deadline_s: float) -> None:
-        left_s = max(0.0, deadline_s - asyncio.get_running_loop().time())
-        pool = self._engine.pool
-        await fetch_blocks(self._tensors, pool, handed.kv, blocks, left_s)
-        if handed.checksum is not None and self._settings.kv_checksum:
-            value = await asyncio.to_thread(checksum, runs_of(pool, BlockTable(blocks), len(blocks)))
-            if value != handed.checksum:
-                raise NotTransferred(f"their checksum is {value:#010x}, not {handed.checksum:#010x}")
-
-    def _adopt(self, held: Held, reserved: _Reserved) -> bool:
+    def _adopt(self, held: Held, arriving: Arriving) -> bool:
         if not self._sequences.has(held):
             return False
-        now_s = asyncio.get_running_loop().time()
-        self._engine.adopt(held.key, held.asked(park=False), reserved.blocks, now_s)
+        self._engine.adopt(held.key, held.asked(park=False), arriving.blocks, self._clock())
+        arriving.leave()
         return True
 
     def _recompute(self, held: Held) -> bool:
         if not self._sequences.has(held):
             return False
-        self._engine.add(held.key, held.asked(park=False), asyncio.get_running_loop().time())
+        self._engine.add(held.key, held.asked(park=False), self._clock())
         return True
+
+    def _deadline_s(self) -> float:
+        return self._clock() + self._settings.transfer_s
+
+    def _clock(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def _refusal(reason: str) -> Refusal:
+    return Refusal(Failure(stage=Stage.DECODE, code="not_taken", message=reason, retryable=True))

@@ -9,6 +9,7 @@ import sys
 from array import array
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -209,20 +210,54 @@ class GenerationFound(Message):
 # --- prefill and decode ------------------------------------------------------------------------------------------
 
 
+class KVPart(Message):
+    """The keys and values of ``tokens`` tokens from ``first_token`` on, in one of two forms.
+
+    Without ``first_layer``, of all layers: ``kv`` are blocks as the model's layout has them, one tensor for each run of
+    neighbours, from a block's first token on; the last block may be filled in part. With it, one tensor
+    [tokens, 2, kv_heads, head_dim] for each layer from that one on. ``checksum`` is the CRC-32 over all bytes in order,
+    None: not to be compared.
+    """
+
+    first_token: int = Field(ge=0)
+    tokens: int = Field(ge=1)
+    first_layer: int | None = Field(default=None, ge=0)
+    kv: tuple[TensorRef, ...]
+    checksum: int | None = Field(default=None, ge=0)
+
+
+class OfferKV(Message):
+    """From prefill to decode, before the first token is there: fetch these parts. Answered when they are fetched.
+
+    The first offer of an epoch makes the receiver allocate blocks for ``kv_tokens`` tokens and the next one; where it
+    has none free, it refuses. ``number`` counts the offers before this one. What was offered is forgotten again after
+    a while without a next offer or the ``TakeOver``.
+    """
+
+    request_id: str
+    epoch: int
+    prefill: str
+    kv_tokens: int = Field(ge=1)
+    block_tokens: int = Field(ge=1)
+    number: int = Field(ge=0)
+    parts: tuple[KVPart, ...]
+
+
 class TakeOver(Message):
     """From prefill to decode: fetch the keys and values and go on. Answered when they are fetched.
 
     ``request`` has the first new token at its end, counted in ``generated``: it has been sent to the gateway, and its
-    own keys and values are not computed yet. ``kv`` are the keys and values of the first ``kv_tokens`` tokens as the
-    model's layout has them, in blocks of ``block_tokens`` tokens, the last one filled in part. ``checksum`` is the
-    CRC-32 over their bytes in order, None: not to be compared. A receiver that has the first blocks already is offered
-    only the rest: ``kv`` begins at block ``first_block``.
+    own keys and values are not computed yet. ``parts`` are, in blocks of ``block_tokens`` tokens, those of the first
+    ``kv_tokens`` tokens, without what the ``offers`` before have brought. A receiver that has the first blocks already
+    is offered only the rest: the parts begin at block ``first_block``.
     """
+
+    version: ClassVar[int] = 2
 
     request: GenerateTokens
     prefill: str
-    kv: tuple[TensorRef, ...]
+    parts: tuple[KVPart, ...]
     kv_tokens: int = Field(ge=0)
     block_tokens: int = Field(ge=1)
     first_block: int = Field(default=0, ge=0)
-    checksum: int | None = Field(default=None, ge=0)
+    offers: int = Field(default=0, ge=0)

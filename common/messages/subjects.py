@@ -119,6 +119,7 @@ CHAT_ENDED = EventSubject("triptych.scheduler.chat_ended", chat.ChatEnded)
 
 GENERATE_TOKENS = RequestSubject("triptych.language.{}.generate", chat.GenerateTokens, failures.Acknowledged)
 FIND_GENERATION = RequestSubject("triptych.language.{}.find", chat.FindGeneration, chat.GenerationFound)
+OFFER_KV = RequestSubject("triptych.language.{}.offer_kv", chat.OfferKV, failures.Acknowledged)
 TAKE_OVER = RequestSubject("triptych.language.{}.take_over", chat.TakeOver, failures.Acknowledged)
 # Heard at most once: what is missed is found out by FIND_GENERATION, or by the next tokens' offset.
 CANCEL_GENERATION = EventSubject("triptych.language.{}.cancel", chat.CancelGeneration)

@@ -2,14 +2,15 @@
 
 Sequences that decode take part in every pass with one token each, and beside them one chunk of fixed size of prompt
 tokens, sliced and merged across prompts in the order of arrival (TetriInfer, section 3.3.3; the order of preemption is
-vLLM's: who came last goes first, and is computed again later). Which tokens are meant is all a policy knows: how many a
-sequence has, how many of them are computed, and how many blocks it holds.
+vLLM's: who came last goes first, and is computed again later). One goes at a time, and what that has freed is counted
+by who keeps the blocks: where they are shared it is less than the sequence held. Which tokens are meant is all a policy
+knows: how many a sequence has, how many of them are computed, and how many blocks it holds.
 """
 
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,11 @@ class StepFinished:
 
 @dataclass(frozen=True, slots=True)
 class StepDue:
-    """The model has nothing to do. ``free_blocks`` are those that could be given out now."""
+    """The model has nothing to do. ``free_blocks`` are those that could be given out now.
+
+    The answer is a step, nothing at all, or one sequence to preempt. Then ask again, with what is free after that:
+    blocks that others share, or that are being read, do not become free with one holder less.
+    """
 
     free_blocks: int
 
@@ -113,6 +118,12 @@ class _Sequence:
 
     def __lt__(self, other: "_Sequence") -> bool:
         return self.order < other.order
+
+
+class _Planned(NamedTuple):
+    sequence: _Sequence
+    tokens: int
+    new_blocks: int
 
 
 class ContinuousBatching:
@@ -193,63 +204,47 @@ class ContinuousBatching:
     def _due(self, event: StepDue) -> list[Decision]:
         if self._computing:
             raise RuntimeError("a step is under way")
-        decisions: list[Decision] = []
-        pieces, free = self._continue_running(event.free_blocks, decisions)
-        if not decisions:
-            self._admit(pieces, free)
-        if pieces:
-            self._computing = tuple(pieces)
-            tokens = sum(piece.count for piece in pieces)
-            reason = f"{len(pieces)} of {len(self._sequences)} sequences, {tokens} tokens"
-            decisions.append(RunStep(self._computing, reason))
-        return decisions
-
-    def _continue_running(self, free: int, decisions: list[Decision]) -> tuple[list[Piece], int]:
-        """One token for each that decodes, in the order of arrival, and of the chunk what those before it leave."""
-        pieces: list[Piece] = []
-        room = self._chunk_tokens
-        place = 0
-        while place < len(self._running):
-            sequence = self._running[place]
+        planned: list[_Planned] = []
+        free, room = event.free_blocks, self._chunk_tokens
+        for sequence in self._running:
             # One that was adopted may have brought a block to spare.
             need = max(0, self._blocks_for(sequence.tokens) - sequence.blocks)
-            while need > free and self._running[-1] is not sequence:
-                free += self._preempt(self._running[-1], sequence.name, decisions)
             if need > free:
-                free += self._preempt(sequence, sequence.name, decisions)
-                break
+                return [self._preempt(self._running[-1], sequence)]
             decodes = sequence.left == 1
             count = 1 if decodes else min(sequence.left, room)
             if count:
-                pieces.append(self._piece(sequence, count, need))
+                planned.append(_Planned(sequence, count, need))
                 free -= need
                 room -= 0 if decodes else count
-            place += 1
-        return pieces, free
+        planned += self._admit(free, room)
+        if not planned:
+            return []
+        self._computing = tuple(self._piece(*plan) for plan in planned)
+        tokens = sum(plan.tokens for plan in planned)
+        return [RunStep(self._computing, f"{len(planned)} of {len(self._sequences)} sequences, {tokens} tokens")]
 
-    def _admit(self, pieces: list[Piece], free: int) -> None:
+    def _admit(self, free: int, room: int) -> list[_Planned]:
         """Who waits comes in, in the order of arrival, with blocks for all tokens it has; nobody overtakes."""
-        room = self._chunk_tokens - sum(piece.count for piece in pieces if piece.count > 1 or not piece.last)
+        planned: list[_Planned] = []
         while self._waiting and room > 0 and len(self._running) < self._most_sequences:
             sequence = self._waiting[0]
             need = self._blocks_for(sequence.tokens)
             if need > free:
-                return
+                break
             del self._waiting[0]
             insort(self._running, sequence)
             count = min(sequence.left, room)
-            pieces.append(self._piece(sequence, count, need))
+            planned.append(_Planned(sequence, count, need))
             room -= count
             free -= need
+        return planned
 
-    def _preempt(self, sequence: _Sequence, in_favour: str, decisions: list[Decision]) -> int:
-        freed = sequence.blocks
+    def _preempt(self, sequence: _Sequence, in_favour: _Sequence) -> PreemptSequence:
         self._running.remove(sequence)
         sequence.computed = sequence.blocks = 0
         insort(self._waiting, sequence)
-        reason = f"no block is left for {in_favour}; of those running it came last"
-        decisions.append(PreemptSequence(sequence.name, reason))
-        return freed
+        return PreemptSequence(sequence.name, f"no block is left for {in_favour.name}; of those running it came last")
 
     def _piece(self, sequence: _Sequence, count: int, new_blocks: int) -> Piece:
         sequence.blocks += new_blocks

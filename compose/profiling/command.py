@@ -1,14 +1,17 @@
 """``triptych profile``: measure, write the RIB, print the table."""
 
 import asyncio
+import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from common.policies.prefill_profile import PrefillProfile
 from common.policies.rib import DegreeRule, Rib, WrongRib
 from compose.errors import StartError
 from compose.files import prepare_file, write_whole
@@ -16,6 +19,7 @@ from compose.profiling.crew import crew_of
 from compose.profiling.in_stack import check_in_stack, measure_in_stack
 from compose.profiling.measure import Measured, measure
 from compose.profiling.plan import Plan, ProfileOptions, make_plan
+from compose.profiling.prefill import measure_prefill, prefill_table
 from compose.profiling.table import milliseconds, table
 from compose.up import report
 
@@ -23,7 +27,7 @@ _INTERRUPTED = 130
 
 
 def run_profile(options: ProfileOptions) -> int:
-    """Profile the model on this machine; returns the exit code.
+    """Profile the models on this machine; returns the exit code.
 
     Raises:
         OptionError: an option does not fit.
@@ -33,17 +37,34 @@ def run_profile(options: ProfileOptions) -> int:
     if options.in_stack:
         check_in_stack(options)
     plan = make_plan(options)
+    content: dict[str, Any] = {}
     try:
-        measured = asyncio.run(_measure(plan))
+        if plan.model:
+            content |= json.loads(_video(plan).to_json())
+        if plan.language_model:
+            content["prefill"] = _prefill(plan).to_content()
     except KeyboardInterrupt:
         return _INTERRUPTED
+    write_whole(options.output, json.dumps(content, indent=1) + "\n")
+    sys.stdout.write(f"{options.output}\n")
+    return 0
+
+
+def _video(plan: Plan) -> Rib:
+    measured = asyncio.run(_measure(plan))
     try:
-        rib = Rib(measured.profiles, DegreeRule(options.rule), options.threshold)
+        rib = Rib(measured.profiles, DegreeRule(plan.options.rule), plan.options.threshold)
     except WrongRib as error:
         raise StartError(f"what was measured makes no profile: {error}") from error
-    write_whole(options.output, rib.to_json() + "\n")
-    sys.stdout.write(f"{table(rib, measured.tokens)}\n\n{_notes(plan, measured, rib)}\n{options.output}\n")
-    return 0
+    sys.stdout.write(f"{table(rib, measured.tokens)}\n\n{_notes(plan, measured, rib)}\n")
+    return rib
+
+
+def _prefill(plan: Plan) -> PrefillProfile:
+    profile = asyncio.run(measure_prefill(plan.language_model, plan.options))
+    separator = "\n" if plan.model else ""
+    sys.stdout.write(f"{separator}{prefill_table(profile)}\n")
+    return profile
 
 
 async def _measure(plan: Plan) -> Measured:

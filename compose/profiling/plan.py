@@ -14,20 +14,23 @@ from compose.spec import read_stack
 
 Value = TypeVar("Value")
 
+_NONE = "none"
+
 
 @dataclass(frozen=True)
 class ProfileOptions:
     """What ``triptych profile`` can be told.
 
-    Without ``slots``: as many as this machine has GPUs, or without any as ``triptych up`` starts. Without ``sizes``
-    and ``frames``: all that the model makes. ``alone``: the slots that do not measure are idle meanwhile; otherwise
-    they do the same, which is what a step takes on a busy machine. ``in_stack``: measure videos that
-    a whole stack makes, see ``compose.profiling.in_stack``. ``sequence`` and ``guidance_parallel``: how a group
-    shares a step, see ``common.models.opensora.parallel``.
+    Either model may be ``none``, which leaves out what it does. Without ``slots``: as many as this machine has GPUs, or
+    without any as ``triptych up`` starts. Without ``sizes`` and ``frames``: all that the model makes. ``alone``: the
+    slots that do not measure are idle meanwhile; otherwise they do the same, which is what a step takes on a busy
+    machine. ``in_stack``: measure videos that a whole stack makes, see ``compose.profiling.in_stack``. ``sequence`` and
+    ``guidance_parallel``: how a group shares a step, see ``common.models.opensora.parallel``.
     """
 
     output: Path
     video_model: str = "demo"
+    language_model: str = "demo"
     slots: int | None = None
     sizes: tuple[tuple[int, int], ...] = ()
     frames: tuple[int, ...] = ()
@@ -45,9 +48,10 @@ class ProfileOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """The model's location, and what is measured of it, smallest kind first."""
+    """The models' locations, and what is measured of video, smallest kind first. A model left out has no location."""
 
     model: str
+    language_model: str
     kinds: tuple[VideoKind, ...]
     options: ProfileOptions
 
@@ -68,12 +72,21 @@ def make_plan(options: ProfileOptions) -> Plan:
             raise OptionError(f"{name} {value}: give {least} or more")
     if not 0 < options.threshold < 1:
         raise OptionError(f"--threshold {options.threshold:g}: give a share of the step time between 0 and 1, as 0.4")
-    model = model_location(options.video_model, "--video-model")
+    language_model = _location(options.language_model, "--language-model")
+    model = _location(options.video_model, "--video-model")
+    if not model:
+        if not language_model:
+            raise OptionError("--video-model none, --language-model none: leave one out, or nothing is measured")
+        return Plan("", language_model, (), options)
     try:
         spec = load_spec(model)
     except ModelLoadError as error:
         raise OptionError(f"--video-model: {error}") from error
-    return Plan(model, _kinds(spec, options), options)
+    return Plan(model, language_model, _kinds(spec, options), options)
+
+
+def _location(name: str, option: str) -> str:
+    return "" if name == _NONE else model_location(name, option)
 
 
 def _kinds(spec: VideoModelSpec, options: ProfileOptions) -> tuple[VideoKind, ...]:

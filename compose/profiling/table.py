@@ -19,7 +19,7 @@ def table(rib: Rib, tokens: Mapping[VideoKind, int]) -> str:
         optimal = str(rib.optimal_degree(kind))
         count = str(tokens.get(kind, "-"))
         rows.append([size, str(kind.frames), count, *steps, optimal, milliseconds(profile.decode_s)])
-    return "\n".join(_aligned(rows))
+    return "\n".join(aligned(rows))
 
 
 def milliseconds(seconds: float) -> str:
@@ -28,6 +28,7 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 10 else f"{value:.2f} ms"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The cells of each column to the right, at the width of its widest."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -147,10 +147,10 @@ def _max_tokens(ask: Ask, prompt_tokens: int, info: LanguageModelInfo) -> int:
         field, wanted = "max_completion_tokens", ask.max_completion_tokens
         if ask.max_tokens not in (None, wanted):
             raise invalid(field, f"{field!r} and 'max_tokens' contradict each other; leave one out.")
-    if wanted is None and isinstance(ask, CreateCompletion):
-        wanted = min(_COMPLETION_TOKENS, max(room, 1))
     if room < (wanted or 1):
         raise _too_long(field if room > 0 else _prompt_field(ask), prompt_tokens, wanted, info)
+    if wanted is None and isinstance(ask, CreateCompletion):
+        return min(_COMPLETION_TOKENS, room)
     return wanted or room
 
 
@@ -159,7 +159,7 @@ def _prompt_field(ask: Ask) -> str:
 
 
 def _too_long(field: str, prompt_tokens: int, wanted: int | None, info: LanguageModelInfo) -> ApiError:
-    answer = f" and {wanted} were asked for in the answer" if wanted else ""
+    answer = f", and up to {wanted} more were asked for" if wanted else ""
     return invalid(
         field,
         f"{info.name} has a context of {info.context_tokens} tokens for prompt and answer together; the prompt has "

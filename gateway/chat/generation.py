@@ -30,6 +30,7 @@ from gateway.work import OwnedWork
 
 log = structlog.get_logger()
 
+# In a row without a token: a sequence that gets on may change its instance as often as it has to.
 MAX_ATTEMPTS = 5
 _PAUSE_S = 0.1
 _RETRY_S = 0.1
@@ -92,7 +93,9 @@ class Generation:
         Raises:
             GenerationFailed: no instance could be found, or none could bring it to its end.
         """
-        for attempt in range(1, MAX_ATTEMPTS + 1):
+        attempts = 0
+        while True:
+            before = len(self._generated)
             try:
                 await self._attempt(deliver)
                 return
@@ -100,14 +103,15 @@ class Generation:
                 log.warning("attempt broken", request=self._request.request_id, why=broken.why, reason=str(broken))
                 if not broken.retryable:
                     raise GenerationFailed(broken.why, str(broken), retryable=False) from broken
-                if attempt == MAX_ATTEMPTS:
-                    message = f"given up after {attempt} attempts; the last one: {broken}"
+                attempts = 1 if len(self._generated) > before else attempts + 1
+                if attempts == MAX_ATTEMPTS:
+                    message = f"given up after {attempts} attempts without a token; the last one: {broken}"
                     raise GenerationFailed(broken.why, message, retryable=True) from broken
                 self._tell_reroute(broken.why)
                 self._avoid = (*self._avoid, *broken.avoid)[-MAX_ATTEMPTS:]
                 self._gone = broken.gone
             # The first time there most likely is another instance; after that, what is wrong needs time.
-            await asyncio.sleep(_PAUSE_S * (2 ** (attempt - 1) - 1))
+            await asyncio.sleep(_PAUSE_S * (2 ** (attempts - 1) - 1))
 
     async def _attempt(self, deliver: Callable[[Step], Awaitable[bool]]) -> None:
         route = await self._route()

@@ -63,6 +63,24 @@ async def test_a_message_that_never_came_is_made_up_for(nats_server: NatsServer,
         assert 'triptych_sequence_reroutes_total{why="gap"} 1.0' in metrics
 
 
+async def test_an_answer_that_gets_on_may_change_its_instance_as_often_as_it_has_to(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    async with chat_stack(nats_server, tmp_path, **SOON) as stack:
+        worker = stack.workers["fused-0"]
+        worker.allowed = asyncio.Semaphore(0)
+        worker.faults.forget = True
+        streaming = asyncio.create_task(streamed(stack))
+        # Every attempt brings one token, and is forgotten then.
+        for generated in range(MAX_ATTEMPTS + 1):
+            assert (await worker.next_request()).generated == generated
+            worker.allowed.release()
+        worker.faults.forget = False
+        for _ in ANSWER * 4:
+            worker.allowed.release()
+        assert (await streaming)[0] == ANSWER
+
+
 async def test_an_instance_that_forgets_a_sequence_loses_it(nats_server: NatsServer, tmp_path: Path) -> None:
     async with chat_stack(nats_server, tmp_path, roles=TWO, **SOON) as stack:
         for worker in stack.workers.values():

@@ -33,7 +33,7 @@ def served(request: pytest.FixtureRequest) -> tuple[str, CausalLM]:
     return request.param, causal_lm(request.param)
 
 
-def _scattered(blocks: int, chance: random.Random) -> BlockAllocator:
+def scattered(blocks: int, chance: random.Random) -> BlockAllocator:
     """Twice as many blocks, of which any half is used by somebody else."""
     allocator = BlockAllocator(2 * blocks)
     taken = allocator.allocate(2 * blocks) or []
@@ -41,7 +41,8 @@ def _scattered(blocks: int, chance: random.Random) -> BlockAllocator:
     return allocator
 
 
-def _run(engine: Engine) -> dict[str, list[Output]]:
+def run_engine(engine: Engine) -> dict[str, list[Output]]:
+    """Everything it has yet to say."""
     answers: dict[str, list[Output]] = {}
     for _ in range(3000):
         if not engine.busy:
@@ -51,7 +52,7 @@ def _run(engine: Engine) -> dict[str, list[Output]]:
     raise AssertionError("the engine does not come to an end")
 
 
-def _check(outputs: list[Output], family: str, prompt: tuple[int, ...]) -> None:
+def check_answer(outputs: list[Output], family: str, prompt: tuple[int, ...], whole: bool = True) -> None:
     """Token for token; only where two tokens are equal but for rounding may the answers part."""
     theirs = expected(family, prompt, ANSWER)
     for output, token, logprob, margin in zip(outputs, theirs.tokens, theirs.logprobs, theirs.margins, strict=True):
@@ -60,7 +61,7 @@ def _check(outputs: list[Output], family: str, prompt: tuple[int, ...]) -> None:
             return
         assert output.sampled.logprob == pytest.approx(logprob, abs=TOLERANCE)
         assert output.sampled.top[0] == (token, output.sampled.logprob)
-    assert [output.finish for output in outputs] == [None] * (ANSWER - 1) + [Finish.LENGTH]
+    assert [output.finish for output in outputs] == [None] * (ANSWER - 1) + [Finish.LENGTH if whole else None]
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -82,7 +83,7 @@ def test_greedy_answers_are_those_of_generate(
     scatter: int | None,
 ) -> None:
     family, model = served
-    allocator = BlockAllocator(blocks) if scatter is None else _scattered(blocks, random.Random(scatter))
+    allocator = BlockAllocator(blocks) if scatter is None else scattered(blocks, random.Random(scatter))
     engine = Engine(model, KVPool(model.layout, allocator.blocks), None, chunk, most, allocator)
     answers: dict[str, list[Output]] = {}
     for number, prompt in enumerate(chosen):
@@ -90,10 +91,10 @@ def test_greedy_answers_are_those_of_generate(
         for _ in range(apart):
             for output in engine.step(0.0):
                 answers.setdefault(output.sequence, []).append(output)
-    for name, outputs in _run(engine).items():
+    for name, outputs in run_engine(engine).items():
         answers.setdefault(name, []).extend(outputs)
     for number, prompt in enumerate(chosen):
-        _check(answers[str(number)], family, prompt)
+        check_answer(answers[str(number)], family, prompt)
     assert allocator.free_blocks == blocks and not allocator.set_aside_blocks
 
 
@@ -107,8 +108,31 @@ def test_a_pool_too_small_for_all_preempts_and_changes_nothing() -> None:
     engine = Engine(model, KVPool(model.layout, 6), chunk_tokens=32)
     for number in range(4):
         engine.add(str(number), Request(PROMPTS[2], ANSWER, GREEDY), 0.0)
-    for outputs in _run(engine).values():
-        _check(outputs, "llama", PROMPTS[2])
+    for outputs in run_engine(engine).values():
+        check_answer(outputs, "llama", PROMPTS[2])
+
+
+def test_forks_that_share_their_prompts_blocks_are_preempted_one_by_one() -> None:
+    """A victim frees only what it has for itself alone, and what is left of the pool is never given out twice."""
+    model = causal_lm("llama")
+    prompt = PROMPTS[4][:32]
+    engine = Engine(model, KVPool(model.layout, 6), chunk_tokens=64)
+    engine.add("prompt", Request(prompt, 2, GREEDY, park=True), 0.0)
+    first = run_engine(engine)["prompt"]
+    table = engine.parked("prompt")
+    assert table is not None and len(table.blocks) == 2
+    forks = [str(number) for number in range(3)]
+    for name in forks:
+        engine.allocator.share(table.blocks)
+        answered = (first[0].sampled.token,)
+        engine.adopt(name, Request(prompt, ANSWER + 8, GREEDY, answered=answered), table.blocks, 0.0)
+    engine.cancel("prompt", 0.0)
+    # Two shared blocks and four others: the three forks have room for one more block each, and then one for them all.
+    answers = run_engine(engine)
+    for name in forks:
+        check_answer(first + answers[name][: ANSWER - 1], "llama", prompt, whole=False)
+        assert len(answers[name]) == ANSWER + 7
+    assert engine.allocator.free_blocks == 6
 
 
 def test_drawn_tokens_depend_on_the_seed_and_not_on_the_company() -> None:
@@ -121,7 +145,7 @@ def test_drawn_tokens_depend_on_the_seed_and_not_on_the_company() -> None:
             engine.add(str(number), one, 0.0)
         for number in range(company):
             engine.add(f"other {number}", Request(PROMPTS[number], 5), 0.0)
-        answers = _run(engine)
+        answers = run_engine(engine)
         return [[output.sampled.token for output in answers[str(number)]] for number in range(3)]
 
     alone = drawn(0, 512)
@@ -137,9 +161,9 @@ def test_a_cancelled_answer_leaves_its_blocks() -> None:
     engine.step(0.0)
     engine.cancel("a", 0.0)
     engine.cancel("a", 0.0)
-    answers = _run(engine)
+    answers = run_engine(engine)
     assert set(answers) == {"b"}
-    _check(answers["b"], "llama", PROMPTS[3])
+    check_answer(answers["b"], "llama", PROMPTS[3])
     assert engine.allocator.free_blocks == 8
 
 
@@ -157,7 +181,7 @@ def test_what_never_fits_is_refused() -> None:
     engine.add("a", Request((1,) * 60, 5), 0.0)
     with pytest.raises(ValueError, match="already"):
         engine.add("a", Request((1,), 5), 0.0)
-    assert len(_run(engine)["a"]) == 5
+    assert len(run_engine(engine)["a"]) == 5
 
 
 def test_an_answer_goes_on_in_another_engine_with_the_keys_and_values_of_the_first() -> None:
@@ -166,7 +190,7 @@ def test_an_answer_goes_on_in_another_engine_with_the_keys_and_values_of_the_fir
     first, second = (Engine(model, KVPool(model.layout, 12), chunk_tokens=16) for _ in range(2))
     first.add("a", Request(prompt, ANSWER, GREEDY, park=True), 0.0)
     first.add("other", Request(PROMPTS[1], 3, GREEDY), 0.0)
-    outputs = _run(first)["a"]
+    outputs = run_engine(first)["a"]
     assert len(outputs) == 1 and outputs[0].finish is None and not first.busy
     table = first.parked("a")
     assert table is not None and first.parked("other") is None
@@ -179,7 +203,7 @@ def test_an_answer_goes_on_in_another_engine_with_the_keys_and_values_of_the_fir
     second.cancel("a", 0.0)
     answered = tuple(output.sampled.token for output in outputs)
     second.add("a", Request(prompt, ANSWER, GREEDY, answered=answered), 0.0)
-    _check(outputs + _run(second)["a"], "llama", prompt)
+    check_answer(outputs + run_engine(second)["a"], "llama", prompt)
     first.cancel("a", 0.0)
     for engine in (first, second):
         assert engine.allocator.free_blocks == 12
@@ -189,7 +213,7 @@ def test_a_step_that_failed_leaves_an_engine_that_can_go_on() -> None:
     model = causal_lm("llama")
     engine = Engine(model, KVPool(model.layout, 12))
     engine.add("parked", Request(PROMPTS[0], 2, GREEDY, park=True), 0.0)
-    _run(engine)
+    run_engine(engine)
     engine.add("lost", Request(PROMPTS[2], ANSWER, GREEDY), 0.0)
     layers, engine.pool.layers = engine.pool.layers, []
     with pytest.raises(IndexError):
@@ -198,7 +222,7 @@ def test_a_step_that_failed_leaves_an_engine_that_can_go_on() -> None:
     assert engine.abandon() == ["lost"]
     assert engine.parked("parked") is not None and engine.allocator.held_blocks == 1
     engine.add("lost", Request(PROMPTS[2], ANSWER, GREEDY), 0.0)
-    _check(_run(engine)["lost"], "llama", PROMPTS[2])
+    check_answer(run_engine(engine)["lost"], "llama", PROMPTS[2])
 
 
 def test_steps_without_a_free_block_are_stalled() -> None:

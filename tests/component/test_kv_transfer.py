@@ -3,23 +3,30 @@
 import asyncio
 import contextlib
 import random
+import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from common.bus.errors import RemoteFailure
 from common.bus.nats_bus import NatsBus
-from common.language.blocks import checksum
+from common.language.blocks import checksum, layer_part
+from common.language.settings import TransferMode
 from common.messages.chat import (
     CancelGeneration,
     GenerateTokens,
+    KVPart,
+    OfferKV,
     Sampling,
     TakeOver,
     TokensGenerated,
     pack_tokens,
 )
-from common.messages.subjects import CANCEL_GENERATION, GENERATE_TOKENS, MEMBERS, TAKE_OVER, TOKENS_GENERATED
+from common.messages.subjects import CANCEL_GENERATION, GENERATE_TOKENS, MEMBERS, OFFER_KV, TAKE_OVER, TOKENS_GENERATED
 from common.messages.tensors import TensorRef
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, Chunk, KVPool, load
 from common.tensors.ucx import UcxTensors
@@ -28,17 +35,22 @@ from tests.component.language_support import LanguageStack, gathered, known_prom
 from tests.support.language_instance import Watched, language_instance
 from tests.support.language_model import BLOCK_BYTES
 from tests.support.nats_server import NatsServer
+from tests.support.tensor_peer import peers
 
 WAIT_S = 60.0
+MODES = tuple(TransferMode)
 
 
+@pytest.mark.parametrize("mode", MODES)
 async def test_answers_go_from_prefill_to_decode_and_are_generates(
-    nats_server: NatsServer, language_model: Path
+    nats_server: NatsServer, language_model: Path, mode: str
 ) -> None:
     prompts = known_prompts(language_model)
     async with (
         language_stack(nats_server.url, language_model) as stack,
-        language_instance(nats_server.url, "prefill-0", language_model, PREFILL, chunk_tokens=32) as prefill,
+        language_instance(
+            nats_server.url, "prefill-0", language_model, PREFILL, chunk_tokens=32, transfer_mode=mode
+        ) as prefill,
         language_instance(nats_server.url, "decode-0", language_model, DECODE) as decode,
     ):
         await stack.served("prefill-0", "decode-0")
@@ -46,6 +58,8 @@ async def test_answers_go_from_prefill_to_decode_and_are_generates(
         for text, expected in zip(answers, prompts.values(), strict=True):
             assert text == shown(expected)
         assert decode.instance.receiving.outcomes == {"taken": len(prompts)}
+        assert bool(decode.instance.receiving.offers) == (mode != "by_request")
+        assert set(decode.instance.receiving.offers) <= {"taken"}
         # The first token is the whole answer: nothing is handed over.
         prompt, expected = next(iter(prompts.items()))
         assert await stack.text(prompt, 1) == shown(expected[:1])
@@ -75,13 +89,19 @@ async def test_drawn_answers_are_the_same_wherever_they_are_computed(
     assert len(set(fused)) > 1
 
 
-async def test_pools_too_small_for_all_and_clients_that_leave(nats_server: NatsServer, language_model: Path) -> None:
+@pytest.mark.parametrize("mode", MODES)
+async def test_pools_too_small_for_all_and_clients_that_leave(
+    nats_server: NatsServer, language_model: Path, mode: str
+) -> None:
+    small: dict[str, Any] = {"kv_bytes": 24 * BLOCK_BYTES}
     chance = random.Random(8)
     prompts = known_prompts(language_model)
     async with (
         language_stack(nats_server.url, language_model) as stack,
-        language_instance(nats_server.url, "prefill-0", language_model, PREFILL, kv_bytes=24 * BLOCK_BYTES) as prefill,
-        language_instance(nats_server.url, "decode-0", language_model, DECODE, kv_bytes=24 * BLOCK_BYTES) as decode,
+        language_instance(
+            nats_server.url, "prefill-0", language_model, PREFILL, chunk_tokens=24, transfer_mode=mode, **small
+        ) as prefill,
+        language_instance(nats_server.url, "decode-0", language_model, DECODE, **small) as decode,
     ):
         await stack.served("prefill-0", "decode-0")
 
@@ -111,11 +131,13 @@ class PlayedPrefill:
     bus: NatsBus
     tensors: UcxTensors
     pool: KVPool
+    table: BlockTable
     heard: asyncio.Queue[TokensGenerated]
     prompt: tuple[int, ...]
     answer: list[int]
 
     def offer(self, name: str, refs: tuple[TensorRef, ...], value: int | None) -> TakeOver:
+        """The sequence with all its blocks."""
         request = GenerateTokens(
             request_id=name,
             epoch=1,
@@ -129,14 +151,31 @@ class PlayedPrefill:
         return TakeOver(
             request=request,
             prefill="prefill-0",
-            kv=refs,
+            parts=(KVPart(first_token=0, tokens=len(self.prompt), kv=refs, checksum=value),),
             kv_tokens=len(self.prompt),
             block_tokens=BLOCK_TOKENS,
-            checksum=value,
         )
 
-    async def told(self, name: str) -> list[int]:
-        """The rest of an answer as the gateway hears it."""
+    def ahead(self, name: str, number: int, parts: tuple[KVPart, ...]) -> OfferKV:
+        """Some of them before the sequence."""
+        return OfferKV(
+            request_id=name,
+            epoch=1,
+            prefill="prefill-0",
+            kv_tokens=len(self.prompt),
+            block_tokens=BLOCK_TOKENS,
+            number=number,
+            parts=parts,
+        )
+
+    def layer(self, layer: int, first: int, end: int) -> KVPart:
+        """One layer of tokens ``first`` to ``end``."""
+        part = layer_part(self.pool, self.table, first, end, layer)
+        refs = tuple(self.tensors.export(tensor) for tensor in part.kv)
+        return KVPart(first_token=first, tokens=end - first, first_layer=layer, kv=refs, checksum=checksum(part.kv))
+
+    async def told(self, name: str, known: int = 1) -> list[int]:
+        """The rest of an answer as the gateway hears it, ``known`` tokens of which were known."""
         tokens: list[int] = []
         while True:
             news = await asyncio.wait_for(self.heard.get(), WAIT_S)
@@ -144,7 +183,7 @@ class PlayedPrefill:
                 if sequence.request_id != name:
                     continue
                 assert sequence.failure is None
-                assert sequence.offset == 1 + len(tokens)
+                assert sequence.offset == known + len(tokens)
                 tokens += sequence.tokens
                 if sequence.finish is not None:
                     return tokens
@@ -164,7 +203,7 @@ async def played_prefill(url: str, language_model: Path) -> AsyncIterator[Played
     await bus.subscribe(TOKENS_GENERATED, heard.put_nowait, "gateway-0")
     try:
         async with await UcxTensors.open(owner="prefill-0") as tensors:
-            yield PlayedPrefill(bus, tensors, pool, heard, prompt, answer)
+            yield PlayedPrefill(bus, tensors, pool, table, heard, prompt, answer)
     finally:
         await bus.close()
 
@@ -251,4 +290,92 @@ async def test_without_room_until_the_deadline_it_is_computed_here(
         short = played.offer("next", (), None).request
         await played.bus.request(GENERATE_TOKENS, short, "decode-0", deadline_s=WAIT_S)
         assert await played.told("late") == played.answer[1:8]
+        await decode.settled()
+
+
+async def test_layers_that_came_ahead_are_gone_on_with(nats_server: NatsServer, language_model: Path) -> None:
+    async with (
+        played_prefill(nats_server.url, language_model) as played,
+        language_instance(nats_server.url, "decode-0", language_model, DECODE, transfer_s=30.0) as decode,
+    ):
+        whole = len(played.prompt)
+
+        async def offer(number: int, *parts: KVPart) -> None:
+            await played.bus.request(OFFER_KV, played.ahead("a", number, parts), "decode-0", deadline_s=WAIT_S)
+
+        await offer(0, played.layer(0, 0, 37))
+        await offer(1, played.layer(1, 0, 37), played.layer(0, 37, whole))
+        handed = played.offer("a", (), None).model_copy(update={"parts": (played.layer(1, 37, whole),), "offers": 2})
+        await _check(played, decode, "taken", handed)
+        # A damaged one, one that is not the next, and what is not said to be whole.
+        damaged = played.layer(0, 0, whole).model_copy(update={"checksum": 1})
+        for number, part in ((0, damaged), (0, played.layer(0, 1, whole)), (3, played.layer(0, 0, whole))):
+            with pytest.raises(RemoteFailure):
+                await offer(number, part)
+        await decode.settled()
+        await offer(0, played.layer(0, 0, whole))
+        part = played.offer("a", (), None).model_copy(update={"parts": (), "offers": 1})
+        handed = part.model_copy(update={"request": part.request.model_copy(update={"epoch": 2})})
+        await _check(played, decode, "recomputed", handed)
+
+
+async def test_what_came_ahead_is_given_up_if_nothing_follows(nats_server: NatsServer, language_model: Path) -> None:
+    async with (
+        played_prefill(nats_server.url, language_model) as played,
+        language_instance(
+            nats_server.url, "decode-0", language_model, DECODE, kv_bytes=8 * BLOCK_BYTES, transfer_s=6.0
+        ) as decode,
+    ):
+
+        async def offer(name: str) -> None:
+            message = played.ahead(name, 0, (played.layer(0, 0, 10),))
+            await played.bus.request(OFFER_KV, message, "decode-0", deadline_s=WAIT_S)
+
+        await offer("cancelled")
+        assert decode.books.held_blocks == 6
+        with pytest.raises(RemoteFailure, match="no room"):
+            await offer("second")
+        await played.bus.publish(CANCEL_GENERATION, CancelGeneration(request_id="cancelled", epoch=1), "decode-0")
+        await decode.settled()
+        with pytest.raises(RemoteFailure, match="is cancelled"):
+            await offer("cancelled")
+        await offer("forgotten")
+        await decode.settled()
+
+
+async def test_a_block_is_not_given_out_while_it_may_be_written_to(
+    nats_server: NatsServer, language_model: Path
+) -> None:
+    """Its owner stands still in the midst of a transfer, and its sequence is cancelled meanwhile."""
+    async with (
+        played_prefill(nats_server.url, language_model) as played,
+        peers() as (still,),
+        language_instance(
+            nats_server.url, "decode-0", language_model, DECODE, kv_bytes=8 * BLOCK_BYTES, transfer_s=30.0
+        ) as decode,
+    ):
+        clock = asyncio.get_running_loop().time
+        ref = await still.export((6, *played.pool.blocks.shape[1:]), "float32")
+        still.signal(signal.SIGSTOP)
+        ends_s = clock() + 30.0
+        offering = asyncio.create_task(
+            played.bus.request(TAKE_OVER, played.offer("stopped", (ref,), None), "decode-0", deadline_s=WAIT_S)
+        )
+        async with asyncio.timeout(WAIT_S):
+            while decode.books.held_blocks != 6:  # noqa: ASYNC110 - the books have no bell
+                await asyncio.sleep(0.005)
+        written = [block for block in range(8) if decode.books.epoch(block) == 1]
+        await played.bus.publish(CANCEL_GENERATION, CancelGeneration(request_id="stopped", epoch=1), "decode-0")
+        # Others come and go; they get the two blocks that nobody writes to, for as long as the transfer lasts.
+        for number in range(5):
+            request = played.offer(f"other {number}", (), None).request.model_copy(
+                update={"tokens": pack_tokens(played.prompt[:20]), "generated": 0}
+            )
+            await played.bus.request(GENERATE_TOKENS, request, "decode-0", deadline_s=WAIT_S)
+            assert len(await played.told(f"other {number}", 0)) == 8
+            epochs = [decode.books.epoch(block) for block in written]
+            assert epochs == [1] * 6 or clock() > ends_s
+        still.signal(signal.SIGCONT)
+        await offering
+        assert decode.instance.receiving.outcomes == {"dropped": 1}
         await decode.settled()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from common.language.settings import TransferMode
 from tests.component.language_support import known_prompts, language_stack, shown
 from tests.support.language_processes import language_processes
 from tests.support.nats_server import NatsServer
@@ -18,21 +19,25 @@ KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "3"))
 CLIENTS = 6
 
 
-@pytest.mark.parametrize(
-    ("prefills", "role", "victims"),
-    [(0, "fused", ("decode-0", "decode-1")), (2, "decode", ("prefill-0", "decode-0", "prefill-1", "decode-1"))],
-    ids=["fused", "apart"],
-)
+FUSED = ("decode-0", "decode-1")
+APART = ("prefill-0", "decode-0", "prefill-1", "decode-1")
+
+
+@pytest.mark.parametrize("mode", ["fused", *TransferMode])
 async def test_streams_outlive_their_instances(
-    nats_server: NatsServer, language_model: Path, tmp_path: Path, prefills: int, role: str, victims: tuple[str, ...]
+    nats_server: NatsServer, language_model: Path, tmp_path: Path, mode: str
 ) -> None:
+    if mode == "fused":
+        prefills, role, victims, sending = 0, "fused", FUSED, TransferMode.BY_REQUEST
+    else:
+        prefills, role, victims, sending = 2, "decode", APART, TransferMode(mode)
     chance = random.Random(KILLS)
     prompts = known_prompts(language_model)
     killed = asyncio.Event()
     answered = 0
 
     async with (
-        language_processes(nats_server.url, language_model, tmp_path, prefills, 2, role) as processes,
+        language_processes(nats_server.url, language_model, tmp_path, prefills, 2, role, sending) as processes,
         language_stack(nats_server.url, language_model, silence_s=0.5) as stack,
     ):
         await stack.served(*victims)

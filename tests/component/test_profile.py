@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from common.policies.prefill_profile import PrefillProfile
 from common.policies.rib import DegreeRule, Rib, VideoKind
 from compose.launch import PACKAGE_ROOT
+from compose.local import StackOptions, check_scheduling, stack_variables
+from compose.rundir import run_directory
 from tests.support.small_model import save_small_model
 
 KIND = VideoKind(32, 32, 13)
@@ -32,27 +35,37 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_model(tmp_path_factory.mktemp("model"))
 
 
-def test_the_profile_of_this_machine_is_what_the_scheduler_reads(model: Path, tmp_path: Path) -> None:
+def test_the_profile_of_this_machine_is_what_the_stack_reads(model: Path, language_model: Path, tmp_path: Path) -> None:
     target = tmp_path / "new" / "rib.json"
     options = ["--video-model", str(model), "--slots", "2", "--size", "32x32", "48x32", "--frames", "13"]
-    done = profile(*options, "--repeats", "2", "--warm-up", "1", "--rule", "threshold", "-o", str(target))
+    options += ["--language-model", str(language_model), "--rule", "threshold"]
+    done = profile(*options, "--repeats", "2", "--warm-up", "1", "-o", str(target))
     assert done.returncode == 0, done.stderr
     rib = Rib.from_json(target.read_text())
     assert list(rib.profiles) == [KIND, VideoKind(48, 32, 13)]
     assert rib.degrees == (1, 2) and rib.rule is DegreeRule.THRESHOLD
     profiled = rib.profiles[KIND]
     assert all(0 < seconds < 60 for seconds in (*profiled.step_s.values(), profiled.decode_s, profiled.encode_s))
-    head, first, second, _, notes, path = done.stdout.splitlines()
+    head, first, second, _, notes, _, chunks, *rates, _, chosen, path = done.stdout.splitlines()
     assert head.split()[:3] == ["size", "frames", "tokens"]
     assert first.split()[:3] == ["32x32", "13", "64"] and second.split()[:3] == ["48x32", "13", "96"]
     assert "2 slots of cpu, all slots at work" in notes and path == str(target)
     assert list(target.parent.iterdir()) == [target]
+    prefill = PrefillProfile.from_json(target.read_text())
+    assert prefill is not None and prefill.model == language_model.name
+    assert chunks.split() == ["chunk", "tokens/s", "of", "the", "best"] and len(rates) == len(prefill.tokens_per_s) > 2
+    assert [line.split()[0] for line in rates if "chosen" in line] == [str(prefill.chunk_tokens)]
+    assert chosen.startswith(f"prefill of {language_model.name}: ")
+    served = StackOptions(language_model=str(language_model), rib=target)
+    check_scheduling(served)
+    with run_directory(None) as directory:
+        assert stack_variables(served, directory, 1)["TRIPTYCH_CHUNK_TOKENS"] == str(prefill.chunk_tokens)
 
 
 def test_videos_of_a_whole_stack_are_measured_too(model: Path, tmp_path: Path) -> None:
     target = tmp_path / "rib.json"
     options = ["--in-stack", "--slots", "1", "--size", "32x32", "--frames", "13", "--repeats", "2", "--warm-up", "1"]
-    done = profile("--video-model", str(model), *options, "-o", str(target))
+    done = profile("--video-model", str(model), "--language-model", "none", *options, "-o", str(target))
     assert done.returncode == 0, done.stderr
     rib = Rib.from_json(target.read_text())
     profiled = rib.profiles[KIND]

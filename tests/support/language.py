@@ -166,7 +166,7 @@ class PlayedLanguageWorker:
             update={"tokens": b"".join(token.to_bytes(4, "little") for token in tokens), "generated": place + 1}
         )
         take_over = TakeOver(
-            request=handed, prefill=self.instance, kv=(), kv_tokens=len(tokens) - 1, block_tokens=16, checksum=0
+            request=handed, prefill=self.instance, parts=(), kv_tokens=len(tokens) - 1, block_tokens=16
         )
         await self.bus.request(TAKE_OVER, take_over, request.decode, deadline_s=WAIT_S)
 

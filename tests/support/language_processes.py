@@ -39,9 +39,9 @@ class Processes:
 
 @contextlib.asynccontextmanager
 async def language_processes(
-    url: str, model: Path, folder: Path, prefills: int, decodes: int, role: str
+    url: str, model: Path, folder: Path, prefills: int, decodes: int, role: str, mode: str = "by_request"
 ) -> AsyncIterator[Processes]:
-    """``folder`` takes logs; ``role`` is the decode instances'."""
+    """``folder`` takes logs; ``role`` is the decode instances', ``mode`` how keys and values are sent."""
     services = _SERVICE.format(name="prefill", role=role, replicas=prefills)
     services += _SERVICE.format(name="decode", role=role, replicas=decodes)
     compose_file = folder / "compose.yaml"
@@ -52,6 +52,7 @@ async def language_processes(
         "TRIPTYCH_LANGUAGE_MODEL": str(model),
         "TRIPTYCH_KV_BYTES": str(4 << 20),
         "TRIPTYCH_CHUNK_TOKENS": "32",
+        "TRIPTYCH_TRANSFER_MODE": mode,
         "OMP_NUM_THREADS": "1",
         "UCX_NET_DEVICES": "lo",
         "UCX_WARN_UNUSED_ENV_VARS": "n",

@@ -49,11 +49,33 @@ def test_who_came_last_is_preempted_and_comes_back_before_later_ones() -> None:
     batching.handle(SequenceArrived("c", 5, 60), 0.0)
     assert [piece.sequence for piece in _pieces(batching, 4)] == ["a", "b"]
     batching.handle(StepFinished(), 0.0)
-    preempt, step = batching.handle(StepDue(0), 0.0)
+    (preempt,) = batching.handle(StepDue(0), 0.0)
     assert isinstance(preempt, PreemptSequence) and preempt.sequence == "b"
-    assert isinstance(step, RunStep) and step.pieces == (Piece("a", 32, 1, 1, True),)
+    assert _pieces(batching, 2) == (Piece("a", 32, 1, 1, True),)
     batching.handle(StepFinished(frozenset("a")), 0.0)
     assert _pieces(batching, 4)[0] == Piece("b", 0, 33, 3, True)
+
+
+def test_a_victim_whose_blocks_are_shared_frees_less_than_it_holds() -> None:
+    """Forks of one prompt: until one frees a block, the next goes too; a is not given what is not there."""
+    batching = ContinuousBatching(blocks=8, chunk_tokens=64)
+    for name in "abc":
+        batching.handle(SequenceArrived(name, 33, 60, 32, 2), 0.0)
+    # Each one's next token needs a block. One is free, and neither c nor b has any for itself alone.
+    (first,) = batching.handle(StepDue(1), 0.0)
+    assert isinstance(first, PreemptSequence) and first.sequence == "c"
+    (second,) = batching.handle(StepDue(1), 0.0)
+    assert isinstance(second, PreemptSequence) and second.sequence == "b"
+    assert _pieces(batching, 1) == (Piece("a", 32, 1, 1, True),)
+    batching.handle(StepFinished(), 0.0)
+    # Not even its own blocks are free after it has gone: nothing can be done until somebody lets them go.
+    for _ in range(15):
+        _pieces(batching, 0)
+        batching.handle(StepFinished(), 0.0)
+    (itself,) = batching.handle(StepDue(0), 0.0)
+    assert isinstance(itself, PreemptSequence) and itself.sequence == "a"
+    assert batching.handle(StepDue(0), 0.0) == []
+    assert _pieces(batching, 8)[0] == Piece("a", 0, 49, 4, True)
 
 
 def test_what_can_never_fit_is_refused() -> None:
@@ -107,13 +129,13 @@ def test_everything_is_computed_once_in_order_and_comes_to_its_end(
         if not held:
             return
         step = None
-        for decision in batching.handle(StepDue(blocks - sum(held.values())), 0.0):
+        while step is None:
+            (decision,) = batching.handle(StepDue(blocks - sum(held.values())), 0.0)
             if isinstance(decision, PreemptSequence):
                 computed[decision.sequence] = held[decision.sequence] = 0
             else:
-                assert isinstance(decision, RunStep) and step is None
+                assert isinstance(decision, RunStep) and decision.reason
                 step = decision
-        assert step is not None and step.reason
         ended = set()
         for piece in step.pieces:
             name = piece.sequence

@@ -41,6 +41,8 @@ def test_only_what_was_asked_for_is_measured() -> None:
         (["--frames", "17"], "--frames 17: triptych-demo makes 16, 32"),
         (["--video-model", "./nowhere"], "--video-model ./nowhere: no such folder"),
         (["--video-model", "nobody/nothing"], "--video-model: nobody/nothing: no model_index.json there"),
+        (["--language-model", "./nowhere"], "--language-model ./nowhere: no such folder"),
+        (["--video-model", "none", "--language-model", "none"], "--video-model none, --language-model none: leave"),
         (["--output", "/proc/nowhere/rib.json"], "cannot write /proc/nowhere/rib.json"),
         (["--output", "."], "cannot write .: it is a folder; name a file"),
     ],

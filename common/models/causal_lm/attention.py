@@ -52,6 +52,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, batch: Batch, 
     Returns:
         [tokens, heads * head_dim].
     """
+    if batch.stored is not None:
+        batch.stored(layer)
     if query.is_cuda:
         return _on_gpu(query, layer, batch, scoring)
     pool = batch.pool.layers[layer]

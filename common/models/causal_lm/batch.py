@@ -1,6 +1,6 @@
 """What one forward pass computes: chunks of several sequences, packed one behind the other without padding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -125,6 +125,8 @@ class Batch:
         wanted: [chunks whose logits are wanted], the rows of their last tokens; None: every row, in order.
         pool: the blocks that all of this is about.
         kernels: ours; None: there are none, torch's do.
+        stored: told each layer whose keys and values of all tokens are in the pool, while the layer is still computed
+            or right after.
         singles, runs: for our kernels, from the first layer on, for each width of the window.
         lengths, paged: the same on a GPU, for chunks of several tokens and of one.
     """
@@ -136,6 +138,7 @@ class Batch:
     wanted: Tensor | None
     pool: KVPool
     kernels: Kernels | None = None
+    stored: Callable[[int], None] | None = None
     lengths: Lengths | None = None
     paged: Paged | None = None
     singles: dict[int, Singles | None] = field(default_factory=dict)
@@ -155,12 +158,18 @@ class Batch:
 
 
 def pack(
-    chunks: Sequence[Chunk], pool: KVPool, context: int, device: torch.device, kernels: Kernels | None = None
+    chunks: Sequence[Chunk],
+    pool: KVPool,
+    context: int,
+    device: torch.device,
+    kernels: Kernels | None = None,
+    stored: Callable[[int], None] | None = None,
 ) -> Batch:
     """Make a batch of chunks.
 
     Args:
         context: how many positions the model knows.
+        stored: see ``Batch``.
 
     Raises:
         WrongChunkError: no chunk, an empty one, one beyond its block table or beyond the model's context.
@@ -187,7 +196,7 @@ def pack(
             wanted.append(len(ids) - 1)
     rows = None if len(wanted) == len(ids) else torch.tensor(wanted, dtype=torch.int64, device=device)
     packed = torch.tensor([ids, positions, slots], dtype=torch.int64, device=device)
-    return Batch(packed[0], packed[1], packed[2], segments, rows, pool, kernels)
+    return Batch(packed[0], packed[1], packed[2], segments, rows, pool, kernels, stored)
 
 
 def _singles(segments: Sequence[Segment], window: int) -> Singles | None:

@@ -70,8 +70,12 @@ class CausalLM:
         return FusedDecoder(model, self._kernels)
 
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk], pool: KVPool) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], pool: KVPool, stored: Callable[[int], None] | None = None) -> Tensor:
         """One pass over all chunks; their keys and values are in the pool afterwards.
+
+        Args:
+            stored: told each layer whose keys and values are in the pool (on a GPU: that will be, for what is queued
+                behind), while the layer is still computed. Of captured steps nothing is told.
 
         Returns:
             [wanted, vocabulary] float32: the logits after the last token of each chunk that wants them, in order.
@@ -79,10 +83,10 @@ class CausalLM:
         Raises:
             WrongChunkError: a chunk that does not fit.
         """
-        if self.capture and self._graphs is not None and self._graphs.fit(chunks):
+        if stored is None and self.capture and self._graphs is not None and self._graphs.fit(chunks):
             # Another's next pass fills the same memory.
             return self._graphs(chunks, pool).to(torch.float32, copy=True)
-        return self._run(pack(chunks, pool, self.context, self.device, self._kernels)).float()
+        return self._run(pack(chunks, pool, self.context, self.device, self._kernels, stored)).float()
 
 
 class _Interfaced:

@@ -17,8 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from torch import Tensor
+
+log = structlog.get_logger()
 
 _SOURCES = Path(__file__).with_name("cpp")
 _SOURCE = _SOURCES / "kernels.cpp"
@@ -36,7 +39,7 @@ _ARGUMENTS = {
     "norm": [*[_pointer] * 3, _int, _int, _float],
     "prepare": [_pointer, _pointer, _float, *[_pointer] * 4, *[_int] * 4, _long, _long],
     "pair": [],
-    "layers": [_pointer] * 3,
+    "layers": [*[_pointer] * 3, _int, _int],
     "product": [*[_pointer] * 4, *[_int] * 3],
 }
 
@@ -45,7 +48,7 @@ class ModelShape(ctypes.Structure):
     """``Model`` of cpp/decoder.h."""
 
     _fields_ = (
-        *((name, _int) for name in ("hidden", "inner", "query_heads", "key_heads", "dim", "layers", "activation")),
+        *((name, _int) for name in ("hidden", "inner", "query_heads", "key_heads", "dim", "activation")),
         *((name, _float) for name in ("epsilon", "scale")),
         *((name, _long) for name in ("token_stride", "layer_stride", "value_offset")),
         *((name, _pointer) for name in ("cos", "sin")),
@@ -182,9 +185,12 @@ class DecoderKernels:
         self._layers = _function(library, "layers", dtype)
         self._product = _function(library, "product", dtype)
 
-    def run_layers(self, shape: ModelShape, layers: "ctypes.Array[LayerWeights]", done: Pass) -> None:
-        """All layers of a pass: what it begins with in ``hidden`` becomes what it ends with."""
-        self._layers(ctypes.byref(shape), layers, ctypes.byref(done))
+    def run_layers(
+        self, shape: ModelShape, layers: "ctypes.Array[LayerWeights]", done: Pass, numbers: range | None = None
+    ) -> None:
+        """Layers of a pass, all of them if none are named: what they begin with in ``hidden`` becomes their result."""
+        numbers = range(len(layers)) if numbers is None else numbers
+        self._layers(ctypes.byref(shape), layers, ctypes.byref(done), numbers.start, numbers.stop)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
         """x W^T + b, [rows, outputs] float32, for x [rows, inputs] and a packed weight."""
@@ -214,6 +220,7 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
 def _library() -> ctypes.CDLL | None:
     compiler = shutil.which("c++")
     if compiler is None:
+        _say_without("no program is called c++")
         return None
     flags = _FLAGS + (_FLAGS_X86 if platform.machine() == "x86_64" else ())
     key = hashlib.sha256(
@@ -226,8 +233,18 @@ def _library() -> ctypes.CDLL | None:
         if not kept.exists():
             _compile(compiler, flags, kept)
         return ctypes.CDLL(str(kept))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        _say_without(f"{compiler} failed: {lines[0] if lines else f'exit status {error.returncode}'}")
+    except (OSError, subprocess.SubprocessError) as error:
+        _say_without(str(error))
+    return None
+
+
+def _say_without(reason: str) -> None:
+    """Say once in a process's life why it is slower than it could be."""
+    remedy = "install a C++ compiler with OpenMP, such as g++, and start again"
+    log.warning("no kernels of our own: torch's compute the same, more slowly", reason=reason, remedy=remedy)
 
 
 def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:

@@ -99,13 +99,23 @@ class PackedDecoder:
             hidden.new_empty(tokens, self._heads * self._head_dim),
             hidden.new_empty(tokens, self._inner),
         )
-        self._kernels.run_layers(self._shape(batch), self._layers, self._pass(batch, hidden, buffers))
+        self._run_layers(batch, self._pass(batch, hidden, buffers))
         if batch.wanted is not None:
             hidden = hidden.index_select(0, batch.wanted)
         if not hidden.shape[0]:
             return torch.empty(0, self._vocabulary)
         normed = self._kernels.norm(hidden, self._last_norm, self._epsilon)
         return self._kernels.product(normed, self._head, self._head_bias, self._vocabulary)
+
+    def _run_layers(self, batch: Batch, done: Pass) -> None:
+        """At once, but where somebody waits for each layer's keys and values."""
+        shape = self._shape(batch)
+        if batch.stored is None:
+            self._kernels.run_layers(shape, self._layers, done)
+            return
+        for number in range(len(self._layers)):
+            self._kernels.run_layers(shape, self._layers, done, range(number, number + 1))
+            batch.stored(number)
 
     def _shape(self, batch: Batch) -> ModelShape:
         layer = batch.pool.layers[0]
@@ -115,7 +125,6 @@ class PackedDecoder:
             query_heads=self._heads,
             key_heads=self._kv_heads,
             dim=self._head_dim,
-            layers=len(self._windows),
             activation=self._activation,
             epsilon=self._epsilon,
             scale=self._scale,
