@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 
+from common.policies.prefill_profile import PrefillProfile
 from loadgen.simulator.language.arms import burst_arms, fluid
 from loadgen.simulator.language.cost import OPT_13B_2_V100, StepWork
 from loadgen.simulator.language.experiment import Task, run_task
@@ -191,8 +192,7 @@ def test_ours_needs_no_flip_where_the_load_turns() -> None:
 
 
 def test_the_chunk_is_where_prefill_saturates() -> None:
-    """The smallest power of two within 5 % of the best rate (brief, section 5.1)."""
+    """By the class that chooses it for the live engines from measured rates (brief, section 5.1)."""
     cost = OPT_13B_2_V100.cost
     rates = {size: size / cost.step_s(StepWork(size, 0, 0, 0)) for size in (64, 128, 256, 512, 1024, 2048)}
-    saturated = min(size for size, rate in rates.items() if rate >= 0.95 * max(rates.values()))
-    assert saturated == CHUNK_TOKENS
+    assert PrefillProfile(OPT_13B_2_V100.name, rates).chunk_tokens == CHUNK_TOKENS
