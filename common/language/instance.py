@@ -79,10 +79,9 @@ class LanguageInstance:
         self.transfers = BlockTransfer(
             memory, equipment.bus, equipment.tensors, self._stepper.between, settings.transfer_s
         )
-        self._prefixes = SendingPrefixes(
-            equipment.bus, model.engine, self._stepper, self.transfers, settings.kv_checksum
-        )
+        self._prefixes = SendingPrefixes(equipment.bus, model.engine, self._stepper, self.transfers, settings)
         self.sending_back = SendingBack(self._prefixes)
+        self._ask_s = settings.transfer_s
         self._tasks = asyncio.TaskGroup()
 
     async def listen(self) -> Sequence[Subscription]:
@@ -202,7 +201,7 @@ class LanguageInstance:
         tokens = held.tokens
 
         async def ask() -> None:
-            known.set_result(await prefix_at(self._bus, held.request.decode, tokens))
+            known.set_result(await prefix_at(self._bus, held.request.decode, tokens, self._ask_s))
 
         self._spawn(ask(), f"ask of {held.key}")
 

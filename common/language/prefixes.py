@@ -7,6 +7,7 @@ import structlog
 from common.bus.errors import BusError
 from common.bus.port import Bus
 from common.engine import Engine
+from common.language.settings import LanguageSettings
 from common.language.stepper import Stepper
 from common.mempool.address import BLOCK_TOKENS, KEY_BYTES
 from common.mempool.transfer import BlockTransfer, TransferFlags
@@ -15,13 +16,11 @@ from common.messages.subjects import MATCH_PREFIX
 
 log = structlog.get_logger()
 
-_ASK_S = 2.0
 
-
-async def prefix_at(bus: Bus, instance: str, tokens: bytes) -> int:
+async def prefix_at(bus: Bus, instance: str, tokens: bytes, deadline_s: float) -> int:
     """Of how many of these tokens an instance has keys and values, as far as it says in time."""
     try:
-        matched = await bus.request(MATCH_PREFIX, MatchPrefix(tokens=tokens), instance, deadline_s=_ASK_S)
+        matched = await bus.request(MATCH_PREFIX, MatchPrefix(tokens=tokens), instance, deadline_s=deadline_s)
     except BusError as error:
         log.info("prefix not known", instance=instance, reason=str(error))
         return 0
@@ -31,12 +30,15 @@ async def prefix_at(bus: Bus, instance: str, tokens: bytes) -> int:
 class SendingPrefixes:
     """Sends what is here of some tokens to who lacks it."""
 
-    def __init__(self, bus: Bus, engine: Engine, stepper: Stepper, transfers: BlockTransfer, check: bool) -> None:
+    def __init__(
+        self, bus: Bus, engine: Engine, stepper: Stepper, transfers: BlockTransfer, settings: LanguageSettings
+    ) -> None:
         self._bus = bus
         self._engine = engine
         self._stepper = stepper
         self._transfers = transfers
-        self._flags = TransferFlags.CHECK if check else TransferFlags.NONE
+        self._deadline_s = settings.transfer_s
+        self._flags = TransferFlags.CHECK if settings.kv_checksum else TransferFlags.NONE
 
     async def send(self, instance: str, tokens: bytes) -> int:
         """Send an instance what it lacks of what is here of ``tokens``, from the first on; how many blocks it were.
@@ -44,7 +46,7 @@ class SendingPrefixes:
         Raises:
             BusError, TensorError: it was not taken.
         """
-        known = await prefix_at(self._bus, instance, tokens) // BLOCK_TOKENS
+        known = await prefix_at(self._bus, instance, tokens, self._deadline_s) // BLOCK_TOKENS
         held = await self._stepper.between(partial(self._engine.memory.match, tokens, hold=True))
         try:
             if len(held) <= known:

@@ -27,6 +27,8 @@ TURNS = 4
 USER = 21
 ANSWER = 20
 PATIENCE_S = 60.0
+# What is counted is counted of transfers that come, however slow the machine.
+PATIENT = {"transfer_s": 60.0}
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ async def _said(stack: LanguageStack, turn: Turn) -> int:
 async def test_what_a_turn_costs(nats_server: NatsServer, language_model: Path, caching: Caching) -> None:
     async with (
         language_stack(nats_server.url, language_model) as stack,
-        language_instance(nats_server.url, "prefill-0", language_model, PREFILL, caching=caching) as prefill,
-        language_instance(nats_server.url, "decode-0", language_model, DECODE, caching=caching) as decode,
+        language_instance(nats_server.url, "prefill-0", language_model, PREFILL, caching=caching, **PATIENT) as prefill,
+        language_instance(nats_server.url, "decode-0", language_model, DECODE, caching=caching, **PATIENT) as decode,
     ):
         await stack.served("prefill-0", "decode-0")
         counts, hand_over = prefill.model.engine.counts, prefill.instance.hand_over
@@ -161,12 +163,17 @@ async def test_blocks_are_moved_and_found_and_nothing_else_is(nats_server: NatsS
     tokens = tokens[: len(tokens) // KEY_BYTES * KEY_BYTES]
     async with (
         language_stack(nats_server.url, language_model) as stack,
-        language_instance(nats_server.url, "decode-0", language_model) as first,
+        language_instance(nats_server.url, "decode-0", language_model, **PATIENT) as first,
     ):
         await stack.served("decode-0")
         await _said(stack, turn)
         async with language_instance(
-            nats_server.url, "decode-1", language_model, kv_bytes=20 * BLOCK_BYTES, kv_dram_bytes=20 * BLOCK_BYTES
+            nats_server.url,
+            "decode-1",
+            language_model,
+            kv_bytes=20 * BLOCK_BYTES,
+            kv_dram_bytes=20 * BLOCK_BYTES,
+            **PATIENT,
         ) as second:
             await stack.served("decode-1")
             memory, transfers = first.model.engine.memory, first.instance.transfers
@@ -214,12 +221,12 @@ async def test_what_one_has_another_can_pull(nats_server: NatsServer, language_m
     async with (
         await NatsBus.connect(nats_server.url, name="asking") as bus,
         language_stack(nats_server.url, language_model) as stack,
-        language_instance(nats_server.url, "decode-0", language_model) as first,
+        language_instance(nats_server.url, "decode-0", language_model, **PATIENT) as first,
     ):
         await stack.served("decode-0")
         await _said(stack, first_turn)
         known = whole_blocks(len(first_turn.whole) - 1)
-        async with language_instance(nats_server.url, "decode-1", language_model) as second:
+        async with language_instance(nats_server.url, "decode-1", language_model, **PATIENT) as second:
             await stack.served("decode-1")
             for sent in (known, 0):
                 ask = SendPrefix(tokens=tokens, to="decode-1")
@@ -238,8 +245,8 @@ async def test_turns_at_once_are_sent_back_in_the_background(nats_server: NatsSe
     chats = [conversation(language_model, seed) for seed in range(3)]
     async with (
         language_stack(nats_server.url, language_model) as stack,
-        language_instance(nats_server.url, "prefill-0", language_model, PREFILL) as prefill,
-        language_instance(nats_server.url, "decode-0", language_model, DECODE) as decode,
+        language_instance(nats_server.url, "prefill-0", language_model, PREFILL, **PATIENT) as prefill,
+        language_instance(nats_server.url, "decode-0", language_model, DECODE, **PATIENT) as decode,
     ):
         await stack.served("prefill-0", "decode-0")
         await gathered(*(_said(stack, turns[0]) for turns in chats))
