@@ -72,6 +72,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
 async def _run(options: argparse.Namespace, model: str) -> dict[str, object]:
     turns = read_mooncake(options.trace)
+    if not turns:
+        raise WrongArgument(f"{options.trace}: there is no request in it")
     costs = Costs(options.prefill_rate or await _prefill_rate(options, model), options.transfer_rate)
     print(
         f"{options.rounds} rounds of about {options.requests} requests, {options.rate:g} a second, on "
