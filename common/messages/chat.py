@@ -89,7 +89,7 @@ class RouteChat(Message):
     these, packed; empty: what they are is not said. ``max_tokens`` is what may yet be generated. ``avoid`` names
     instances to be taken only where there is no other; ``gone`` those at which nobody answered. After ``wait_s``
     seconds without an instance the answer is a failure; whoever asks again keeps the place in the queue that
-    ``created_at_s`` (Unix, when the client's request came) gives.
+    ``created_at_s`` (Unix, when the client's request came) gives. ``conversation``: the client's name of it, if any.
     """
 
     request_id: str
@@ -101,16 +101,21 @@ class RouteChat(Message):
     gone: tuple[str, ...] = ()
     wait_s: float
     created_at_s: float
+    conversation: str = ""
 
 
 class ChatRoute(Message):
-    """``prefill`` computes the first token and hands over to ``decode``. If both are the same, it does both."""
+    """``prefill`` computes the first token and hands over to ``decode``. If both are the same, it does both.
+
+    ``best_cached_tokens``: so many of the prompt's keys and values the instance had that had the most of them.
+    """
 
     request_id: str
     epoch: int
     prefill: str
     decode: str
     reason: str
+    best_cached_tokens: int = Field(default=0, ge=0)
 
 
 class ChatPrefilled(Message):

@@ -1,5 +1,8 @@
-"""Which prefill and which decode instance gets a chat's sequence: the least loaded. Ours, in the place of TetriInfer's
-global scheduler (section 3.2) until its predictor and dispatcher are there.
+"""Which prefill and which decode instance gets a chat's sequence: the least loaded, or by a rule of ``routing_rules``.
+
+The former is ours, in the place of TetriInfer's global scheduler (section 3.2) until its predictor and dispatcher are
+there. For the latter (MemServe, section 6) the load is put as ``routing.Site`` has it, with what is not known left out:
+how long a prefill has been at it, and how long pulls will take yet.
 
 Load is counted in tokens that are still to come: prompt tokens at the prefill instance until the first token is there,
 and the most that may yet be generated at the decode instance until the sequence ends. What an instance has cached of a
@@ -15,6 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.messages.cluster import LanguageRole
+from common.policies.routing import Ask, Costs, InstanceKind, Pull, RequestArrived, Rule, Site
 
 # --- events ------------------------------------------------------------------------------------------------------
 
@@ -46,7 +50,8 @@ class ChatArrived:
     """A sequence waits for a route: a new one, or one that lost its former route, which this one takes the place of.
 
     ``created_s``: when its client asked; of what waits, the oldest goes first. ``avoid``: instances to be taken only
-    where there is no other. ``cached``: how many tokens of the prompt's beginning instances have.
+    where there is no other. ``cached``: how many tokens of the prompt's beginning instances have. ``conversation``:
+    requests of one conversation carry the same; empty: it is one of its own.
     """
 
     request_id: str
@@ -56,6 +61,7 @@ class ChatArrived:
     max_tokens: int
     avoid: tuple[str, ...] = ()
     cached: Mapping[str, int] = field(default_factory=dict)
+    conversation: str = ""
 
     def lacking(self, instance: str) -> int:
         """How many tokens would have to be prefilled there; the last one always has."""
@@ -92,16 +98,26 @@ Event = InstanceJoined | InstanceDraining | InstanceLost | ChatArrived | ChatPre
 
 @dataclass(frozen=True, slots=True)
 class RouteSequence:
-    """Have the sequence prefilled at ``prefill`` and decoded at ``decode``."""
+    """Have the sequence prefilled at ``prefill`` and decoded at ``decode``, once ``prefill`` has what it is to pull."""
 
     request_id: str
     epoch: int
     prefill: str
     decode: str
     reason: str
+    pull: Pull | None = None
 
 
 # --- the policy --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRule:
+    """A rule, and what it is told of the machines, all alike; ``kv_tokens``: how many each has room for."""
+
+    rule: Rule
+    costs: Costs
+    kv_tokens: int
 
 
 @dataclass(slots=True)
@@ -113,6 +129,12 @@ class _Instance:
     prefill_tokens: int = 0
     decode_tokens: int = 0
 
+    @property
+    def kind(self) -> InstanceKind:
+        if self.prefills and self.decodes:
+            return InstanceKind.FUSED
+        return InstanceKind.PREFILL if self.prefills else InstanceKind.DECODE
+
 
 @dataclass(slots=True)
 class _Routed:
@@ -122,13 +144,33 @@ class _Routed:
     decode: str
     prefill_tokens: int
     decode_tokens: int
+    exec_s: float = 0.0
+    context_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """``cached_tokens``: of the prompt, at ``prefill`` by the time that it begins; ``exec_s``: of what is left."""
+
+    prefill: _Instance
+    decode: _Instance
+    cached_tokens: int
+    reason: str
+    exec_s: float = 0.0
+    pull: Pull | None = None
 
 
 @dataclass(slots=True)
 class ChatDispatch:
-    """Events in, decisions with reasons out. ``next_epoch``: of the first route; each later one is higher."""
+    """Events in, decisions with reasons out.
+
+    Attributes:
+        next_epoch: of the first route; each later one is higher.
+        rule: by which to choose; None: the fewest tokens to prefill.
+    """
 
     next_epoch: int = 1
+    rule: ChatRule | None = None
     _instances: dict[str, _Instance] = field(default_factory=dict)
     _routed: dict[str, _Routed] = field(default_factory=dict)
     _waiting: dict[str, ChatArrived] = field(default_factory=dict)
@@ -189,26 +231,70 @@ class ChatDispatch:
     def _route(
         self, arrived: ChatArrived, prefills: Sequence[_Instance], decodes: Sequence[_Instance]
     ) -> RouteSequence:
-        prefill = min(
-            prefills,
-            key=lambda there: (there.prefill_tokens + arrived.lacking(there.name), there.decode_tokens, there.name),
-        )
-        lacking = arrived.lacking(prefill.name)
-        if prefill in decodes:
-            decode = prefill
-            what = f"least to prefill of {len(prefills)}, and decodes too"
+        if self.rule is None:
+            chosen = _least_to_prefill(arrived, prefills, decodes)
         else:
-            decode = min(decodes, key=lambda there: (there.decode_tokens, there.prefill_tokens, there.name))
-            what = f"least to prefill of {len(prefills)}, least to generate of {len(decodes)}"
-        load = f"{prefill.prefill_tokens} tokens to prefill, {decode.decode_tokens} to generate before it"
-        if lacking < arrived.prompt_tokens:
-            load += f"; {arrived.prompt_tokens - lacking} of its {arrived.prompt_tokens} tokens are there"
-        routed = _Routed(arrived.gateway, self.next_epoch, prefill.name, decode.name, lacking, arrived.max_tokens)
+            chosen = self._by_rule(self.rule, arrived, prefills, decodes)
+        prefill, decode = chosen.prefill, chosen.decode
+        lacking = arrived.prompt_tokens - min(chosen.cached_tokens, arrived.prompt_tokens - 1)
+        context_tokens = arrived.prompt_tokens + arrived.max_tokens
+        routed = _Routed(
+            arrived.gateway,
+            self.next_epoch,
+            prefill.name,
+            decode.name,
+            lacking,
+            arrived.max_tokens,
+            chosen.exec_s,
+            context_tokens,
+        )
         self.next_epoch += 1
         prefill.prefill_tokens += routed.prefill_tokens
         decode.decode_tokens += routed.decode_tokens
         self._routed[arrived.request_id] = routed
-        return RouteSequence(arrived.request_id, routed.epoch, prefill.name, decode.name, f"{what}: {load}")
+        return RouteSequence(arrived.request_id, routed.epoch, prefill.name, decode.name, chosen.reason, chosen.pull)
+
+    def _by_rule(
+        self, by: ChatRule, arrived: ChatArrived, prefills: Sequence[_Instance], decodes: Sequence[_Instance]
+    ) -> _Chosen:
+        there = {instance.name: instance for instance in (*prefills, *decodes)}
+        sites = self._sites(by, there, arrived.cached)
+        ask = Ask(
+            RequestArrived(
+                arrived.request_id,
+                arrived.conversation or arrived.request_id,
+                b"",
+                arrived.prompt_tokens,
+                arrived.max_tokens,
+            ),
+            by.costs,
+        )
+        choice = by.rule.choose(
+            ask, [sites[instance.name] for instance in prefills], [sites[instance.name] for instance in decodes]
+        )
+        cached = choice.pull.to_token if choice.pull is not None else choice.prefill.cached_tokens
+        prefill, decode = there[choice.prefill.name], there[choice.decode.name]
+        return _Chosen(prefill, decode, cached, choice.reason, ask.exec_s(cached) + choice.wait_s, choice.pull)
+
+    def _sites(self, by: ChatRule, there: Mapping[str, _Instance], cached: Mapping[str, int]) -> dict[str, Site]:
+        """What a rule is shown of these instances."""
+        sites = {
+            name: Site(name, instance.kind, by.kv_tokens, cached_tokens=cached.get(name, 0))
+            for name, instance in there.items()
+        }
+        for request_id, routed in self._routed.items():
+            site = sites.get(routed.prefill)
+            if site is not None and routed.prefill_tokens:
+                site.unfinished[request_id] = routed.exec_s
+                site.queue_s += routed.exec_s
+                site.left_s = site.queue_s
+                site.prefill_tokens += routed.prefill_tokens
+            site = sites.get(routed.decode)
+            if site is not None and routed.decode_tokens:
+                site.contexts[request_id] = by.costs.whole_blocks(routed.context_tokens)
+                site.context_tokens += site.contexts[request_id]
+                site.answer_tokens += routed.decode_tokens
+        return sites
 
     def _prefilled(self, routed: _Routed) -> None:
         if (instance := self._instances.get(routed.prefill)) is not None:
@@ -233,6 +319,24 @@ class ChatDispatch:
                 routed.prefill_tokens = 0
             if routed.decode == name:
                 routed.decode_tokens = 0
+
+
+def _least_to_prefill(arrived: ChatArrived, prefills: Sequence[_Instance], decodes: Sequence[_Instance]) -> _Chosen:
+    prefill = min(
+        prefills,
+        key=lambda there: (there.prefill_tokens + arrived.lacking(there.name), there.decode_tokens, there.name),
+    )
+    cached = arrived.prompt_tokens - arrived.lacking(prefill.name)
+    if prefill in decodes:
+        decode = prefill
+        what = f"least to prefill of {len(prefills)}, and decodes too"
+    else:
+        decode = min(decodes, key=lambda there: (there.decode_tokens, there.prefill_tokens, there.name))
+        what = f"least to prefill of {len(prefills)}, least to generate of {len(decodes)}"
+    load = f"{prefill.prefill_tokens} tokens to prefill, {decode.decode_tokens} to generate before it"
+    if cached:
+        load += f"; {cached} of its {arrived.prompt_tokens} tokens are there"
+    return _Chosen(prefill, decode, cached, f"{what}: {load}")
 
 
 def _without(instances: Sequence[_Instance], avoid: Collection[str]) -> Sequence[_Instance]:

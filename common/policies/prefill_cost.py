@@ -71,6 +71,17 @@ class OperatorCost:
 
 
 @dataclass(frozen=True, slots=True)
+class RateCost:
+    """At one rate, whatever is cached: of a machine whose operators nobody has fitted."""
+
+    tokens_per_s: float
+
+    def exec_s(self, prompt_tokens: int, cached_tokens: int) -> float:
+        """Of one prompt of which the first tokens are cached."""
+        return (prompt_tokens - cached_tokens) / self.tokens_per_s
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeCost:
     """One step of a batch: ``floor_s``, and something for each sequence and for each token that it looks back at."""
 

@@ -134,6 +134,10 @@ class PromptIndex:
                 found[instance] = blocks
         return found
 
+    def told(self, tokens: bytes) -> dict[str, int]:
+        """The same without what is only expected."""
+        return self._told.match(tokens)
+
     def expect(self, instance: str, tokens: bytes) -> None:
         """The instance will have these; or has them and publishes nothing, and an answer passed by (section 6)."""
         self._expected.insert(instance, tokens)

@@ -49,7 +49,7 @@ _STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 class Asked:
     """``n`` answers to each of ``prompts`` (packed tokens), ``sampling`` for the first one.
 
-    The others have seeds derived from its.
+    The others have seeds derived from its. ``conversation``: what the client calls it; empty: nothing.
     """
 
     model: str
@@ -59,6 +59,7 @@ class Asked:
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool
+    conversation: str = ""
 
     @property
     def sequences(self) -> list[tuple[bytes, Sampling]]:
@@ -126,6 +127,7 @@ def resolve(ask: Ask, prompts: Sequence[bytes], info: LanguageModelInfo, random_
         stops=_stops(ask.stop),
         stream=bool(ask.stream),
         include_usage=_include_usage(ask),
+        conversation=ask.prompt_cache_key or "",
     )
 
 

@@ -64,7 +64,7 @@ class LanguageDesk:
         pieces: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue(_PENDING)
         tasks = [
             asyncio.create_task(
-                self._answer(f"{answer_id}-{index}", index, prompt, sampling, asked.stops, pieces, arrived_s),
+                self._answer(f"{answer_id}-{index}", index, prompt, sampling, asked, pieces, arrived_s),
                 name=f"{answer_id}-{index}",
             )
             for index, (prompt, sampling) in enumerate(asked.sequences)
@@ -88,11 +88,11 @@ class LanguageDesk:
         index: int,
         prompt: bytes,
         sampling: Sampling,
-        stops: Sequence[str],
+        asked: Asked,
         pieces: asyncio.Queue[tuple[int, Piece | Exception]],
         arrived_s: float,
     ) -> None:
-        text = AnswerText(self.tokenizer.pieces, stops)
+        text = AnswerText(self.tokenizer.pieces, asked.stops)
         first = True
 
         async def deliver(step: Step) -> bool:
@@ -117,7 +117,7 @@ class LanguageDesk:
             created_at_s=time.time(),
         )
         generation = Generation(
-            self._bus, self._board, self._work, self._patience, request, prompt, self._metrics.rerouted
+            self._bus, self._board, self._work, self._patience, request, prompt, asked.conversation, self._metrics
         )
         with self._counted(tokens_in(prompt)) as counted:
             try:

@@ -26,6 +26,7 @@ from common.messages.chat import (
 )
 from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, FIND_GENERATION, GENERATE_TOKENS, ROUTE_CHAT
 from gateway.chat.line import Broken, Line, Step
+from gateway.chat.metrics import LanguageMetrics
 from gateway.chat.switchboard import Switchboard
 from gateway.work import OwnedWork
 
@@ -59,7 +60,7 @@ class Patience:
 
 
 class Generation:
-    """One sequence. ``tell_reroute`` hears why an attempt was given up for another."""
+    """One sequence of a conversation. ``metrics`` hear of its routes."""
 
     def __init__(
         self,
@@ -69,7 +70,8 @@ class Generation:
         patience: Patience,
         request: GenerateTokens,
         prompt: bytes,
-        tell_reroute: Callable[[str], None],
+        conversation: str,
+        metrics: LanguageMetrics,
     ) -> None:
         self._bus = bus
         self._board = board
@@ -77,7 +79,8 @@ class Generation:
         self._patience = patience
         self._request = request
         self._prompt = prompt
-        self._tell_reroute = tell_reroute
+        self._conversation = conversation
+        self._metrics = metrics
         self._generated: list[int] = []
         self._avoid: tuple[str, ...] = ()
         self._gone: tuple[str, ...] = ()
@@ -108,7 +111,7 @@ class Generation:
                 if attempts == MAX_ATTEMPTS:
                     message = f"given up after {attempts} attempts without a token; the last one: {broken}"
                     raise GenerationFailed(broken.why, message, retryable=True) from broken
-                self._tell_reroute(broken.why)
+                self._metrics.rerouted(broken.why)
                 self._avoid = (*self._avoid, *broken.avoid)[-MAX_ATTEMPTS:]
                 self._gone = broken.gone
             # The first time there most likely is another instance; after that, what is wrong needs time.
@@ -161,10 +164,12 @@ class Generation:
                     gone=self._gone,
                     wait_s=wait_s,
                     created_at_s=self._request.created_at_s,
+                    conversation=self._conversation,
                 )
                 try:
                     route = await self._bus.request(ROUTE_CHAT, asked, deadline_s=wait_s + 1.0)
                     routed = True
+                    self._metrics.routed(route.best_cached_tokens)
                     return route
                 except RemoteFailure as refused:
                     failure = refused.failure

@@ -14,6 +14,11 @@ class LanguageMetrics:
         self._cached_tokens = Counter(
             "triptych_cached_prompt_tokens", "Tokens whose keys and values were there already.", registry=registry
         )
+        self._best_cached_tokens = Counter(
+            "triptych_best_cached_prompt_tokens",
+            "Tokens whose keys and values the instance had that had the most of them, whoever got the prompt.",
+            registry=registry,
+        )
         self._tokens = Counter("triptych_generated_tokens", "Tokens of answers.", registry=registry)
         self._reroutes = Counter(
             "triptych_sequence_reroutes", "Sequences that went on elsewhere, by why.", ("why",), registry=registry
@@ -36,6 +41,9 @@ class LanguageMetrics:
     def generated(self, tokens: int, cached_tokens: int) -> None:
         self._tokens.inc(tokens)
         self._cached_tokens.inc(cached_tokens)
+
+    def routed(self, best_cached_tokens: int) -> None:
+        self._best_cached_tokens.inc(best_cached_tokens)
 
     def rerouted(self, why: str) -> None:
         self._reroutes.labels(why).inc()

@@ -56,7 +56,9 @@ class Ask(Schema):
     store: bool | None = Field(default=None, description=_IGNORED)
     service_tier: str | None = Field(default=None, description=_IGNORED)
     safety_identifier: str | None = Field(default=None, description=_IGNORED)
-    prompt_cache_key: str | None = Field(default=None, description=_IGNORED)
+    prompt_cache_key: str | None = Field(
+        default=None, max_length=256, description="Requests with the same one belong together: a hint to where they go."
+    )
 
 
 class CreateChatCompletion(Ask):

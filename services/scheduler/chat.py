@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator, Callable
 
 import structlog
 
-from common.bus.errors import Refusal
+from common.bus.errors import BusError, Refusal
 from common.bus.port import Bus
+from common.mempool.address import TOKEN_BYTES
 from common.messages.chat import ChatEnded, ChatPrefilled, ChatRoute, RouteChat
 from common.messages.cluster import Service
 from common.messages.failures import Failure, Stage
-from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, ROUTE_CHAT
+from common.messages.mempool import SendPrefix
+from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, ROUTE_CHAT, SEND_PREFIX
 from common.policies import chat_dispatch as dispatch
 from common.runtime.membership import MemberChange, MemberDraining, MemberJoined, MemberLost
 from services.scheduler.prompt_view import PromptView
@@ -22,16 +24,19 @@ from services.scheduler.prompt_view import PromptView
 log = structlog.get_logger()
 
 _MAX_WAITING = 4096
+_LEAST_PULL_S = 0.1
 
 
 class ChatRouter:
     """Answers gateways. ``doubt`` is told of instances at which a gateway found nobody."""
 
-    def __init__(self, bus: Bus, first_epoch: int, doubt: Callable[[str], None]) -> None:
+    def __init__(
+        self, bus: Bus, first_epoch: int, doubt: Callable[[str], None], rule: dispatch.ChatRule | None = None
+    ) -> None:
         self._bus = bus
-        self._policy = dispatch.ChatDispatch(first_epoch)
+        self._policy = dispatch.ChatDispatch(first_epoch, rule)
         self._doubt = doubt
-        self._asked: dict[str, asyncio.Future[ChatRoute]] = {}
+        self._asked: dict[str, asyncio.Future[dispatch.RouteSequence]] = {}
         self._prompts = PromptView(bus)
 
     @contextlib.asynccontextmanager
@@ -71,7 +76,9 @@ class ChatRouter:
     async def _route(self, asked: RouteChat) -> ChatRoute:
         for instance in asked.gone:
             self._doubt(instance)
-        answer: asyncio.Future[ChatRoute] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[dispatch.RouteSequence] = asyncio.get_running_loop().create_future()
+        end_s = asyncio.get_running_loop().time() + asked.wait_s
+        best = min(self._prompts.best(asked.tokens), asked.prompt_tokens - 1)
         former = self._asked.get(asked.request_id)
         if former is not None:
             _refuse(former, "overtaken", "the sequence was asked for again")
@@ -85,13 +92,23 @@ class ChatRouter:
                 asked.max_tokens,
                 (*asked.avoid, *asked.gone),
                 self._prompts.cached(asked.tokens),
+                asked.conversation,
             )
         )
         try:
-            async with asyncio.timeout(asked.wait_s):
+            async with asyncio.timeout_at(end_s):
                 route = await answer
             self._prompts.expect(route.prefill, asked.tokens)
-            return route
+            if route.pull is not None:
+                await self._pull(route, asked.tokens, end_s)
+            return ChatRoute(
+                request_id=route.request_id,
+                epoch=route.epoch,
+                prefill=route.prefill,
+                decode=route.decode,
+                reason=route.reason,
+                best_cached_tokens=best,
+            )
         except TimeoutError:
             raise _refusal("no_instance", f"no prefill and decode instance within {asked.wait_s:g} s") from None
         finally:
@@ -99,6 +116,19 @@ class ChatRouter:
                 del self._asked[asked.request_id]
                 if not answer.done() or answer.cancelled():
                     self._tell(dispatch.ChatEnded(asked.request_id, None))
+
+    async def _pull(self, route: dispatch.RouteSequence, tokens: bytes, end_s: float) -> None:
+        """Have the prefill instance get what it is to pull (MemServe, equation 2); without it, it computes that."""
+        pull = route.pull
+        assert pull is not None
+        asked = SendPrefix(tokens=tokens[: pull.to_token * TOKEN_BYTES], to=route.prefill)
+        # The gateway does not wait much longer for its route.
+        left_s = max(_LEAST_PULL_S, end_s - asyncio.get_running_loop().time())
+        try:
+            sent = await self._bus.request(SEND_PREFIX, asked, pull.source, deadline_s=left_s)
+            log.debug("pulled", request=route.request_id, source=pull.source, to=route.prefill, tokens=sent.tokens)
+        except BusError as error:
+            log.info("not pulled", request=route.request_id, source=pull.source, reason=str(error))
 
     def _prefilled(self, report: ChatPrefilled) -> None:
         self._tell(dispatch.ChatPrefilled(report.request_id, report.epoch))
@@ -114,18 +144,10 @@ class ChatRouter:
             log.debug("routed", request=decision.request_id, prefill=decision.prefill, reason=decision.reason)
             answer = self._asked.get(decision.request_id)
             if answer is not None and not answer.done():
-                answer.set_result(
-                    ChatRoute(
-                        request_id=decision.request_id,
-                        epoch=decision.epoch,
-                        prefill=decision.prefill,
-                        decode=decision.decode,
-                        reason=decision.reason,
-                    )
-                )
+                answer.set_result(decision)
 
 
-def _refuse(answer: asyncio.Future[ChatRoute], code: str, message: str) -> None:
+def _refuse(answer: asyncio.Future[dispatch.RouteSequence], code: str, message: str) -> None:
     if not answer.done():
         answer.set_exception(_refusal(code, message))
 

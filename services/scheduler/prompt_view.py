@@ -54,6 +54,10 @@ class PromptView:
         found = self._index.match(tokens, asyncio.get_running_loop().time())
         return {instance: blocks * BLOCK_TOKENS for instance, blocks in found.items()}
 
+    def best(self, tokens: bytes) -> int:
+        """How many tokens of the beginning the instance has that has the most of them, as they have told."""
+        return max(self._index.told(tokens).values(), default=0) * BLOCK_TOKENS
+
     def expect(self, instance: str, tokens: bytes) -> None:
         """The instance was told to compute these. Whoever keeps nothing will not keep them either."""
         if self._index.holding(instance).blocks:

@@ -12,6 +12,7 @@ import structlog
 from common.bus.errors import BusError, KeyExists, KeyMissing, WrongRevision
 from common.bus.nats_bus import NatsBus
 from common.bus.port import Bus, Change
+from common.mempool.address import BLOCK_TOKENS
 from common.messages.cluster import Member, SchedulerLife, Service
 from common.messages.subjects import (
     SCHEDULER_LIVES,
@@ -25,9 +26,13 @@ from common.messages.subjects import (
 from common.messages.video import VideoRecord, VideoState
 from common.policies import decisions as decide
 from common.policies import events as event
+from common.policies.chat_dispatch import ChatRule
 from common.policies.policy import Policy
+from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
 from common.policies.registry import UnknownPolicy, make_policy
 from common.policies.rib import Rib, WrongRib
+from common.policies.routing import Costs
+from common.policies.routing_rules import UnknownRule, make_rule
 from common.policies.state import Phase
 from common.runtime.membership import (
     MemberChange,
@@ -77,7 +82,7 @@ class Scheduler:
         self._unfinished: dict[str, VideoRecord] = {}
         self._view = MembershipView(bus, settings.member_timeout_s, self._member_changed)
         self._workers = Workers(bus, self._view.doubt)
-        self._chats = ChatRouter(bus, first_epoch, self._view.doubt)
+        self._chats = ChatRouter(bus, first_epoch, self._view.doubt, choose_rule(settings))
         self._checkpoints = Checkpoints(bus, self._cache_store_expected)
         self._present: dict[str, str] = {}
         self._records_read = asyncio.Event()
@@ -363,6 +368,29 @@ def choose_policy(settings: SchedulerSettings, first_epoch: int) -> Policy:
         raise CannotServe(f"TRIPTYCH_POLICY: {error}") from error
 
 
+def choose_rule(settings: SchedulerSettings) -> ChatRule | None:
+    """The rule that is set for chats; None: none is.
+
+    Raises:
+        CannotServe: there is no such rule.
+    """
+    if not settings.routing:
+        return None
+    try:
+        rule = make_rule(settings.routing)
+    except UnknownRule as error:
+        raise CannotServe(f"TRIPTYCH_ROUTING: {error}") from error
+    costs = Costs(
+        prefill=RateCost(settings.prefill_tokens_s),
+        # As if each token of an answer were one of a prompt.
+        decode=DecodeCost(0.0, 1 / settings.prefill_tokens_s, 0.0),
+        link=LinkCost(settings.transfer_tokens_s, 0.0),
+        kv_token_bytes=1,
+        block_tokens=BLOCK_TOKENS,
+    )
+    return ChatRule(rule, costs, settings.kv_tokens)
+
+
 def open_record(settings: SchedulerSettings) -> contextlib.AbstractContextManager[EventRecord | None]:
     """The record that is set, if any.
 
@@ -381,6 +409,7 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:
     """Connect, prepare the durable state, and run the scheduler until ``stop``."""
     # Looked at before anything starts.
     choose_policy(settings, 1)
+    choose_rule(settings)
     bus = await NatsBus.connect(settings.nats_url, name=settings.instance_of(Service.SCHEDULER))
     try:
         await bus.prepare(queues=VIDEO_QUEUES, buckets=VIDEO_BUCKETS, object_buckets=VIDEO_OBJECTS)

@@ -13,9 +13,9 @@ from common.bus.nats_bus import NatsBus
 from common.mempool.address import BLOCK_TOKENS, KEY_BYTES, Medium
 from common.mempool.caching import Caching
 from common.mempool.transfer import TransferFlags
-from common.messages.chat import pack_tokens
-from common.messages.mempool import SendPrefix
-from common.messages.subjects import SEND_PREFIX
+from common.messages.chat import ChatRoute, RouteChat, pack_tokens
+from common.messages.mempool import MatchPrefix, SendPrefix
+from common.messages.subjects import MATCH_PREFIX, ROUTE_CHAT, SEND_PREFIX
 from tests.component.chat_support import DECODE, PREFILL
 from tests.component.gateway_support import until
 from tests.component.language_support import LanguageStack, gathered, known_prompts, language_stack, shown
@@ -239,6 +239,50 @@ async def test_what_one_has_another_can_pull(nats_server: NatsServer, language_m
             await stack.lost("decode-0")
             assert await _said(stack, turn) == known
             await second.settled()
+
+
+async def test_what_a_route_pulls_is_there_when_the_gateway_hears_of_it(
+    nats_server: NatsServer, language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever can be sent is sent sooner than computed.
+    monkeypatch.setenv("TRIPTYCH_ROUTING", "cost")
+    monkeypatch.setenv("TRIPTYCH_PREFILL_TOKENS_S", "1")
+    monkeypatch.setenv("TRIPTYCH_TRANSFER_TOKENS_S", "1000000")
+    first_turn, turn = conversation(language_model)[:2]
+    known = whole_blocks(len(first_turn.whole) - 1)
+    async with (
+        await NatsBus.connect(nats_server.url, name="asking") as bus,
+        language_stack(nats_server.url, language_model) as stack,
+        language_instance(nats_server.url, "decode-0", language_model, **PATIENT),
+    ):
+        await stack.served("decode-0")
+        await _said(stack, first_turn)
+        async with language_instance(nats_server.url, "decode-1", language_model, **PATIENT):
+            await stack.served("decode-1")
+
+            async def route(name: str, tokens: tuple[int, ...]) -> ChatRoute:
+                asked = RouteChat(
+                    request_id=name,
+                    gateway="nobody",
+                    tokens=pack_tokens(tokens),
+                    prompt_tokens=len(tokens),
+                    max_tokens=1,
+                    wait_s=PATIENCE_S,
+                    created_at_s=0.0,
+                )
+                return await bus.request(ROUTE_CHAT, asked, deadline_s=PATIENCE_S)
+
+            async def told() -> bool:
+                return (await route("probe", turn.prompt)).best_cached_tokens == known
+
+            await until(told, deadline_s=PATIENCE_S)
+            # Never computed, so that the next one does not wait for it.
+            assert (await route("long", (7,) * 1000)).prefill == "decode-1"
+            assert (await route("longer", (8,) * 5000)).prefill == "decode-0"
+            found = await route("turn", turn.prompt)
+            assert (found.prefill, found.best_cached_tokens) == ("decode-1", known)
+            asked = MatchPrefix(tokens=pack_tokens(turn.prompt))
+            assert (await bus.request(MATCH_PREFIX, asked, "decode-1", deadline_s=PATIENCE_S)).tokens == known
 
 
 async def test_turns_at_once_are_sent_back_in_the_background(nats_server: NatsServer, language_model: Path) -> None:

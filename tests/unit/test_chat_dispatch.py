@@ -1,5 +1,6 @@
 """Which instances get a chat's sequence."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +10,7 @@ from common.policies.chat_dispatch import (
     ChatDispatch,
     ChatEnded,
     ChatPrefilled,
+    ChatRule,
     Event,
     GatewayLost,
     InstanceDraining,
@@ -16,6 +18,9 @@ from common.policies.chat_dispatch import (
     InstanceLost,
     RouteSequence,
 )
+from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
+from common.policies.routing import Costs, Pull
+from common.policies.routing_rules import RULES, make_rule
 
 PREFILL, DECODE = (LanguageRole.PREFILL,), (LanguageRole.DECODE,)
 FUSED = PREFILL + DECODE
@@ -27,8 +32,11 @@ def arrived(
     return ChatArrived(name, "gateway-0", created_s, prompt, most, avoid)
 
 
-def cluster(**roles: tuple[LanguageRole, ...]) -> ChatDispatch:
-    dispatch = ChatDispatch(first_epoch := 100)
+def cluster(rule: str | None = None, **roles: tuple[LanguageRole, ...]) -> ChatDispatch:
+    """``rule``: it prefills 100 tokens a second, and sends what 1,000 left behind."""
+    costs = Costs(RateCost(100.0), DecodeCost(0.0, 0.01, 0.0), LinkCost(1000.0, 0.0), 1, 16)
+    by = None if rule is None else ChatRule(make_rule(rule), costs, 10_000)
+    dispatch = ChatDispatch(first_epoch := 100, by)
     for name, own in roles.items():
         dispatch.handle(InstanceJoined(name, own))
     assert dispatch.next_epoch == first_epoch
@@ -180,3 +188,43 @@ def test_a_prompt_goes_where_what_waits_and_what_it_lacks_are_least() -> None:
     for name, epoch in (("known", 100), ("whole", 101), ("long", 102), ("waits", 103)):
         dispatch.handle(ChatEnded(name, epoch))
     assert dispatch.load("p0") == dispatch.load("p1") == (0, 0)
+
+
+def test_by_cost_what_is_elsewhere_is_pulled_where_that_pays() -> None:
+    dispatch = cluster("cost", f0=FUSED, f1=FUSED)
+    # Its 20 tokens take less than all of it elsewhere.
+    near = ChatArrived("near", "gateway-0", 0.0, 500, 10, cached={"f1": 480})
+    (decision,) = dispatch.handle(near)
+    assert (decision.prefill, decision.decode, decision.pull) == ("f1", "f1", None)
+    dispatch.handle(arrived("long", prompt=1000))
+    dispatch.handle(ChatArrived("longer", "gateway-0", 0.0, 2000, 10, cached={"f1": 480}))
+    assert dispatch.load("f0") == (1000, 100) and dispatch.load("f1") == (1540, 20)
+    (decision,) = dispatch.handle(ChatArrived("far", "gateway-0", 0.0, 500, 10, cached={"f1": 480}))
+    assert (decision.prefill, decision.pull) == ("f0", Pull("f1", 0, 480))
+    assert dispatch.load("f0") == (1020, 110)
+    # What has its first token, and what has ended, bears on nobody.
+    dispatch.handle(ChatPrefilled("longer", 102))
+    (decision,) = dispatch.handle(arrived("next", prompt=500))
+    assert decision.prefill == "f1"
+    for name in ("near", "long", "longer", "far", "next"):
+        dispatch.handle(ChatEnded(name, None))
+    assert dispatch.load("f0") == dispatch.load("f1") == (0, 0)
+
+
+def test_by_session_a_conversation_stays_where_it_was() -> None:
+    dispatch = cluster("session", f0=FUSED, f1=FUSED)
+    turns = [ChatArrived(f"turn-{n}", "gateway-0", 0.0, 100, 10, conversation="one") for n in range(3)]
+    assert [route(dispatch, turn)[0] for turn in turns] == ["f0", "f0", "f0"]
+    # What has no conversation is one of its own.
+    assert [route(dispatch, arrived(name, prompt=200))[0] for name in "ab"] == ["f1", "f1"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_routes_and_is_not_given_what_drains_or_is_to_be_avoided(rule: str) -> None:
+    dispatch = cluster(rule, p0=PREFILL, p1=PREFILL, d0=DECODE, f0=FUSED, f1=FUSED)
+    dispatch.handle(InstanceDraining("f1"))
+    for number in range(20):
+        chosen = route(dispatch, arrived(f"chat-{number}", prompt=50 + number, avoid=("p1",)))
+        assert chosen in {("p0", "d0"), ("p0", "f0"), ("f0", "f0")}
+    dispatch.handle(GatewayLost("gateway-0"))
+    assert all(dispatch.load(name) == (0, 0) for name in ("p0", "d0", "f0"))

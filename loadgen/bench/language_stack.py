@@ -1,0 +1,182 @@
+"""A stack of fused language instances under one routing rule, and requests that are asked of it at their times."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from loadgen.bench.process import BenchmarkError, started
+from loadgen.bench.trace_excerpt import SmallRequest, random_tokens
+
+_ANSWER_TIMEOUT_S = 300.0
+_BEST = "triptych_best_cached_prompt_tokens_total"
+_WARM_UP_SEED = 1 << 50
+_WARM_UP_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the scheduler is told of an instance, in tokens a second; see its settings."""
+
+    prefill_tokens_s: float
+    transfer_tokens_s: float
+
+
+@dataclass
+class Answer:
+    """What a stream of events has told so far. Times are of ``time.monotonic``."""
+
+    asked_s: float
+    first_s: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    done: bool = False
+
+    @property
+    def ttft_s(self) -> float:
+        """Raises BenchmarkError: there was no token."""
+        if self.first_s is None or not self.done:
+            raise BenchmarkError("an answer ended before its end")
+        return self.first_s - self.asked_s
+
+    def take(self, line: bytes, now_s: float) -> None:
+        """One line of the stream. Raises BenchmarkError: it tells of a failure."""
+        if not line.startswith(b"data:"):
+            return
+        data = line.removeprefix(b"data:").strip()
+        if data == b"[DONE]":
+            self.done = True
+            return
+        told: dict[str, Any] = json.loads(data)
+        if "error" in told:
+            raise BenchmarkError(f"an answer failed: {told['error']['message']}")
+        if told["choices"] and self.first_s is None:
+            self.first_s = now_s
+        if (usage := told.get("usage")) is not None:
+            self.prompt_tokens = usage["prompt_tokens"]
+            self.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came of one run. ``best_tokens``: the sum of what the instance had that had the most of each prompt, when
+    it was routed."""
+
+    ttft_s: list[float]
+    prompt_tokens: int
+    cached_tokens: int
+    best_tokens: int
+
+
+class LanguageStack:
+    """A running stack, by its address."""
+
+    def __init__(self, session: aiohttp.ClientSession, vocabulary: int) -> None:
+        self._session = session
+        self._vocabulary = vocabulary
+        self._warmed = 0
+
+    async def warm_up(self, instances: int) -> None:
+        """Prompts that nothing else has in common, some at once, so that all instances get one."""
+        for _ in range(2):
+            await asyncio.gather(*(self._alone() for _ in range(2 * instances)))
+
+    async def prefill_tokens_s(self, repeats: int = 3) -> float:
+        """How fast a prompt that is asked alone is prefilled, way there and back included: the median."""
+        times = sorted([(await self._alone()).ttft_s for _ in range(repeats)])
+        return _WARM_UP_TOKENS / times[repeats // 2]
+
+    async def replay(self, requests: Sequence[SmallRequest]) -> Replay:
+        """Ask for all, each at its time, or when the one before it in its conversation has been answered."""
+        best_before = await self._best_tokens()
+        # A little later, so that the first one is not late already.
+        begin_s = time.monotonic() + 0.2
+        before: dict[str, asyncio.Task[Answer]] = {}
+        tasks = []
+
+        async def one(request: SmallRequest, after: asyncio.Task[Answer] | None) -> Answer:
+            if after is not None:
+                await asyncio.wait([after])
+            await asyncio.sleep(max(0.0, begin_s + request.due_s - time.monotonic()))
+            return await self._ask(request)
+
+        async with asyncio.TaskGroup() as group:
+            for request in requests:
+                task = group.create_task(one(request, before.get(request.conversation)))
+                before[request.conversation] = task
+                tasks.append(task)
+        answers = [task.result() for task in tasks]
+        return Replay(
+            [answer.ttft_s for answer in answers],
+            sum(answer.prompt_tokens for answer in answers),
+            sum(answer.cached_tokens for answer in answers),
+            await self._best_tokens() - best_before,
+        )
+
+    async def _alone(self) -> Answer:
+        self._warmed += 1
+        name = f"warming up {self._warmed}"
+        tokens = random_tokens(_WARM_UP_SEED + self._warmed, _WARM_UP_TOKENS, self._vocabulary)
+        return await self._ask(SmallRequest(0.0, name, tuple(tokens), 2))
+
+    async def _ask(self, request: SmallRequest) -> Answer:
+        fields = {
+            "prompt": list(request.tokens),
+            "max_tokens": request.answer_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "prompt_cache_key": request.conversation,
+        }
+        answer = Answer(time.monotonic())
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S), self._session.post("/v1/completions", json=fields) as response:
+            if response.status != 200:
+                raise BenchmarkError(f"a request was refused: {(await response.json())['error']['message']}")
+            async for line in response.content:
+                answer.take(line, time.monotonic())
+        return answer
+
+    async def _best_tokens(self) -> int:
+        async with self._session.get("/metrics", raise_for_status=True) as response:
+            return counted(await response.text(), _BEST)
+
+
+def counted(metrics: str, name: str) -> int:
+    """The value of a counter in Prometheus' text. Raises BenchmarkError: there is none of that name."""
+    found = re.search(rf"^{name} (\S+)$", metrics, re.MULTILINE)
+    if found is None:
+        raise BenchmarkError(f"the stack's metrics have no {name}")
+    return round(float(found[1]))
+
+
+@contextlib.asynccontextmanager
+async def language_stack(
+    rule: str, model: str, instances: int, vocabulary: int, costs: Costs
+) -> AsyncIterator[LanguageStack]:
+    """A stack under ``rule`` with so many fused instances of one thread each; stopped at the end."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TRIPTYCH_THREADS": "1",
+        "TRIPTYCH_ROLE": "fused",
+        "TRIPTYCH_ROUTING": rule,
+        "TRIPTYCH_PREFILL_TOKENS_S": str(costs.prefill_tokens_s),
+        "TRIPTYCH_TRANSFER_TOKENS_S": str(costs.transfer_tokens_s),
+    }
+    command = [sys.executable, "-m", "compose.cli", "up", "--port", "0", "--log-level", "warning"]
+    command += ["--language-model", model, "--set", f"decode={instances}"]
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=_ANSWER_TIMEOUT_S)
+    async with (
+        started(command, environment) as (_, ready),
+        aiohttp.ClientSession(ready.split()[1], timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session,
+    ):
+        yield LanguageStack(session, vocabulary)
