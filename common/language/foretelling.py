@@ -8,6 +8,8 @@ import asyncio
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
 from common.language.held import Held
 from common.language.settings import LengthPrediction
 from common.messages.chat import ExpectedAnswer, tokens_in
@@ -24,7 +26,8 @@ class Foretelling:
     def __init__(self, lengths: AnswerLengths, mode: LengthPrediction) -> None:
         self._lengths = lengths
         self._mode = mode
-        self._thread = ThreadPoolExecutor(1, "lengths")
+        # One thread, without a team of its own: the cores are the engine's, whose thread keeps the team it has.
+        self._thread = ThreadPoolExecutor(1, "lengths", initializer=torch.set_num_threads, initargs=(1,))
         self.sources: Counter[str] = Counter()
 
     async def begin(self, held: Held) -> None:
