@@ -125,7 +125,8 @@ class Batch:
         wanted: [chunks whose logits are wanted], the rows of their last tokens; None: every row, in order.
         pool: the blocks that all of this is about.
         kernels: ours; None: there are none, torch's do.
-        stored: told each layer whose keys and values of all tokens are in the pool, while the layer is still computed.
+        stored: told each layer whose keys and values of all tokens are in the pool, while the layer is still computed
+            or right after.
         singles, runs: for our kernels, from the first layer on, for each width of the window.
         lengths, paged: the same on a GPU, for chunks of several tokens and of one.
     """

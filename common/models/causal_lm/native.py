@@ -39,7 +39,7 @@ _ARGUMENTS = {
     "norm": [*[_pointer] * 3, _int, _int, _float],
     "prepare": [_pointer, _pointer, _float, *[_pointer] * 4, *[_int] * 4, _long, _long],
     "pair": [],
-    "layers": [_pointer] * 3,
+    "layers": [*[_pointer] * 3, _int, _int],
     "product": [*[_pointer] * 4, *[_int] * 3],
 }
 
@@ -48,7 +48,7 @@ class ModelShape(ctypes.Structure):
     """``Model`` of cpp/decoder.h."""
 
     _fields_ = (
-        *((name, _int) for name in ("hidden", "inner", "query_heads", "key_heads", "dim", "layers", "activation")),
+        *((name, _int) for name in ("hidden", "inner", "query_heads", "key_heads", "dim", "activation")),
         *((name, _float) for name in ("epsilon", "scale")),
         *((name, _long) for name in ("token_stride", "layer_stride", "value_offset")),
         *((name, _pointer) for name in ("cos", "sin")),
@@ -185,9 +185,12 @@ class DecoderKernels:
         self._layers = _function(library, "layers", dtype)
         self._product = _function(library, "product", dtype)
 
-    def run_layers(self, shape: ModelShape, layers: "ctypes.Array[LayerWeights]", done: Pass) -> None:
-        """All layers of a pass: what it begins with in ``hidden`` becomes what it ends with."""
-        self._layers(ctypes.byref(shape), layers, ctypes.byref(done))
+    def run_layers(
+        self, shape: ModelShape, layers: "ctypes.Array[LayerWeights]", done: Pass, numbers: range | None = None
+    ) -> None:
+        """Layers of a pass, all of them if none are named: what they begin with in ``hidden`` becomes their result."""
+        numbers = range(len(layers)) if numbers is None else numbers
+        self._layers(ctypes.byref(shape), layers, ctypes.byref(done), numbers.start, numbers.stop)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
         """x W^T + b, [rows, outputs] float32, for x [rows, inputs] and a packed weight."""

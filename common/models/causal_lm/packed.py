@@ -99,14 +99,7 @@ class PackedDecoder:
             hidden.new_empty(tokens, self._heads * self._head_dim),
             hidden.new_empty(tokens, self._inner),
         )
-        # All at once, unless somebody wants to know of each.
-        count = len(self._layers) if batch.stored is None else 1
-        for first in range(0, len(self._layers), count):
-            layers = (LayerWeights * count).from_buffer(self._layers, first * ctypes.sizeof(LayerWeights))
-            done = self._pass(batch, hidden, buffers, range(first, first + count))
-            self._kernels.run_layers(self._shape(batch, count), layers, done)
-            if batch.stored is not None:
-                batch.stored(first)
+        self._run_layers(batch, self._pass(batch, hidden, buffers))
         if batch.wanted is not None:
             hidden = hidden.index_select(0, batch.wanted)
         if not hidden.shape[0]:
@@ -114,7 +107,17 @@ class PackedDecoder:
         normed = self._kernels.norm(hidden, self._last_norm, self._epsilon)
         return self._kernels.product(normed, self._head, self._head_bias, self._vocabulary)
 
-    def _shape(self, batch: Batch, layers: int) -> ModelShape:
+    def _run_layers(self, batch: Batch, done: Pass) -> None:
+        """At once, but where somebody waits for each layer's keys and values."""
+        shape = self._shape(batch)
+        if batch.stored is None:
+            self._kernels.run_layers(shape, self._layers, done)
+            return
+        for number in range(len(self._layers)):
+            self._kernels.run_layers(shape, self._layers, done, range(number, number + 1))
+            batch.stored(number)
+
+    def _shape(self, batch: Batch) -> ModelShape:
         layer = batch.pool.layers[0]
         return ModelShape(
             hidden=self._hidden,
@@ -122,7 +125,6 @@ class PackedDecoder:
             query_heads=self._heads,
             key_heads=self._kv_heads,
             dim=self._head_dim,
-            layers=layers,
             activation=self._activation,
             epsilon=self._epsilon,
             scale=self._scale,
@@ -133,8 +135,8 @@ class PackedDecoder:
             sin=self._sin.data_ptr(),
         )
 
-    def _pass(self, batch: Batch, hidden: Tensor, buffers: _Buffers, layers: range) -> Pass:
-        runs = [batch.runs_within(self._windows[layer]) for layer in layers]
+    def _pass(self, batch: Batch, hidden: Tensor, buffers: _Buffers) -> Pass:
+        runs = [batch.runs_within(window) for window in self._windows]
         addresses = ctypes.c_void_p * len(runs)
         return Pass(
             tokens=hidden.shape[0],
@@ -147,7 +149,7 @@ class PackedDecoder:
             heads=buffers.heads.data_ptr(),
             attended=buffers.attended.data_ptr(),
             inner=buffers.inner.data_ptr(),
-            pool=batch.pool.layers[layers.start].data_ptr(),
+            pool=batch.pool.layers[0].data_ptr(),
             spans=addresses(*(one.spans.data_ptr() for one in runs)),
             first_span=addresses(*(one.first_span.data_ptr() for one in runs)),
         )

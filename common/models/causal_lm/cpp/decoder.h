@@ -12,7 +12,7 @@
 
 // As native.py describes them to ctypes; sizes in elements.
 struct Model {
-    int hidden, inner, query_heads, key_heads, dim, layers, activation;
+    int hidden, inner, query_heads, key_heads, dim, activation;
     float epsilon, scale;
     int64_t token_stride, layer_stride, value_offset;
     const float *cos, *sin;  // [positions, dim / 2]
@@ -224,13 +224,13 @@ class Decoder {
 };
 
 template <typename Element>
-void run_layers(const Model &model, const Layer *layers, const Pass &pass) {
+void run_layers(const Model &model, const Layer *layers, const Pass &pass, int first, int end) {
     Team team(omp_get_max_threads());
     const std::vector<Part> parts = parts_of(model, pass, team.size());
 #pragma omp parallel num_threads(team.size())
     {
         const Decoder<Element> decoder(model, pass, team);
-        for (int number = 0; number < model.layers; number++) {
+        for (int number = first; number < end; number++) {
             decoder.begin(layers[number], number);
             decoder.attend(layers[number], number, parts);
             decoder.end(layers[number]);

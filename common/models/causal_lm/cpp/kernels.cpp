@@ -32,8 +32,8 @@
                 {query_heads, kv_heads, dim, token_stride, value_offset});                                             \
     }                                                                                                                  \
     int pair_##NAME() { return PAIR<ELEMENT>; }                                                                        \
-    void layers_##NAME(const Model *model, const Layer *layers, const Pass *pass) {                                    \
-        run_layers<ELEMENT>(*model, layers, *pass);                                                                    \
+    void layers_##NAME(const Model *model, const Layer *layers, const Pass *pass, int first, int end) {                \
+        run_layers<ELEMENT>(*model, layers, *pass, first, end);                                                        \
     }                                                                                                                  \
     void product_##NAME(const ELEMENT *x, const ELEMENT *weights, const float *bias, float *out, int rows, int size,   \
                         int outputs) {                                                                                 \
