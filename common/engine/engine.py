@@ -29,6 +29,7 @@ from common.policies.continuous_batching import (
     StepDue,
     StepFinished,
 )
+from common.policies.decode_admission import DecodeAdmission
 
 
 class RequestRefused(ValueError):
@@ -52,6 +53,7 @@ class Engine:
         chunk_tokens, most_sequences: see ``ContinuousBatching``.
         memory: the pool with its books, and with what is kept in it; None: they are made here.
         caching: what is kept.
+        admission: who is let in, and who leaves where blocks are too few.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Engine:
         most_sequences: int = 256,
         memory: MemPool | None = None,
         caching: Caching = Caching.PD_BASIC,
+        admission: DecodeAdmission | None = None,
     ) -> None:
         self._model = model
         self._pool = pool
@@ -71,6 +74,7 @@ class Engine:
         self.caching = caching
         self._chunk_tokens = chunk_tokens
         self._most_sequences = most_sequences
+        self._admission = admission
         self._batching = self._new_batching()
         self._sequences: dict[str, Computed] = {}
         self._parked = 0
@@ -83,7 +87,13 @@ class Engine:
         """Whether the last step could do nothing: blocks that others hold are waited for."""
 
     def _new_batching(self) -> ContinuousBatching:
-        return ContinuousBatching(self.allocator.blocks, BLOCK_TOKENS, self._chunk_tokens, self._most_sequences)
+        return ContinuousBatching(
+            self.allocator.blocks,
+            BLOCK_TOKENS,
+            self._chunk_tokens,
+            self._most_sequences,
+            admission=self._admission,
+        )
 
     @property
     def allocator(self) -> BlockAllocator:
@@ -132,27 +142,38 @@ class Engine:
         """
         self._take_in(name, request, (), 0, now_s)
 
-    def adopt(self, name: str, request: Request, addresses: Sequence[Address], now_s: float) -> None:
+    def adopt(
+        self, name: str, request: Request, addresses: Sequence[Address], now_s: float, expected_tokens: int = 0
+    ) -> None:
         """Take in a request whose keys and values are here already, but for the last token's.
 
         Args:
             addresses: of blocks held for this sequence; they are the engine's from now on.
+            expected_tokens: how many it is predicted to come to have; 0: nothing is predicted.
 
         Raises:
             RequestRefused, ValueError: see ``add``; the blocks stay the caller's.
         """
         computed = tokens_in(request.prompt) + tokens_in(request.answered) - 1
-        self._take_in(name, request, addresses, computed, now_s)
+        self._take_in(name, request, addresses, computed, now_s, expected_tokens)
         sequence = self._sequences[name]
         if sequence.keeps:
             sequence.blocks.keep(sequence.known)
 
-    def _take_in(self, name: str, request: Request, addresses: Sequence[Address], computed: int, now_s: float) -> None:
+    def _take_in(
+        self,
+        name: str,
+        request: Request,
+        addresses: Sequence[Address],
+        computed: int,
+        now_s: float,
+        expected_tokens: int = 0,
+    ) -> None:
         if name in self._sequences:
             raise ValueError(f"{name} is being answered already")
         self.check(name, request)
         tokens = tokens_in(request.prompt) + tokens_in(request.answered)
-        arrival = SequenceArrived(name, tokens, request.computed_tokens, computed, len(addresses))
+        arrival = SequenceArrived(name, tokens, request.computed_tokens, computed, len(addresses), expected_tokens)
         for decision in self._batching.handle(arrival, now_s):
             if isinstance(decision, RefuseSequence):
                 raise RequestRefused(f"{name}: {decision.reason}")

@@ -12,6 +12,7 @@ from common.bus.port import Bus
 from common.engine import Engine
 from common.language.ahead import MARGIN_S, SendingAhead, SentAhead, Spawn
 from common.language.blocks import Part, blocks_part, bytes_in, exported
+from common.language.foretelling import told
 from common.language.held import Held
 from common.language.settings import LanguageSettings
 from common.language.stepper import Stepper
@@ -76,6 +77,7 @@ class HandOver:
 
     async def _offer(self, held: Held, table: BlockTable) -> Failure | None:
         wait_s = self._settings.transfer_s + MARGIN_S
+        expected = await told(held.expected)
         sent = await self.ahead.finish(held.key)
         parts: list[Part] = list(sent.parts)
         known = 0 if sent.offers else await held.known_there()
@@ -93,6 +95,7 @@ class HandOver:
                     block_tokens=BLOCK_TOKENS,
                     first_block=known // BLOCK_TOKENS,
                     offers=sent.offers,
+                    expected=expected,
                 )
                 await self._bus.request(TAKE_OVER, message, held.request.decode, deadline_s=wait_s)
             self.sent_bytes += bytes_in(described)

@@ -9,6 +9,7 @@ from common.messages.chat import FinishReason, GenerateTokens, SequenceTokens, T
 from common.messages.failures import Failure
 from common.models.causal_lm.sampling import SamplingParameters
 from common.policies.fence import Fence, StaleEpoch
+from common.policies.length_prediction import LengthRange
 
 _REASONS = {Finish.STOP: FinishReason.STOP, Finish.LENGTH: FinishReason.LENGTH}
 
@@ -18,7 +19,8 @@ class Held:
     """One attempt at a sequence, its tokens packed.
 
     ``answered`` is what of the answer there is, over all attempts; ``prefill`` who handed it over, if anybody did;
-    ``known`` the answer of who will decode it, of how many tokens it has keys and values.
+    ``known`` the answer of who will decode it, of how many tokens it has keys and values; ``expected`` what is
+    predicted of the answer's length, where anything is.
     """
 
     request: GenerateTokens
@@ -26,6 +28,7 @@ class Held:
     answered: bytearray
     prefill: str = ""
     known: asyncio.Future[int] | None = None
+    expected: asyncio.Future[LengthRange] | None = None
 
     async def known_there(self) -> int:
         """Of how many of its tokens who decodes it has keys and values already."""

@@ -10,6 +10,7 @@ import structlog
 from common.bus.errors import BusError, Refusal
 from common.bus.port import Subscription
 from common.engine import Output, Request, RequestRefused
+from common.language.foretelling import Foretelling
 from common.language.handover import HandOver
 from common.language.held import Held, Sequences
 from common.language.index_teller import IndexTeller
@@ -73,7 +74,10 @@ class LanguageInstance:
             equipment.instance, equipment.bus, equipment.tensors, model.engine, self._stepper, settings, self._spawn
         )
         self._ahead = self.hand_over.ahead
-        self.receiving = Receiving(equipment.tensors, model.engine, self._stepper, self._sequences, settings)
+        self.foretelling = Foretelling(model.lengths, settings.length_prediction)
+        self.receiving = Receiving(
+            equipment.tensors, model.engine, self._stepper, self._sequences, settings, self.foretelling
+        )
         memory = model.engine.memory
         self._teller = IndexTeller(equipment.bus, equipment.instance, memory, self._stepper)
         self.transfers = BlockTransfer(
@@ -114,6 +118,7 @@ class LanguageInstance:
                 moved_bytes=self.transfers.sent_bytes,
             )
             self._ahead.stop()
+            self.foretelling.close()
             failure = self._failure("draining", f"{self._instance} is leaving")
             await self._tell_failed(self._sequences.all, failure)
 
@@ -129,6 +134,9 @@ class LanguageInstance:
     async def _generate(self, request: GenerateTokens) -> Acknowledged:
         held, asked = self._take_in(request, park=request.decode != self._instance)
         if asked.park:
+            await self.foretelling.begin(held)
+            if not self._sequences.has(held):
+                return Acknowledged()  # cancelled meanwhile
             if self._engine.caching.keeps_received:
                 held.known = asyncio.get_running_loop().create_future()
                 self._stepper.soon(partial(self._ask, held, held.known))
@@ -221,6 +229,8 @@ class LanguageInstance:
             news.setdefault(held.request.gateway, []).append(held.take(output))
             if output.finish is not None:
                 self._remove(held)
+                if held.request.decode == self._instance:
+                    self.foretelling.ended(held)
                 if held.prefill and self._engine.caching.sends_back:
                     self.sending_back.later(held.tokens[: TOKEN_BYTES * held.kv_tokens], held.prefill)
             elif held.request.decode != self._instance and self._engine.parked(held.key) is not None:

@@ -11,14 +11,18 @@ from common.mempool.pool import MemPool
 from common.mempool.tiers import Tier, disk_tier, dram_tier
 from common.messages.cluster import LanguageModelInfo
 from common.models.causal_lm import CausalLM, KVPool, ModelLoadError, load
+from common.models.length_predictor import AnswerLengths, PredictorLoadError
+from common.policies.decode_admission import DecodeAdmission
+from common.policies.length_prediction import LengthBuckets
 from common.runtime.process import CannotServe
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An engine that is ready for requests, and what the cluster is told of its model."""
+    """An engine that is ready for requests, how long its answers will be, and what the cluster is told of its model."""
 
     engine: Engine
+    lengths: AnswerLengths
     info: LanguageModelInfo
 
 
@@ -28,10 +32,8 @@ def open_model(settings: LanguageSettings, device: torch.device, dtype: torch.dt
     Raises:
         CannotServe: no such model, or no memory for one block; the message says what to change.
     """
-    location = settings.language_model
-    folder = str(files("common.models") / "demo_language" / "weights") if location == DEMO else location
     try:
-        model = load(folder, device, dtype)
+        model = load(_location(settings), device, dtype)
     except ModelLoadError as error:
         raise CannotServe(f"TRIPTYCH_LANGUAGE_MODEL: {error}") from error
     try:
@@ -41,12 +43,26 @@ def open_model(settings: LanguageSettings, device: torch.device, dtype: torch.dt
 
 
 def load_model(settings: LanguageSettings, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Raises: CannotServe: see ``open_model``."""
+    """Raises: CannotServe: see ``open_model``; or its length predictor is damaged."""
     model, pool = open_model(settings, device, dtype)
     memory = MemPool(settings.instance, Tier.over(pool.blocks), _colder(settings, pool))
-    engine = Engine(model, pool, None, settings.chunk_tokens, settings.most_sequences, memory, settings.caching)
+    admission = DecodeAdmission(victim_rule=settings.victim_rule)
+    engine = Engine(
+        model, pool, None, settings.chunk_tokens, settings.most_sequences, memory, settings.caching, admission
+    )
+    try:
+        lengths = AnswerLengths.of_model(_location(settings), LengthBuckets())
+    except PredictorLoadError as error:
+        raise CannotServe(f"TRIPTYCH_LANGUAGE_MODEL: {error}") from error
     name = model_name(settings.language_model)
-    return LoadedModel(engine, LanguageModelInfo(name=name, context_tokens=engine.context))
+    return LoadedModel(engine, lengths, LanguageModelInfo(name=name, context_tokens=engine.context))
+
+
+def _location(settings: LanguageSettings) -> str:
+    """A folder, or a repository of the hub: that has no length predictor."""
+    if settings.language_model == DEMO:
+        return str(files("common.models") / "demo_language" / "weights")
+    return settings.language_model
 
 
 def _colder(settings: LanguageSettings, pool: KVPool) -> list[Tier]:

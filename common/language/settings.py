@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from common.mempool.caching import Caching
+from common.policies.decode_admission import VictimRule
 from common.runtime.settings import ComputeSettings
 
 DEMO = "demo"
@@ -21,6 +22,17 @@ class TransferMode(StrEnum):
     BY_LAYER = "by_layer"
 
 
+class LengthPrediction(StrEnum):
+    """When a prefill instance predicts how long an answer will be (TetriInfer, section 3.3.2).
+
+    ``PARALLEL``: while the prompt is computed, which costs throughput; ``SEQUENTIAL``: before, which costs time.
+    """
+
+    OFF = "off"
+    PARALLEL = "parallel"
+    SEQUENTIAL = "sequential"
+
+
 class LanguageSettings(ComputeSettings):
     """``language_model``: a local folder, a hub name or ``demo``.
 
@@ -30,7 +42,9 @@ class LanguageSettings(ComputeSettings):
     they leave: ``by_request`` all at once after the prompt, ``by_chunk`` whole blocks after each pass, ``by_layer``
     each layer's while later ones are computed. ``kv_checksum`` compares the bytes at both ends. ``caching`` says what
     is kept for later sequences (MemServe, section 5): in what is free of ``kv_bytes``, then in ``kv_dram_bytes`` of the
-    host's memory, then in ``kv_disk_bytes`` of a file in ``kv_disk_folder``.
+    host's memory, then in ``kv_disk_bytes`` of a file in ``kv_disk_folder``. ``length_prediction`` says when lengths of
+    answers are predicted, ``victim_rule`` who leaves where there are too few blocks for all: who came last, or who is
+    predicted to have most tokens yet to come.
     """
 
     language_model: str = "demo"
@@ -44,6 +58,8 @@ class LanguageSettings(ComputeSettings):
     kv_dram_bytes: int = Field(default=0, ge=0)
     kv_disk_bytes: int = Field(default=0, ge=0)
     kv_disk_folder: Path = Path(tempfile.gettempdir())
+    length_prediction: LengthPrediction = LengthPrediction.PARALLEL
+    victim_rule: VictimRule = VictimRule.LATEST
 
 
 def model_name(location: str) -> str:

@@ -15,11 +15,12 @@ import structlog
 from common.bus.errors import Refusal
 from common.engine import Engine
 from common.language.arriving import Arriving, Lack, NotTransferred
+from common.language.foretelling import Foretelling
 from common.language.held import Held, Sequences
 from common.language.settings import LanguageSettings
 from common.language.stepper import Stepper
 from common.mempool.address import KEY_BYTES
-from common.messages.chat import OfferKV, TakeOver, tokens_in
+from common.messages.chat import ExpectedAnswer, OfferKV, TakeOver, tokens_in
 from common.messages.failures import Failure, Stage
 from common.models.causal_lm import BLOCK_TOKENS
 from common.tensors.errors import TensorError
@@ -32,13 +33,20 @@ class Receiving:
     """Takes sequences over, any number at once. ``outcomes`` counts how transfers ended, ``offers`` what came ahead."""
 
     def __init__(
-        self, tensors: Tensors, engine: Engine, stepper: Stepper, sequences: Sequences, settings: LanguageSettings
+        self,
+        tensors: Tensors,
+        engine: Engine,
+        stepper: Stepper,
+        sequences: Sequences,
+        settings: LanguageSettings,
+        foretelling: Foretelling,
     ) -> None:
         self._tensors = tensors
         self._engine = engine
         self._stepper = stepper
         self._sequences = sequences
         self._settings = settings
+        self._foretelling = foretelling
         self._ahead: dict[str, Arriving] = {}
         self.outcomes: Counter[str] = Counter()
         self.offers: Counter[str] = Counter()
@@ -139,7 +147,7 @@ class Receiving:
                 return "dropped"
             await arriving.fill(handed.parts, self._tensors, deadline_s, self._settings.kv_checksum)
             arriving.check_whole()
-            adopted = await self._stepper.between(partial(self._adopt, held, arriving))
+            adopted = await self._stepper.between(partial(self._adopt, held, arriving, handed.expected))
             return "taken" if adopted else "dropped"
         finally:
             if arriving is not None and not adopted:
@@ -161,10 +169,11 @@ class Receiving:
         reserved = Arriving.reserve(self._engine, self._stepper, request.request_id, request.epoch, tokens, known)
         return None if reserved is Lack.NO_ROOM else reserved
 
-    def _adopt(self, held: Held, arriving: Arriving) -> bool:
+    def _adopt(self, held: Held, arriving: Arriving, told: ExpectedAnswer | None) -> bool:
         if not self._sequences.has(held):
             return False
-        self._engine.adopt(held.key, held.asked(park=False), arriving.held, self._clock())
+        expected = self._foretelling.expected_tokens(held, told)
+        self._engine.adopt(held.key, held.asked(park=False), arriving.held, self._clock(), expected)
         arriving.leave()
         return True
 

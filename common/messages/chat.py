@@ -250,16 +250,28 @@ class OfferKV(Message):
     parts: tuple[KVPart, ...]
 
 
+class ExpectedAnswer(Message):
+    """The whole answer will have ``low`` tokens or more and fewer than ``high`` (TetriInfer, section 3.3.2).
+
+    ``source``: who says so.
+    """
+
+    low: int = Field(ge=0)
+    high: int = Field(ge=1)
+    source: str
+
+
 class TakeOver(Message):
     """From prefill to decode: fetch the keys and values and go on. Answered when they are fetched.
 
     ``request`` has the first new token at its end, counted in ``generated``: it has been sent to the gateway, and its
     own keys and values are not computed yet. ``parts`` are, in blocks of ``block_tokens`` tokens, those of the first
     ``kv_tokens`` tokens, without what the ``offers`` before have brought. A receiver that has the first blocks already
-    is offered only the rest: the parts begin at block ``first_block``.
+    is offered only the rest: the parts begin at block ``first_block``. ``expected`` is what the prefill instance's
+    predictor says; None: it has none.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     request: GenerateTokens
     prefill: str
@@ -268,3 +280,4 @@ class TakeOver(Message):
     block_tokens: int = Field(ge=1)
     first_block: int = Field(default=0, ge=0)
     offers: int = Field(default=0, ge=0)
+    expected: ExpectedAnswer | None = None

@@ -115,7 +115,7 @@ def test_the_model_folder_is_complete_and_small() -> None:
     names = {path.name for path in WEIGHTS.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", CARD, FIGURES} <= names
     # Other kinds of files would be missing from an installed package.
-    assert {path.suffix for path in WEIGHTS.iterdir()} <= {".json", ".safetensors", ".md"}
+    assert {path.suffix for path in WEIGHTS.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".md"}
     assert "chat_template" in json.loads((WEIGHTS / "tokenizer_config.json").read_text(encoding="utf-8"))
 
 

@@ -1,0 +1,67 @@
+"""How long answers will be, said beside the engine (TetriInfer, section 3.3.2).
+
+A prefill instance goes by the model's predictor, and what it says leaves with the keys and values. Where none is
+trained, the decode instance goes by its own histogram: only it sees where answers end.
+"""
+
+import asyncio
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from common.language.held import Held
+from common.language.settings import LengthPrediction
+from common.messages.chat import ExpectedAnswer, tokens_in
+from common.models.length_predictor import AnswerLengths
+from common.policies.length_prediction import LengthRange
+
+
+class Foretelling:
+    """Predicts in a thread of its own: neither the event loop nor the engine waits for it.
+
+    ``sources`` counts, of sequences that were handed over to here, who told their lengths.
+    """
+
+    def __init__(self, lengths: AnswerLengths, mode: LengthPrediction) -> None:
+        self._lengths = lengths
+        self._mode = mode
+        # One thread, without a team of its own: the cores are the engine's, whose thread keeps the team it has.
+        self._thread = ThreadPoolExecutor(1, "lengths", initializer=torch.set_num_threads, initargs=(1,))
+        self.sources: Counter[str] = Counter()
+
+    async def begin(self, held: Held) -> None:
+        """Predict for a sequence that will be handed over; in sequential mode, wait for it."""
+        predictor = self._lengths.predictor
+        if predictor is None or self._mode is LengthPrediction.OFF:
+            return
+        held.expected = asyncio.get_running_loop().run_in_executor(self._thread, predictor.range, held.prompt)
+        if self._mode is LengthPrediction.SEQUENTIAL:
+            await asyncio.shield(held.expected)
+
+    def expected_tokens(self, held: Held, told: ExpectedAnswer | None) -> int:
+        """How many tokens a sequence that was handed over is expected to come to have; 0: nobody can say.
+
+        As in the paper, by the lower end of the range (section 5.2.3).
+        """
+        if self._mode is LengthPrediction.OFF:
+            return 0
+        self.sources["histogram" if told is None else "predictor"] += 1
+        low = self._lengths.counted(held.prompt).low if told is None else told.low
+        return tokens_in(held.prompt) + low
+
+    def ended(self, held: Held) -> None:
+        """An answer has come to its end here."""
+        self._lengths.ended(held.prompt, held.generated)
+
+    def close(self) -> None:
+        """Predict no more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+async def told(expected: asyncio.Future[LengthRange] | None) -> ExpectedAnswer | None:
+    """What leaves with a sequence: the prediction, once it is there."""
+    if expected is None:
+        return None
+    found = await asyncio.shield(expected)
+    return ExpectedAnswer(low=found.low, high=found.high, source=found.source)

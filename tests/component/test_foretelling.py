@@ -1,0 +1,122 @@
+"""What is predicted of an answer's length in a prefill instance reaches the decode instance, in either mode."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.language.foretelling import Foretelling, told
+from common.language.held import Held
+from common.language.settings import LengthPrediction
+from common.messages.chat import ExpectedAnswer, GenerateTokens, Sampling, pack_tokens
+from common.models.length_predictor import AnswerLengths, LengthPredictor
+from common.models.length_predictor.network import LengthNetwork, NetworkShape
+from common.policies.decode_admission import VictimRule
+from common.policies.length_prediction import LengthBuckets
+from tests.component.chat_support import DECODE, PREFILL
+from tests.component.language_support import gathered, known_prompts, language_stack, shown
+from tests.support.language_instance import language_instance
+from tests.support.language_model import BLOCK_BYTES
+from tests.support.nats_server import NatsServer
+
+_BUCKETS = LengthBuckets(granularity=10, buckets=4)
+
+
+@pytest.fixture
+def with_predictor(language_model: Path, tmp_path: Path) -> Path:
+    """The test model with a predictor beside it that has learnt nothing: it says something all the same."""
+    folder = tmp_path / language_model.name
+    shutil.copytree(language_model, folder)
+    torch.manual_seed(4)
+    shape = NetworkShape(rows=64, window=32, classes=_BUCKETS.buckets, width=8, channels=16, hidden=16)
+    LengthPredictor(LengthNetwork(shape), _BUCKETS).save(folder)
+    return folder
+
+
+def _held(prompt: bytes) -> Held:
+    return Held.of(
+        GenerateTokens(
+            request_id="a",
+            epoch=1,
+            tokens=prompt,
+            sampling=Sampling(seed=1, max_tokens=8),
+            gateway="gateway-0",
+            decode="decode-0",
+            created_at_s=0.0,
+        )
+    )
+
+
+@pytest.mark.parametrize("mode", [LengthPrediction.PARALLEL, LengthPrediction.SEQUENTIAL])
+async def test_what_the_predictor_says_is_told(with_predictor: Path, mode: LengthPrediction) -> None:
+    lengths = AnswerLengths.of_model(with_predictor, LengthBuckets())
+    assert lengths.predictor is not None
+    prompt = pack_tokens(range(20))
+    foretelling = Foretelling(lengths, mode)
+    try:
+        held = _held(prompt)
+        await foretelling.begin(held)
+        assert held.expected is not None
+        assert held.expected.done() or mode is LengthPrediction.PARALLEL
+        said = await told(held.expected)
+        assert said is not None
+        expected = lengths.predictor.range(prompt)
+        assert (said.low, said.high, said.source) == (expected.low, expected.high, "predictor")
+        assert foretelling.expected_tokens(held, said) == 20 + expected.low
+    finally:
+        foretelling.close()
+
+
+async def test_where_nothing_is_told_the_answers_that_ended_here_count(language_model: Path) -> None:
+    foretelling = Foretelling(AnswerLengths.of_model(language_model, _BUCKETS), LengthPrediction.PARALLEL)
+    held = _held(pack_tokens(range(20)))
+    await foretelling.begin(held)
+    assert await told(held.expected) is None
+    assert foretelling.expected_tokens(held, None) == 20
+    held.answered += pack_tokens(range(25))
+    for _ in range(8):
+        foretelling.ended(held)
+    assert foretelling.expected_tokens(held, None) == 40
+    assert foretelling.expected_tokens(held, ExpectedAnswer(low=30, high=40, source="test")) == 50
+    assert foretelling.sources == {"histogram": 2, "predictor": 1}
+    foretelling.close()
+
+
+@pytest.mark.parametrize("mode", list(LengthPrediction))
+async def test_predictions_go_from_prefill_to_decode(
+    nats_server: NatsServer, with_predictor: Path, mode: LengthPrediction
+) -> None:
+    prompts = known_prompts(with_predictor)
+    # So small a pool that whoever is expected to be longest leaves now and then: the answers stay the same.
+    pool = {"kv_bytes": 24 * BLOCK_BYTES, "victim_rule": VictimRule.LONGEST_REMAINING}
+    async with (
+        language_stack(nats_server.url, with_predictor) as stack,
+        language_instance(
+            nats_server.url, "prefill-0", with_predictor, PREFILL, chunk_tokens=32, length_prediction=mode
+        ) as prefill,
+        language_instance(
+            nats_server.url, "decode-0", with_predictor, DECODE, length_prediction=mode, **pool
+        ) as decode,
+    ):
+        await stack.served("prefill-0", "decode-0")
+        answers = await gathered(*(stack.text(prompt) for prompt in prompts))
+        assert answers == [shown(expected) for expected in prompts.values()]
+        await prefill.settled()
+        await decode.settled()
+        taken = decode.instance.receiving.outcomes["taken"]
+        assert taken
+        assert decode.instance.foretelling.sources == ({} if mode is LengthPrediction.OFF else {"predictor": taken})
+
+
+async def test_without_a_predictor_the_decode_instance_counts(nats_server: NatsServer, language_model: Path) -> None:
+    prompts = known_prompts(language_model)
+    async with (
+        language_stack(nats_server.url, language_model) as stack,
+        language_instance(nats_server.url, "prefill-0", language_model, PREFILL),
+        language_instance(nats_server.url, "decode-0", language_model, DECODE) as decode,
+    ):
+        await stack.served("prefill-0", "decode-0")
+        await gathered(*(stack.text(prompt) for prompt in prompts))
+        await decode.settled()
+        assert decode.instance.foretelling.sources == {"histogram": len(prompts)}
