@@ -26,7 +26,7 @@ from common.messages.subjects import (
 from common.messages.video import VideoRecord, VideoState
 from common.policies import decisions as decide
 from common.policies import events as event
-from common.policies.chat_dispatch import ChatRule
+from common.policies.chat_rule import ChatRule
 from common.policies.policy import Policy
 from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
 from common.policies.registry import UnknownPolicy, make_policy
