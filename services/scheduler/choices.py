@@ -3,7 +3,7 @@
 import contextlib
 
 from common.mempool.address import BLOCK_TOKENS
-from common.policies.chat_dispatch import ChatRule
+from common.policies.chat_rule import ChatRule
 from common.policies.policy import Policy
 from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
 from common.policies.registry import UnknownPolicy, make_policy
