@@ -3,11 +3,13 @@
 import tempfile
 from enum import StrEnum
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from common.mempool.caching import Caching
 from common.policies.decode_admission import VictimRule
+from common.policies.decode_dispatch import DispatchRule
 from common.runtime.settings import ComputeSettings
 
 DEMO = "demo"
@@ -45,6 +47,11 @@ class LanguageSettings(ComputeSettings):
     host's memory, then in ``kv_disk_bytes`` of a file in ``kv_disk_folder``. ``length_prediction`` says when lengths of
     answers are predicted, ``victim_rule`` who leaves where there are too few blocks for all: who came last, or who is
     predicted to have most tokens yet to come.
+
+    ``dispatch`` says by which rule a prefill instance chooses who decodes (TetriInfer, section 3.3.4); ``scheduler``:
+    it does not, the scheduler does. ``least_delay`` reckons with ``delay_sequence_ms`` for a sequence more in a step,
+    ``delay_heavy_ms`` beyond that for one with many tokens, and a link for the keys and values of ``transfer_tokens_s``
+    tokens a second; the defaults are the paper's machine's (OPT-13B on two V100).
     """
 
     language_model: str = "demo"
@@ -60,6 +67,15 @@ class LanguageSettings(ComputeSettings):
     kv_disk_folder: Path = Path(tempfile.gettempdir())
     length_prediction: LengthPrediction = LengthPrediction.PARALLEL
     victim_rule: VictimRule = VictimRule.LATEST
+    dispatch: Literal["scheduler"] | DispatchRule = "scheduler"
+    delay_sequence_ms: float = Field(default=0.54, ge=0)
+    delay_heavy_ms: float = Field(default=0.29, ge=0)
+    transfer_tokens_s: float = Field(default=20_000.0, gt=0)
+
+    @property
+    def dispatch_rule(self) -> DispatchRule:
+        """By which to choose where a route names nobody."""
+        return DispatchRule.POWER_OF_TWO if self.dispatch == "scheduler" else self.dispatch
 
 
 def model_name(location: str) -> str:

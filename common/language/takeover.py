@@ -30,7 +30,10 @@ log = structlog.get_logger()
 
 
 class Receiving:
-    """Takes sequences over, any number at once. ``outcomes`` counts how transfers ended, ``offers`` what came ahead."""
+    """Takes sequences over, any number at once. ``outcomes`` counts how transfers ended, ``offers`` what came ahead.
+
+    ``waiting_blocks``: so many blocks are wanted that nobody had to give yet.
+    """
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class Receiving:
         self._settings = settings
         self._foretelling = foretelling
         self._ahead: dict[str, Arriving] = {}
+        self.waiting_blocks = 0
         self.outcomes: Counter[str] = Counter()
         self.offers: Counter[str] = Counter()
 
@@ -155,7 +159,12 @@ class Receiving:
 
     async def _reserve(self, held: Held, tokens: int, known: bytes, deadline_s: float) -> Arriving | None:
         """Blocks as soon as there are enough; None once nobody wants the sequence. Raises: NotTransferred."""
-        reserved = await self._stepper.until(partial(self._allocate, held, tokens, known), deadline_s)
+        blocks = self._engine.pool.layout.blocks_for(tokens + 1)
+        self.waiting_blocks += blocks
+        try:
+            reserved = await self._stepper.until(partial(self._allocate, held, tokens, known), deadline_s)
+        finally:
+            self.waiting_blocks -= blocks
         if reserved is None:
             raise NotTransferred(f"blocks for {tokens} tokens were not free in time")
         if reserved is Lack.EVICTED:
