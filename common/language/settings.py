@@ -8,8 +8,10 @@ from typing import Literal
 from pydantic import Field
 
 from common.mempool.caching import Caching
-from common.policies.decode_admission import VictimRule
+from common.policies.batching_rules import BatchingRules
+from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
 from common.policies.decode_dispatch import DispatchRule
+from common.policies.prefill_schedule import PrefillOrder
 from common.runtime.settings import ComputeSettings
 
 DEMO = "demo"
@@ -35,6 +37,13 @@ class LengthPrediction(StrEnum):
     SEQUENTIAL = "sequential"
 
 
+class Batching(StrEnum):
+    """Whether sequences come in at every pass, or in batches of which all must end first (a baseline)."""
+
+    CONTINUOUS = "continuous"
+    FIXED = "fixed"
+
+
 class LanguageSettings(ComputeSettings):
     """``language_model``: a local folder, a hub name or ``demo``.
 
@@ -52,6 +61,12 @@ class LanguageSettings(ComputeSettings):
     it does not, the scheduler does. ``least_delay`` reckons with ``delay_sequence_ms`` for a sequence more in a step,
     ``delay_heavy_ms`` beyond that for one with many tokens, and a link for the keys and values of ``transfer_tokens_s``
     tokens a second; the defaults are the paper's machine's (OPT-13B on two V100).
+
+    How a pass is put together: ``prefill_order`` says whose prompt comes next, sorted ``prefill_sched_batch`` at a time
+    (TetriInfer, section 3.3.1); with ``srf``, which has no batches, a second of waiting counts as
+    ``prefill_ageing_tokens_s`` tokens less. Of a prompt that waits alone a pass may compute ``alone_tokens`` (0:
+    ``chunk_tokens``). ``decode_admission`` says who is given blocks (section 3.4). With ``batching`` fixed a batch is
+    of ``fixed_batch`` sequences at most, and no other comes in before all of it are at their end.
     """
 
     language_model: str = "demo"
@@ -71,6 +86,29 @@ class LanguageSettings(ComputeSettings):
     delay_sequence_ms: float = Field(default=0.54, ge=0)
     delay_heavy_ms: float = Field(default=0.29, ge=0)
     transfer_tokens_s: float = Field(default=20_000.0, gt=0)
+    prefill_order: PrefillOrder = PrefillOrder.FCFS
+    prefill_sched_batch: int = Field(default=16, ge=1)
+    prefill_ageing_tokens_s: float = Field(default=100.0, ge=0)
+    alone_tokens: int = Field(default=0, ge=0)
+    decode_admission: AdmissionRule = AdmissionRule.GREEDY
+    batching: Batching = Batching.CONTINUOUS
+    fixed_batch: int = Field(default=16, ge=1)
+
+    @property
+    def batch_sequences(self) -> int:
+        """So many sequences hold blocks at most."""
+        return self.fixed_batch if self.batching is Batching.FIXED else self.most_sequences
+
+    @property
+    def batching_rules(self) -> BatchingRules:
+        return BatchingRules(
+            alone_tokens=self.alone_tokens,
+            order=self.prefill_order,
+            batch=self.prefill_sched_batch,
+            ageing=self.prefill_ageing_tokens_s,
+            admission=DecodeAdmission(self.decode_admission, self.victim_rule),
+            fixed=self.batching is Batching.FIXED,
+        )
 
     @property
     def dispatch_rule(self) -> DispatchRule:
