@@ -117,6 +117,7 @@ class LanguageInstance:
                 prefilled_tokens=self._engine.counts.prefilled,
                 found_tokens=self._engine.counts.found,
                 preemptions=self._engine.counts.preempted,
+                lengths_told_by=dict(self.foretelling.sources),
                 handed_over_bytes=self.hand_over.sent_bytes + self._ahead.sent_bytes,
                 moved_bytes=self.transfers.sent_bytes,
             )
