@@ -5,12 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.messages.cluster import LanguageRole
-from common.policies.chat_dispatch import (
+from common.policies.chat_dispatch import ChatDispatch
+from common.policies.chat_events import (
     ChatArrived,
-    ChatDispatch,
     ChatEnded,
     ChatPrefilled,
-    ChatRule,
     Event,
     GatewayLost,
     InstanceDraining,
@@ -18,6 +17,7 @@ from common.policies.chat_dispatch import (
     InstanceLost,
     RouteSequence,
 )
+from common.policies.chat_rule import ChatRule
 from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
 from common.policies.routing import Costs, Pull
 from common.policies.routing_rules import RULES, make_rule
