@@ -11,6 +11,7 @@ from common.bus.errors import BusError, Refusal
 from common.bus.port import Subscription
 from common.engine import Output, Request, RequestRefused
 from common.language.foretelling import Foretelling, told, told_already
+from common.language.handed_on import HandedOn
 from common.language.handover import HandOver
 from common.language.held import Held, Sequences
 from common.language.index_teller import IndexTeller
@@ -68,6 +69,7 @@ class LanguageInstance:
         self._stage = stage
         self._engine = model.engine
         self._sequences = Sequences(_MOST_HELD)
+        self._handed_on = HandedOn()
         self._speaker = Speaker(equipment.bus, equipment.instance)
         self._stepper = Stepper(model.engine, equipment.compute, self._absorb, self._lose)
         self.hand_over = HandOver(
@@ -164,6 +166,7 @@ class LanguageInstance:
             epoch=asked.epoch,
             held=held is not None,
             tokens=held.generated if held is not None else 0,
+            decode=self._handed_on.to(asked.request_id, asked.epoch) if held is None else "",
         )
 
     async def _match(self, asked: MatchPrefix) -> PrefixMatched:
@@ -177,11 +180,13 @@ class LanguageInstance:
             raise Refusal(self._failure("not_sent", str(error))) from error
         return PrefixMatched(tokens=blocks * BLOCK_TOKENS)
 
-    def _cancel(self, cancel: CancelGeneration) -> None:
+    async def _cancel(self, cancel: CancelGeneration) -> None:
         held = self._sequences.cancel(cancel.request_id, cancel.epoch)
         self.receiving.cancel(cancel.request_id, cancel.epoch)
         if held is not None:
             self._drop(held)
+        if later := self._handed_on.take(cancel.request_id, cancel.epoch):
+            await self._bus.publish(CANCEL_GENERATION, cancel, later)
 
     def _take_in(self, request: GenerateTokens, park: bool) -> tuple[Held, Request]:
         """Raises: Refusal."""
@@ -258,10 +263,14 @@ class LanguageInstance:
             self._spawn(self._hand(held), f"hand over {held.key}")
 
     async def _hand(self, held: Held) -> None:
+        # Noted before: from now on it may be there.
+        self._handed_on.note(held.request.request_id, held.request.epoch, held.request.decode)
         failure = await self.hand_over.run(held)
-        if failure is not None and self._sequences.has(held):
-            log.warning("not taken over", sequence=held.key, decode=held.request.decode, reason=failure.message)
-            await self._tell_failed([held], failure)
+        if failure is not None:
+            if self._sequences.has(held):
+                log.warning("not taken over", sequence=held.key, decode=held.request.decode, reason=failure.message)
+                await self._tell_failed([held], failure)
+            self._drop(held)
         self._remove(held)
 
     async def _lose(self, keys: list[str], error: Exception) -> None:

@@ -70,10 +70,12 @@ class ChatDispatch:
             case ChatArrived(request_id):
                 self._end(request_id)
                 self._waiting[request_id] = happened
-            case ChatPrefilled(request_id, epoch):
+            case ChatPrefilled(request_id, epoch, decode):
                 routed = self._routed.get(request_id)
                 if routed is not None and routed.epoch == epoch:
                     self._prefilled(routed)
+                    if decode:
+                        self._goes_on(routed, decode)
             case ChatEnded(request_id, epoch):
                 routed = self._routed.get(request_id)
                 if epoch is None or (routed is not None and routed.epoch == epoch):
@@ -128,13 +130,21 @@ class ChatDispatch:
             instance.prefill_tokens -= routed.prefill_tokens
         routed.prefill_tokens = 0
 
+    def _goes_on(self, routed: Routed, decode: str) -> None:
+        """Count what is to be generated where it is generated; nowhere, if that is nobody who is known."""
+        if (before := self._instances.get(routed.decode)) is not None:
+            before.decode_tokens -= routed.decode_tokens
+        now = self._instances.get(decode)
+        if now is not None:
+            now.decode_tokens += routed.decode_tokens
+        routed.decode = now.name if now is not None else ""
+
     def _end(self, request_id: str) -> None:
         self._waiting.pop(request_id, None)
         routed = self._routed.pop(request_id, None)
         if routed is not None:
             self._prefilled(routed)
-            if (instance := self._instances.get(routed.decode)) is not None:
-                instance.decode_tokens -= routed.decode_tokens
+            self._goes_on(routed, "")
 
     def _forget_instance(self, name: str) -> None:
         """What ran there bears on nobody any more; its gateways ask for new routes."""
@@ -145,7 +155,7 @@ class ChatDispatch:
             if routed.prefill == name:
                 routed.prefill_tokens = 0
             if routed.decode == name:
-                routed.decode_tokens = 0
+                routed.decode = ""
 
 
 def _least_to_prefill(arrived: ChatArrived, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> Chosen:

@@ -39,7 +39,10 @@ class Instance:
 
 @dataclass(slots=True)
 class Routed:
-    """A sequence that has its route; what it has yet to do at either instance, in tokens."""
+    """A sequence that has its route; what it has yet to do at either instance, in tokens.
+
+    ``decode``: at whom ``decode_tokens`` are counted; empty: at nobody.
+    """
 
     gateway: str
     epoch: int
