@@ -20,6 +20,7 @@ from common.language.sendback import SendingBack
 from common.language.settings import LanguageSettings
 from common.language.speaker import Speaker
 from common.language.stepper import Stepper
+from common.language.stored import StoredPrefixes
 from common.language.takeover import Receiving
 from common.mempool.address import BLOCK_TOKENS, TOKEN_BYTES
 from common.mempool.transfer import BlockTransfer
@@ -85,6 +86,15 @@ class LanguageInstance:
         )
         self._prefixes = SendingPrefixes(equipment.bus, model.engine, self._stepper, self.transfers, settings)
         self.sending_back = SendingBack(self._prefixes)
+        self.stored = StoredPrefixes(
+            equipment.bus,
+            equipment.tensors,
+            memory,
+            self.transfers,
+            self._stepper,
+            settings,
+            model.namespace,
+        )
         self._ask_s = settings.transfer_s
         self._tasks = asyncio.TaskGroup()
 
@@ -108,6 +118,7 @@ class LanguageInstance:
             async with self._tasks:
                 self._spawn(self._teller.run(), "tell of the index")
                 self._spawn(self.sending_back.run(), "send back")
+                self._spawn(self.stored.storing.run(), "store")
                 await self._stepper.run()
         finally:
             log.info(
@@ -116,6 +127,8 @@ class LanguageInstance:
                 found_tokens=self._engine.counts.found,
                 handed_over_bytes=self.hand_over.sent_bytes + self._ahead.sent_bytes,
                 moved_bytes=self.transfers.sent_bytes,
+                stored_blocks=self.stored.storing.stored_blocks,
+                fetched_tokens=self.stored.finding.found_tokens,
             )
             self._ahead.stop()
             self.foretelling.close()
@@ -200,9 +213,18 @@ class LanguageInstance:
 
     # --- between two steps ---------------------------------------------------------------------------------------
 
-    def _add(self, held: Held, asked: Request, now_s: float) -> None:
-        if self._sequences.has(held):
+    def _add(self, held: Held, asked: Request, now_s: float, looked: bool = False) -> None:
+        if not self._sequences.has(held):
+            return
+        if not looked and self.stored.finding.pays(held.tokens):
+            self._spawn(self._look(held, asked, now_s), f"look for {held.key}")
+        else:
             self._engine.add(held.key, asked, now_s)
+
+    async def _look(self, held: Held, asked: Request, now_s: float) -> None:
+        """Compute it only when what the cache stores have of it is here, or does not come."""
+        await self.stored.finding.bring(held.tokens)
+        self._stepper.soon(partial(self._add, held, asked, now_s, looked=True))
 
     def _ask(self, held: Held, known: asyncio.Future[int]) -> None:
         """Ask who will decode it what it has of it: now, so that no answer is waited for when it is handed over."""
@@ -227,6 +249,7 @@ class LanguageInstance:
                 # Cancelled during the step; the engine hears of it before the next.
                 continue
             news.setdefault(held.request.gateway, []).append(held.take(output))
+            self.stored.told(held, last=output.finish is not None)
             if output.finish is not None:
                 self._remove(held)
                 if held.request.decode == self._instance:
