@@ -12,7 +12,7 @@ from common.language.worth import Worth
 from common.mempool.address import BLOCK_TOKENS, KEY_BYTES
 from common.mempool.pool import MemPool
 from common.mempool.store_client import StoreClient, prefix_keys
-from common.mempool.transfer import DAMAGED, NO_SPACE, BlockTransfer
+from common.mempool.transfer import DAMAGED, NOT_MOVED, BlockTransfer
 from common.messages.cache import MAX_BATCH
 from common.messages.chat import tokens_in
 from common.messages.mempool import MoveBlocks
@@ -57,28 +57,26 @@ class FindingPrefixes:
         self.outcomes: Counter[str] = Counter()
         self.found_tokens = 0
 
-    def pays(self, tokens: bytes) -> bool:
-        """Between two steps: whether to look for what the memory lacks of a prompt before it is computed."""
+    def lacking(self, tokens: bytes) -> int:
+        """Between two steps: of how many tokens the memory lacks what is worth looking for; 0: of none."""
         useful = _useful(tokens)
         now_s = asyncio.get_running_loop().time()
         # By far the most are too short, which is seen without a look at the memory.
-        return self._worth.pays(tokens_in(useful), now_s) and self._worth.pays(self._lacking(useful), now_s)
+        if not self._worth.pays(tokens_in(useful), now_s):
+            return 0
+        lacking = tokens_in(useful) - len(self._memory.match(useful)) * BLOCK_TOKENS
+        return lacking if self._worth.pays(lacking, now_s) else 0
 
-    async def bring(self, tokens: bytes) -> None:
+    async def bring(self, tokens: bytes, lacking: int) -> None:
         """Have in the memory what the cache stores have of a prompt and it lacks, as far as that comes in time."""
         useful = _useful(tokens)
         keys = prefix_keys(self._namespace, useful)
-        clock = asyncio.get_running_loop().time
-        while True:
-            lacking = await self._stepper.between(partial(self._lacking, useful))
-            if not self._worth.pays(lacking, clock()):
-                return
-            first = keys[len(keys) - lacking // BLOCK_TOKENS]
-            other = self._under_way.get(first)
-            if other is None:
-                break
+        while (other := self._under_way.get(first := keys[len(keys) - lacking // BLOCK_TOKENS])) is not None:
             # Whoever looks for the same has a deadline.
             await other.wait()
+            lacking = await self._stepper.between(partial(self.lacking, tokens))
+            if not lacking:
+                return
         self._under_way[first] = asyncio.Event()
         try:
             outcome = await self._bring(useful, keys, lacking)
@@ -106,7 +104,7 @@ class FindingPrefixes:
             log.info("prefix not taken from a cache store", reason=str(refusal))
             if refusal.failure.code == DAMAGED:
                 await self._forget(keys[place : place + self._at_once])
-            elif refusal.failure.code != NO_SPACE:
+            elif refusal.failure.code == NOT_MOVED:
                 self._worth.failed(clock())
             return refusal.failure.code
         except (BusError, TensorError) as error:
@@ -143,10 +141,6 @@ class FindingPrefixes:
             await self._client.delete(keys)
         except BusError as error:
             log.info("damaged blocks not dropped", reason=str(error))
-
-    def _lacking(self, useful: bytes) -> int:
-        """Of how many tokens, all in whole blocks, the memory has nothing."""
-        return tokens_in(useful) - len(self._memory.match(useful)) * BLOCK_TOKENS
 
 
 def _useful(tokens: bytes) -> bytes:

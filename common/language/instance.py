@@ -216,14 +216,15 @@ class LanguageInstance:
     def _add(self, held: Held, asked: Request, now_s: float, looked: bool = False) -> None:
         if not self._sequences.has(held):
             return
-        if not looked and self.stored.finding.pays(held.tokens):
-            self._spawn(self._look(held, asked, now_s), f"look for {held.key}")
+        lacking = 0 if looked else self.stored.finding.lacking(held.tokens)
+        if lacking:
+            self._spawn(self._look(held, lacking, asked, now_s), f"look for {held.key}")
         else:
             self._engine.add(held.key, asked, now_s)
 
-    async def _look(self, held: Held, asked: Request, now_s: float) -> None:
+    async def _look(self, held: Held, lacking: int, asked: Request, now_s: float) -> None:
         """Compute it only when what the cache stores have of it is here, or does not come."""
-        await self.stored.finding.bring(held.tokens)
+        await self.stored.finding.bring(held.tokens, lacking)
         self._stepper.soon(partial(self._add, held, asked, now_s, looked=True))
 
     def _ask(self, held: Held, known: asyncio.Future[int]) -> None:

@@ -33,8 +33,8 @@ R = TypeVar("R")
 
 DAMAGED = "damaged"
 """The code of a refusal: bytes came that are not those that left."""
-NO_SPACE = "no_space"
-"""The code of a refusal: there is no room for the blocks."""
+NOT_MOVED = "not_moved"
+"""The code of a refusal: they did not come."""
 # The receiver gives up first, so that it never reads from blocks that are in use again.
 MARGIN_S = 2.0
 
@@ -167,7 +167,7 @@ class BlockTransfer:
         """Answer a transfer.
 
         Raises:
-            Refusal: ``no_parent``, ``NO_SPACE``, ``not_wanted``, ``not_moved``: they did not come, or ``DAMAGED``.
+            Refusal: ``no_parent``, ``no_space``, ``not_wanted``, ``NOT_MOVED`` or ``DAMAGED``.
         """
         return await self.receive_within(message, self._deadline_s)
 
@@ -183,7 +183,7 @@ class BlockTransfer:
             done = True
             return BlocksMoved(addresses=_described(addresses))
         except TensorError as error:
-            raise _refusal("not_moved", str(error)) from error
+            raise _refusal(NOT_MOVED, str(error)) from error
         except ValueError as error:
             raise _refusal(DAMAGED, str(error)) from error
         finally:
@@ -210,7 +210,7 @@ class BlockTransfer:
         addresses = self._destination(message, blocks)
         if addresses is None:
             self._memory.free_mem(before)
-            raise _refusal(NO_SPACE, f"{blocks} blocks are not to be had")
+            raise _refusal("no_space", f"{blocks} blocks are not to be had")
         return _Place(before, addresses, begin_access(self._memory.tiers, addresses), own=not message.into)
 
     def _beginning(self, message: MoveBlocks) -> list[Address]:
@@ -222,7 +222,7 @@ class BlockTransfer:
         warm = self._memory.swap_in(before)
         if warm is None:
             self._memory.free_mem(before)
-            raise _refusal(NO_SPACE, f"{len(before)} blocks cannot be brought to where these are to follow")
+            raise _refusal("no_space", f"{len(before)} blocks cannot be brought to where these are to follow")
         return warm
 
     def _destination(self, message: MoveBlocks, blocks: int) -> list[Address] | None:
