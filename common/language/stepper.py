@@ -44,6 +44,11 @@ class Stepper:
         self.computed: Callable[[int, float], None] | None = None
         """Told how many tokens of prompts a step computed, and in how many seconds."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to compute."""
+        return self._engine.busy
+
     def soon(self, work: Callable[[], object]) -> None:
         """Have ``work`` done before the next step, in the order of asking. It must not fail."""
         self._work.append(work)

@@ -1,6 +1,5 @@
 """An instance's side of the cache stores: what it keeps goes there, what it lacks of a prompt is looked for there."""
 
-from common.bus.port import Bus
 from common.language.finding import FindingPrefixes
 from common.language.held import Held
 from common.language.settings import KVStore, LanguageSettings
@@ -11,7 +10,7 @@ from common.mempool.address import BLOCK_TOKENS, TOKEN_BYTES
 from common.mempool.pool import MemPool
 from common.mempool.store_client import StoreClient
 from common.mempool.transfer import BlockTransfer
-from common.tensors.port import Tensors
+from common.runtime.worker import Equipment
 
 
 class StoredPrefixes:
@@ -23,8 +22,7 @@ class StoredPrefixes:
 
     def __init__(
         self,
-        bus: Bus,
-        tensors: Tensors,
+        equipment: Equipment,
         memory: MemPool,
         transfers: BlockTransfer,
         stepper: Stepper,
@@ -35,7 +33,7 @@ class StoredPrefixes:
         token_bytes = memory.hbm.memory[0].nbytes // BLOCK_TOKENS
         worth = Worth(mode, token_bytes, settings.kv_store_tokens, settings.transfer_s)
         stepper.computed = worth.computed
-        client = StoreClient(bus, tensors)
+        client = StoreClient(equipment.bus, equipment.tensors)
         self.storing = StoringPrefixes(client, memory, stepper, worth, namespace)
         self.finding = FindingPrefixes(client, memory, transfers, stepper, worth, namespace, settings.kv_checksum)
 

@@ -34,8 +34,8 @@ _MOST_WAITING = 64
 # Copied at once. They cannot be evicted meanwhile, so it is a small part of the pool as well.
 _AT_ONCE_BYTES = 8 << 20
 _PART_OF_POOL = 8
-# After each such part, for as many times as long as that took, the processor is left to whoever computes.
-_REST = 1.0
+# While something is computed, there is a rest of so many times what each such part took.
+_REST = 4.0
 
 
 class StoringPrefixes:
@@ -91,7 +91,8 @@ class StoringPrefixes:
             blocks, values = await self._copied(tokens, piece)
             if len(blocks):
                 new += await self._client.put(keys[piece.start : piece.start + len(blocks)], blocks, values)
-            await asyncio.sleep(_REST * (asyncio.get_running_loop().time() - began_s))
+            if self._stepper.busy:
+                await asyncio.sleep(_REST * (asyncio.get_running_loop().time() - began_s))
         return new
 
     async def _copied(self, tokens: bytes, piece: range) -> tuple[Tensor, list[int]]:

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer-tokens", type=int, default=64, help="of each of their answers (default %(default)s)")
     parser.add_argument("--hidden", type=int, default=512, help="width of the random model (default %(default)s)")
     parser.add_argument("--layers", type=int, default=8, help="its depth (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of each instance (default %(default)s)")
     parser.add_argument("--disk", action="store_true", help="the cache store keeps nothing in memory")
 
 
@@ -65,6 +66,9 @@ async def _run(url: str, model: Path, folder: Path, options: argparse.Namespace)
                 "TRIPTYCH_LANGUAGE_MODEL": str(model),
                 "TRIPTYCH_KV_BYTES": str(1 << 30),
                 "TRIPTYCH_KV_STORE": mode,
+                "TRIPTYCH_THREADS": str(options.threads),
+                "OMP_NUM_THREADS": str(options.threads),
+                "OMP_WAIT_POLICY": "PASSIVE",
             }
             await opened.enter_async_context(running_service(url, "decode", name, settings))
         for name in (_STORE, _SOURCE, _WITH, _WITHOUT):
