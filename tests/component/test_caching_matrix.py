@@ -3,6 +3,7 @@
 In each cell the answer is transformers' own, and how much was found is as it must be, to the token.
 """
 
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "transfer_s": PATIENCE_S,
     "chunk_tokens": 32,
 }
+_PRELOAD = ("common.language.serve", "transformers.models.llama.modeling_llama")
 # Where what was kept is when it is asked for again.
 TIERS = ("hbm", "dram", "disk", "store", "peer")
 
@@ -163,35 +165,39 @@ async def test_answers_are_the_same_whatever_is_cached_wherever(
 async def test_answers_are_the_same_after_a_crash(
     nats_server: NatsServer, language_model: Path, tmp_path: Path
 ) -> None:
-    """Each design has a prefill instance, which is killed, and a decode instance."""
+    """Each design has a prefill instance, which is killed, and a decode instance, which is not."""
+    url = nats_server.url
     designs = {caching: (f"prefill-{number}", f"decode-{number}") for number, caching in enumerate(Caching)}
-    async with cache_client(nats_server.url) as client, asker(nats_server.url) as asking:
-        processes = Processes(nats_server, client.bus, tmp_path, tmp_path, ["common.language.serve"])
-        async with processes.running(), running_store(client, nats_server.url, tmp_path, memory_bytes=1 << 24):
+    async with cache_client(url) as client, asker(url) as asking, contextlib.AsyncExitStack() as opened:
+        await opened.enter_async_context(running_store(client, url, tmp_path, memory_bytes=1 << 24))
+        processes = Processes(nats_server, client.bus, tmp_path, tmp_path, _PRELOAD)
+        await opened.enter_async_context(processes.running())
+        for caching, (_, decode) in designs.items():
+            own = SETTINGS | {"caching": caching}
+            await opened.enter_async_context(language_instance(url, decode, language_model, DECODE, **own))
 
-            async def started() -> None:
-                settings = {f"TRIPTYCH_{name.upper()}": str(value) for name, value in SETTINGS.items()}
-                settings |= {"TRIPTYCH_LANGUAGE_MODEL": str(language_model), "TRIPTYCH_ROLE": "decode"}
-                for caching, names in designs.items():
-                    for name in names:
-                        await processes.start(name, **settings, TRIPTYCH_CACHING=caching)
-                await processes.ready(*(name for names in designs.values() for name in names))
-
-            async def stored() -> bool:
-                blocks = sum(caching.keeps_computed for caching in Caching) * BLOCKS
-                return len(await client.versions_at("cache_store-0")) == blocks
-
-            await started()
-            cells = {
-                caching: Cells(asking, language_model, caching, 100 * number, names[1])
-                for number, (caching, names) in enumerate(designs.items())
-            }
+        async def started() -> None:
+            settings = {f"TRIPTYCH_{name.upper()}": str(value) for name, value in SETTINGS.items()}
+            settings["TRIPTYCH_LANGUAGE_MODEL"] = str(language_model)
             for caching, (prefill, _) in designs.items():
-                await cells[caching].ask(cells[caching].kept, 0, prefill)
-            await until(stored, deadline_s=PATIENCE_S)
-            for prefill, _ in designs.values():
-                await processes.kill(prefill)
-            await started()
-            for caching, (prefill, _) in designs.items():
-                for prompt, found in cells[caching].hits:
-                    await cells[caching].ask(prompt, found, prefill)
+                await processes.start(prefill, **settings, TRIPTYCH_CACHING=caching)
+            await processes.ready(*(prefill for prefill, _ in designs.values()))
+
+        async def stored() -> bool:
+            blocks = sum(caching.keeps_computed for caching in Caching) * BLOCKS
+            return len(await client.versions_at("cache_store-0")) == blocks
+
+        await started()
+        cells = {
+            caching: Cells(asking, language_model, caching, 100 * number, decode)
+            for number, (caching, (_, decode)) in enumerate(designs.items())
+        }
+        for caching, (prefill, _) in designs.items():
+            await cells[caching].ask(cells[caching].kept, 0, prefill)
+        await until(stored, deadline_s=PATIENCE_S)
+        for prefill, _ in designs.values():
+            await processes.kill(prefill)
+        await started()
+        for caching, (prefill, _) in designs.items():
+            for prompt, found in cells[caching].hits:
+                await cells[caching].ask(prompt, found, prefill)
