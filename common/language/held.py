@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 from common.engine import Finish, Output, Request
 from common.mempool.address import TOKEN_BYTES
-from common.messages.chat import FinishReason, GenerateTokens, SequenceTokens, TokenLogprobs, pack_tokens, tokens_in
+from common.messages.chat import (
+    ExpectedAnswer,
+    FinishReason,
+    GenerateTokens,
+    SequenceTokens,
+    TokenLogprobs,
+    pack_tokens,
+    tokens_in,
+)
 from common.messages.failures import Failure
 from common.models.causal_lm.sampling import SamplingParameters
 from common.policies.fence import Fence, StaleEpoch
@@ -20,7 +28,7 @@ class Held:
 
     ``answered`` is what of the answer there is, over all attempts; ``prefill`` who handed it over, if anybody did;
     ``known`` the answer of who will decode it, of how many tokens it has keys and values; ``expected`` what is
-    predicted of the answer's length, where anything is.
+    predicted of the answer's length, where anything is, and ``told`` what who handed it over said of that.
     """
 
     request: GenerateTokens
@@ -29,6 +37,7 @@ class Held:
     prefill: str = ""
     known: asyncio.Future[int] | None = None
     expected: asyncio.Future[LengthRange] | None = None
+    told: ExpectedAnswer | None = None
 
     async def known_there(self) -> int:
         """Of how many of its tokens who decodes it has keys and values already."""

@@ -45,7 +45,7 @@ def unpack_tokens(data: bytes) -> list[int]:
     return packed.tolist()
 
 
-def tokens_in(data: bytes) -> int:
+def tokens_in(data: bytes | bytearray) -> int:
     """How many ids are packed in ``data``."""
     return len(data) // _TOKEN_BYTES
 
@@ -150,6 +150,10 @@ class GenerateTokens(Message):
     gateway: str
     decode: str
     created_at_s: float
+
+
+MOVED = "moved"
+"""The code of a failure that is none: the instance has another role now, and the sequence is to be routed anew."""
 
 
 class FinishReason(StrEnum):
@@ -269,9 +273,12 @@ class TakeOver(Message):
     ``kv_tokens`` tokens, without what the ``offers`` before have brought. A receiver that has the first blocks already
     is offered only the rest: the parts begin at block ``first_block``. ``expected`` is what the prefill instance's
     predictor says; None: it has none.
+
+    ``running``: it comes from another decode instance, where it can go on: whoever has no room for it now, or does not
+    get its keys and values, refuses it. ``prefill`` is still who prefilled it.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     request: GenerateTokens
     prefill: str
@@ -281,3 +288,4 @@ class TakeOver(Message):
     first_block: int = Field(default=0, ge=0)
     offers: int = Field(default=0, ge=0)
     expected: ExpectedAnswer | None = None
+    running: bool = False

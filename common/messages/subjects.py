@@ -128,6 +128,9 @@ MOVE_BLOCKS = RequestSubject("triptych.language.{}.move", mempool.MoveBlocks, me
 CANCEL_GENERATION = EventSubject("triptych.language.{}.cancel", chat.CancelGeneration)
 TOKENS_GENERATED = EventSubject("triptych.gateway.{}.tokens", chat.TokensGenerated)
 
+FLIP_ROLE = RequestSubject("triptych.language.{}.flip", cluster.FlipRole, cluster.RoleFlipped)
+ROLE_FLIPPED = EventSubject("triptych.language.{}.flipped", cluster.RoleFlipped)
+
 # What language instances have cached. Heard at most once: what is missed shows with the next change.
 INDEX_CHANGED = EventSubject("triptych.scheduler.index_changed", kv_index.IndexChanged)
 TELL_INDEX = RequestSubject("triptych.language.{}.tell_index", kv_index.AskIndex, kv_index.IndexTold)

@@ -14,10 +14,12 @@ Departure from TetriInfer: there the global scheduler never picks the decode ins
 no prediction of the answer's length by which the prefill instance would do better.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.messages.cluster import LanguageRole
+from common.policies.flip import InstanceLoad
 from common.policies.routing import Ask, Costs, InstanceKind, Pull, RequestArrived, Rule, Site
 
 # --- events ------------------------------------------------------------------------------------------------------
@@ -26,6 +28,14 @@ from common.policies.routing import Ask, Costs, InstanceKind, Pull, RequestArriv
 @dataclass(frozen=True, slots=True)
 class InstanceJoined:
     """A language worker takes sequences."""
+
+    instance: str
+    roles: tuple[LanguageRole, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RolesChanged:
+    """It takes other sequences from now on; what it has, it has still."""
 
     instance: str
     roles: tuple[LanguageRole, ...]
@@ -70,10 +80,15 @@ class ChatArrived:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrefilled:
-    """The sequence's first token has come."""
+    """The sequence's first token has come.
+
+    Said again when who decodes it changes, and when tokens come from there. ``decode`` empty: nobody knows.
+    """
 
     request_id: str
     epoch: int
+    decode: str = ""
+    decoding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +106,16 @@ class GatewayLost:
     gateway: str
 
 
-Event = InstanceJoined | InstanceDraining | InstanceLost | ChatArrived | ChatPrefilled | ChatEnded | GatewayLost
+Event = (
+    InstanceJoined
+    | RolesChanged
+    | InstanceDraining
+    | InstanceLost
+    | ChatArrived
+    | ChatPrefilled
+    | ChatEnded
+    | GatewayLost
+)
 
 # --- decisions ---------------------------------------------------------------------------------------------------
 
@@ -146,6 +170,8 @@ class _Routed:
     decode_tokens: int
     exec_s: float = 0.0
     context_tokens: int = 0
+    # Whether it waits to be decoded: its first token has come, and no other.
+    between: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +211,44 @@ class ChatDispatch:
         there = self._instances[instance]
         return there.prefill_tokens, there.decode_tokens
 
+    def loads(self, flipping: str = "") -> list[InstanceLoad]:
+        """How those instances are that have one role, for a ``FlipPolicy``; who drains is left out.
+
+        A prompt waits while it is not the only one at its instance, a sequence after it until its second token comes.
+        ``flipping``: this one is on its way to another role already.
+        """
+        prompts: Counter[str] = Counter()
+        between: Counter[str] = Counter()
+        decoding: Counter[str] = Counter()
+        for routed in self._routed.values():
+            prompts[routed.prefill] += routed.prefill_tokens > 0
+            between[routed.decode] += routed.between
+            decoding[routed.decode] += not routed.prefill_tokens
+        found = []
+        for there in self._instances.values():
+            if there.draining or there.prefills == there.decodes:
+                continue
+            name = there.name
+            role = LanguageRole.PREFILL if there.prefills else LanguageRole.DECODE
+            waiting = max(0, prompts[name] - 1) if there.prefills else between[name]
+            busy = bool(prompts[name] or decoding[name])
+            found.append(InstanceLoad(name, role, waiting, busy, name == flipping))
+        return found
+
+    def decoding(self, but: str) -> list[str]:
+        """Who decodes, ``but`` one, the least to generate first."""
+        there = [one for one in self._instances.values() if one.decodes and not one.draining and one.name != but]
+        return [one.name for one in sorted(there, key=lambda one: (one.decode_tokens, one.name))]
+
     def handle(self, happened: Event) -> list[RouteSequence]:
         """Take in what happened; what follows from it, the oldest sequence first."""
         match happened:
             case InstanceJoined(name, roles):
                 self._forget_instance(name)
                 self._instances[name] = _Instance(name, LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles)
+            case RolesChanged(name, roles):
+                if (there := self._instances.get(name)) is not None:
+                    there.prefills, there.decodes = LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles
             case InstanceDraining(name):
                 if name in self._instances:
                     self._instances[name].draining = True
@@ -199,10 +257,12 @@ class ChatDispatch:
             case ChatArrived(request_id):
                 self._end(request_id)
                 self._waiting[request_id] = happened
-            case ChatPrefilled(request_id, epoch):
+            case ChatPrefilled(request_id, epoch, decode, decoding):
                 routed = self._routed.get(request_id)
                 if routed is not None and routed.epoch == epoch:
                     self._prefilled(routed)
+                    self._goes_on(routed, decode or routed.decode)
+                    routed.between = not decoding and routed.prefill != routed.decode
             case ChatEnded(request_id, epoch):
                 routed = self._routed.get(request_id)
                 if epoch is None or (routed is not None and routed.epoch == epoch):
@@ -300,6 +360,17 @@ class ChatDispatch:
         if (instance := self._instances.get(routed.prefill)) is not None:
             instance.prefill_tokens -= routed.prefill_tokens
         routed.prefill_tokens = 0
+
+    def _goes_on(self, routed: _Routed, decode: str) -> None:
+        if decode == routed.decode:
+            return
+        if (former := self._instances.get(routed.decode)) is not None:
+            former.decode_tokens -= routed.decode_tokens
+        routed.decode = decode
+        if (there := self._instances.get(decode)) is not None:
+            there.decode_tokens += routed.decode_tokens
+        else:
+            routed.decode_tokens = 0
 
     def _end(self, request_id: str) -> None:
         self._waiting.pop(request_id, None)

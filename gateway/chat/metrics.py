@@ -2,6 +2,9 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from common.messages.cluster import RoleFlipped
+
+_FLIP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 _FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -29,6 +32,13 @@ class LanguageMetrics:
             buckets=_FIRST_TOKEN_BUCKETS_S,
             registry=registry,
         )
+        self._flips = Histogram(
+            "triptych_role_flip_seconds",
+            "From when an instance was told to take another role until everybody could know, without draining.",
+            ("role",),
+            buckets=_FLIP_BUCKETS_S,
+            registry=registry,
+        )
         self._active = Gauge("triptych_sequences_active", "Answers being generated.", registry=registry)
 
     def begun(self, prompt_tokens: int) -> None:
@@ -44,6 +54,9 @@ class LanguageMetrics:
 
     def routed(self, best_cached_tokens: int) -> None:
         self._best_cached_tokens.inc(best_cached_tokens)
+
+    def role_flipped(self, flipped: RoleFlipped) -> None:
+        self._flips.labels("+".join(flipped.roles)).observe(flipped.flip_s)
 
     def rerouted(self, why: str) -> None:
         self._reroutes.labels(why).inc()

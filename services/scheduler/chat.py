@@ -13,12 +13,13 @@ from common.bus.errors import BusError, Refusal
 from common.bus.port import Bus
 from common.mempool.address import TOKEN_BYTES
 from common.messages.chat import ChatEnded, ChatPrefilled, ChatRoute, RouteChat
-from common.messages.cluster import Service
+from common.messages.cluster import LanguageRole, Service
 from common.messages.failures import Failure, Stage
 from common.messages.mempool import SendPrefix
 from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, ROUTE_CHAT, SEND_PREFIX
 from common.policies import chat_dispatch as dispatch
-from common.runtime.membership import MemberChange, MemberDraining, MemberJoined, MemberLost
+from common.policies.flip import InstanceLoad
+from common.runtime.membership import MemberChange, MemberDraining, MemberJoined, MemberLost, MemberRolesChanged
 from services.scheduler.prompt_view import PromptView
 
 log = structlog.get_logger()
@@ -63,6 +64,8 @@ class ChatRouter:
             case MemberJoined() if member.roles:
                 self._prompts.follow(member.instance)
                 self._tell(dispatch.InstanceJoined(member.instance, member.roles))
+            case MemberRolesChanged():
+                self.roles_changed(member.instance, member.roles)
             case MemberDraining() if member.roles:
                 self._tell(dispatch.InstanceDraining(member.instance))
             case MemberLost() if member.roles:
@@ -72,6 +75,18 @@ class ChatRouter:
                 self._tell(dispatch.GatewayLost(member.instance))
             case _:
                 pass
+
+    def roles_changed(self, instance: str, roles: tuple[LanguageRole, ...]) -> None:
+        """Route by these roles from now on; what it has goes on counting."""
+        self._tell(dispatch.RolesChanged(instance, roles))
+
+    def loads(self, flipping: str) -> list[InstanceLoad]:
+        """See ``ChatDispatch.loads``."""
+        return self._policy.loads(flipping)
+
+    def decoding(self, but: str) -> list[str]:
+        """See ``ChatDispatch.decoding``."""
+        return self._policy.decoding(but)
 
     async def _route(self, asked: RouteChat) -> ChatRoute:
         for instance in asked.gone:

@@ -1,7 +1,7 @@
 """The scheduler's settings."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -25,6 +25,10 @@ class SchedulerSettings(ServiceSettings):
     ``routing``: the rule of ``common.policies.routing_rules`` by which chats find their instances; empty: the fewest
     tokens to prefill. Rules that weigh times take an instance to prefill ``prefill_tokens_s`` tokens a second, to send
     the keys and values of ``transfer_tokens_s`` of them, and to have room for ``kv_tokens``.
+
+    ``flip``: by which policy of ``common.policies.flip`` language instances change their roles, if at all: ``idle``
+    after ``flip_idle_s`` without work, ``queue`` once sequences have waited longer for one role than for the other by
+    ``flip_cost_s`` for each instance.
     """
 
     policy: str = "ddit"
@@ -34,5 +38,8 @@ class SchedulerSettings(ServiceSettings):
     prefill_tokens_s: float = Field(default=2000.0, gt=0)
     transfer_tokens_s: float = Field(default=20_000.0, gt=0)
     kv_tokens: int = Field(default=1 << 20, ge=1)
+    flip: Literal["off", "idle", "queue"] = "off"
+    flip_cost_s: float = Field(default=5.0, gt=0)
+    flip_idle_s: float = Field(default=60.0, gt=0)
     max_admitted: int = Field(default=64, ge=1)
     drain_s: float = Field(default=10.0, ge=0)

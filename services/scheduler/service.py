@@ -27,6 +27,7 @@ from common.messages.video import VideoRecord, VideoState
 from common.policies import decisions as decide
 from common.policies import events as event
 from common.policies.chat_dispatch import ChatRule
+from common.policies.flip import FlipPolicy, IdleFlip, QueueFlip
 from common.policies.policy import Policy
 from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
 from common.policies.registry import UnknownPolicy, make_policy
@@ -46,6 +47,7 @@ from common.runtime.process import CannotServe
 from services.scheduler.chat import ChatRouter
 from services.scheduler.checkpoints import Checkpoints
 from services.scheduler.config import SchedulerSettings
+from services.scheduler.flips import Flips
 from services.scheduler.job import VideoJob
 from services.scheduler.progress import ProgressReporter
 from services.scheduler.record import EventRecord
@@ -83,6 +85,7 @@ class Scheduler:
         self._view = MembershipView(bus, settings.member_timeout_s, self._member_changed)
         self._workers = Workers(bus, self._view.doubt)
         self._chats = ChatRouter(bus, first_epoch, self._view.doubt, choose_rule(settings))
+        self._flips = Flips(bus, self._chats, self._view, choose_flips(settings))
         self._checkpoints = Checkpoints(bus, self._cache_store_expected)
         self._present: dict[str, str] = {}
         self._records_read = asyncio.Event()
@@ -100,7 +103,7 @@ class Scheduler:
                 tasks.create_task(self._watch_records(), name="watch-records"),
                 tasks.create_task(self._publish_progress(), name="publish-progress"),
             ]
-            async with self._view.running(), self._chats.running():
+            async with self._view.running(), self._chats.running(), self._flips.running():
                 await asyncio.wait_for(self._records_read.wait(), timeout=30.0)
                 await self._recover()
                 intake = [
@@ -389,6 +392,17 @@ def choose_rule(settings: SchedulerSettings) -> ChatRule | None:
         block_tokens=BLOCK_TOKENS,
     )
     return ChatRule(rule, costs, settings.kv_tokens)
+
+
+def choose_flips(settings: SchedulerSettings) -> FlipPolicy | None:
+    """The policy that is set for roles; None: they stay what they are."""
+    match settings.flip:
+        case "idle":
+            return IdleFlip(settings.flip_idle_s)
+        case "queue":
+            return QueueFlip(settings.flip_cost_s)
+        case "off":
+            return None
 
 
 def open_record(settings: SchedulerSettings) -> contextlib.AbstractContextManager[EventRecord | None]:
