@@ -12,6 +12,7 @@ from common.bus.port import Subscription
 from common.engine import Output, Request, RequestRefused
 from common.language.flipping import Roles
 from common.language.foretelling import Foretelling
+from common.language.handed_on import HandedOn
 from common.language.handover import HandOver
 from common.language.held import Held, Sequences
 from common.language.index_teller import IndexTeller
@@ -70,6 +71,7 @@ class LanguageInstance:
         self._instance = equipment.instance
         self._engine = model.engine
         self._sequences = Sequences(_MOST_HELD)
+        self._handed_on = HandedOn()
         self._speaker = Speaker(equipment.bus, equipment.instance)
         self._stepper = Stepper(model.engine, equipment.compute, self._absorb, self._lose)
         self.hand_over = HandOver(
@@ -94,6 +96,7 @@ class LanguageInstance:
             self._stepper,
             self._sequences,
             self.hand_over,
+            self._handed_on,
             self._speaker.tell,
             settings,
             self._spawn,
@@ -184,6 +187,7 @@ class LanguageInstance:
             epoch=asked.epoch,
             held=held is not None,
             tokens=held.generated if held is not None else 0,
+            decode=self._handed_on.to(asked.request_id, asked.epoch) if held is None else "",
         )
 
     async def _match(self, asked: MatchPrefix) -> PrefixMatched:
@@ -198,11 +202,13 @@ class LanguageInstance:
             raise Refusal(failure) from error
         return PrefixMatched(tokens=blocks * BLOCK_TOKENS)
 
-    def _cancel(self, cancel: CancelGeneration) -> None:
+    async def _cancel(self, cancel: CancelGeneration) -> None:
         held = self._sequences.cancel(cancel.request_id, cancel.epoch)
         self.receiving.cancel(cancel.request_id, cancel.epoch)
         if held is not None:
             self._drop(held)
+        if later := self._handed_on.take(cancel.request_id, cancel.epoch):
+            await self._bus.publish(CANCEL_GENERATION, cancel, later)
 
     def _take_in(self, request: GenerateTokens, park: bool) -> tuple[Held, Request]:
         """Raises: Refusal."""
@@ -281,10 +287,14 @@ class LanguageInstance:
             self._spawn(self._hand(held), f"hand over {held.key}")
 
     async def _hand(self, held: Held) -> None:
+        # Noted before: from now on it may be there.
+        self._handed_on.note(held.request.request_id, held.request.epoch, held.request.decode)
         failure = await self.hand_over.run(held)
-        if failure is not None and self._sequences.has(held):
-            log.warning("not taken over", sequence=held.key, decode=held.request.decode, reason=failure.message)
-            await self._speaker.tell({held.request.gateway: [held.failed(failure)]})
+        if failure is not None:
+            if self._sequences.has(held):
+                log.warning("not taken over", sequence=held.key, decode=held.request.decode, reason=failure.message)
+                await self._speaker.tell({held.request.gateway: [held.failed(failure)]})
+            self._drop(held)
         self._remove(held)
 
     async def _lose(self, keys: list[str], error: Exception) -> None:

@@ -16,6 +16,7 @@ import structlog
 from common.bus.port import Bus
 from common.engine import Engine
 from common.language.ahead import Spawn
+from common.language.handed_on import HandedOn
 from common.language.handover import HandOver
 from common.language.held import Held, Sequences
 from common.language.prefixes import prefix_at
@@ -41,6 +42,7 @@ class MovingOn:
         stepper: Stepper,
         sequences: Sequences,
         hand_over: HandOver,
+        handed_on: HandedOn,
         tell: Tell,
         settings: LanguageSettings,
         spawn: Spawn,
@@ -51,6 +53,7 @@ class MovingOn:
         self._stepper = stepper
         self._sequences = sequences
         self._hand_over = hand_over
+        self._handed_on = handed_on
         self._tell = tell
         self._ask_s = settings.transfer_s
         self._spawn = spawn
@@ -99,6 +102,8 @@ class MovingOn:
         known = 0
         if self._engine.caching.keeps_received:
             known = await prefix_at(self._bus, decode, held.tokens, self._ask_s)
+        # Noted before: from now on it may be there.
+        self._handed_on.note(held.request.request_id, held.request.epoch, decode)
         failure = await self._hand_over.move(held, decode, known)
         if failure is not None:
             log.info("not moved", sequence=held.key, to=decode, reason=failure.message)

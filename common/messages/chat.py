@@ -119,10 +119,16 @@ class ChatRoute(Message):
 
 
 class ChatPrefilled(Message):
-    """The first token has come: the prefill instance is free of this sequence."""
+    """The first token has come: the prefill instance is free of this sequence.
+
+    Said anew each time that another instance goes on, and once the second token has come. ``decode``: who goes on;
+    empty: nobody has said yet. ``decoding``: whether tokens come from another instance than the first.
+    """
 
     request_id: str
     epoch: int
+    decode: str = ""
+    decoding: bool = False
 
 
 class ChatEnded(Message):
@@ -174,7 +180,8 @@ class SequenceTokens(Message):
     ``offset`` is the position of the first of ``tokens``. ``logprobs`` has one entry for each of them, or none at all.
     With ``finish``, nothing comes after this; ``stop`` means that the last of ``tokens`` is the one that ended it. With
     ``failure`` nothing comes any more either, but the answer is not whole. ``cached_tokens`` is how many of the
-    prompt's keys and values were there already; only the first message of an epoch says it.
+    prompt's keys and values were there already; only the first message of an epoch says it. ``decode``: who goes on
+    with the sequence after these tokens, if it is handed over; its own name takes that back.
     """
 
     request_id: str
@@ -185,6 +192,7 @@ class SequenceTokens(Message):
     finish: FinishReason | None = None
     failure: Failure | None = None
     cached_tokens: int = Field(default=0, ge=0)
+    decode: str = ""
 
 
 class TokensGenerated(Message):
@@ -195,7 +203,10 @@ class TokensGenerated(Message):
 
 
 class CancelGeneration(Message):
-    """Drop the sequence's epochs up to ``epoch``, come they before or after this; free its blocks at the next step."""
+    """Drop the sequence's epochs up to ``epoch``, come they before or after this; free its blocks at the next step.
+
+    Whoever has handed one of them over passes this on.
+    """
 
     request_id: str
     epoch: int
@@ -210,12 +221,13 @@ class FindGeneration(Message):
 
 class GenerationFound(Message):
     """Whether the epoch waits or runs at the one who was asked. ``tokens``: how many of the answer's, over all epochs,
-    it has sent or knows to be sent."""
+    it has sent or knows to be sent. ``decode``: to whom it was handed over; empty: to nobody, or it is forgotten."""
 
     request_id: str
     epoch: int
     held: bool
     tokens: int = Field(default=0, ge=0)
+    decode: str = ""
 
 
 # --- prefill and decode ------------------------------------------------------------------------------------------

@@ -82,7 +82,8 @@ class ChatArrived:
 class ChatPrefilled:
     """The sequence's first token has come.
 
-    Said again when who decodes it changes, and when tokens come from there. ``decode`` empty: nobody knows.
+    Said again when who decodes it changes, and when tokens come from there. ``decode``: who goes on with it now; empty:
+    that is not known.
     """
 
     request_id: str
@@ -162,6 +163,8 @@ class _Instance:
 
 @dataclass(slots=True)
 class _Routed:
+    """``decode``: at whom ``decode_tokens`` are counted; empty: at nobody."""
+
     gateway: str
     epoch: int
     prefill: str
@@ -261,7 +264,8 @@ class ChatDispatch:
                 routed = self._routed.get(request_id)
                 if routed is not None and routed.epoch == epoch:
                     self._prefilled(routed)
-                    self._goes_on(routed, decode or routed.decode)
+                    if decode:
+                        self._goes_on(routed, decode)
                     routed.between = not decoding and routed.prefill != routed.decode
             case ChatEnded(request_id, epoch):
                 routed = self._routed.get(request_id)
@@ -362,23 +366,20 @@ class ChatDispatch:
         routed.prefill_tokens = 0
 
     def _goes_on(self, routed: _Routed, decode: str) -> None:
-        if decode == routed.decode:
-            return
-        if (former := self._instances.get(routed.decode)) is not None:
-            former.decode_tokens -= routed.decode_tokens
-        routed.decode = decode
-        if (there := self._instances.get(decode)) is not None:
-            there.decode_tokens += routed.decode_tokens
-        else:
-            routed.decode_tokens = 0
+        """Count what is to be generated where it is generated; nowhere, if that is nobody who is known."""
+        if (before := self._instances.get(routed.decode)) is not None:
+            before.decode_tokens -= routed.decode_tokens
+        now = self._instances.get(decode)
+        if now is not None:
+            now.decode_tokens += routed.decode_tokens
+        routed.decode = now.name if now is not None else ""
 
     def _end(self, request_id: str) -> None:
         self._waiting.pop(request_id, None)
         routed = self._routed.pop(request_id, None)
         if routed is not None:
             self._prefilled(routed)
-            if (instance := self._instances.get(routed.decode)) is not None:
-                instance.decode_tokens -= routed.decode_tokens
+            self._goes_on(routed, "")
 
     def _forget_instance(self, name: str) -> None:
         """What ran there bears on nobody any more; its gateways ask for new routes."""
@@ -389,7 +390,7 @@ class ChatDispatch:
             if routed.prefill == name:
                 routed.prefill_tokens = 0
             if routed.decode == name:
-                routed.decode_tokens = 0
+                routed.decode = ""
 
 
 def _least_to_prefill(arrived: ChatArrived, prefills: Sequence[_Instance], decodes: Sequence[_Instance]) -> _Chosen:

@@ -146,7 +146,7 @@ class ChatRouter:
             log.info("not pulled", request=route.request_id, source=pull.source, reason=str(error))
 
     def _prefilled(self, report: ChatPrefilled) -> None:
-        self._tell(dispatch.ChatPrefilled(report.request_id, report.epoch))
+        self._tell(dispatch.ChatPrefilled(report.request_id, report.epoch, report.decode, report.decoding))
 
     def _ended(self, report: ChatEnded) -> None:
         asked = self._asked.get(report.request_id)
