@@ -57,7 +57,7 @@ class Roles:
         began_s = asyncio.get_running_loop().time()
         registration = self._registration
         if registration is None or not asked.roles or self._changing:
-            raise self._refusal("it has not joined, or changes its roles already")
+            raise self._refusal("it has not joined, changes its roles already, or to none")
         former, self.now, self._changing = self.now, asked.roles, True
         try:
             if asked.roles != former:

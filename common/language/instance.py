@@ -143,6 +143,11 @@ class LanguageInstance:
         """Whether a sequence waits or runs here."""
         return self._sequences.holds(request_id)
 
+    @property
+    def sequences(self) -> int:
+        """How many wait or run here."""
+        return len(self._sequences)
+
     async def finish(self) -> None:
         await self._sequences.idle.wait()
 
