@@ -17,7 +17,9 @@ from common.messages.cluster import LanguageRole, Service
 from common.messages.failures import Failure, Stage
 from common.messages.mempool import SendPrefix
 from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, ROUTE_CHAT, SEND_PREFIX
-from common.policies import chat_dispatch as dispatch
+from common.policies import chat_events as event
+from common.policies.chat_dispatch import ChatDispatch
+from common.policies.chat_rule import ChatRule
 from common.policies.flip import InstanceLoad
 from common.runtime.membership import MemberChange, MemberDraining, MemberJoined, MemberLost, MemberRolesChanged
 from services.scheduler.prompt_view import PromptView
@@ -31,13 +33,11 @@ _LEAST_PULL_S = 0.1
 class ChatRouter:
     """Answers gateways. ``doubt`` is told of instances at which a gateway found nobody."""
 
-    def __init__(
-        self, bus: Bus, first_epoch: int, doubt: Callable[[str], None], rule: dispatch.ChatRule | None = None
-    ) -> None:
+    def __init__(self, bus: Bus, first_epoch: int, doubt: Callable[[str], None], rule: ChatRule | None = None) -> None:
         self._bus = bus
-        self._policy = dispatch.ChatDispatch(first_epoch, rule)
+        self._policy = ChatDispatch(first_epoch, rule)
         self._doubt = doubt
-        self._asked: dict[str, asyncio.Future[dispatch.RouteSequence]] = {}
+        self._asked: dict[str, asyncio.Future[event.RouteSequence]] = {}
         self._prompts = PromptView(bus)
 
     @contextlib.asynccontextmanager
@@ -63,22 +63,22 @@ class ChatRouter:
         match change:
             case MemberJoined() if member.roles:
                 self._prompts.follow(member.instance)
-                self._tell(dispatch.InstanceJoined(member.instance, member.roles))
+                self._tell(event.InstanceJoined(member.instance, member.roles))
             case MemberRolesChanged():
                 self.roles_changed(member.instance, member.roles)
             case MemberDraining() if member.roles:
-                self._tell(dispatch.InstanceDraining(member.instance))
+                self._tell(event.InstanceDraining(member.instance))
             case MemberLost() if member.roles:
                 self._prompts.forget(member.instance)
-                self._tell(dispatch.InstanceLost(member.instance))
+                self._tell(event.InstanceLost(member.instance))
             case MemberLost() if member.service is Service.GATEWAY:
-                self._tell(dispatch.GatewayLost(member.instance))
+                self._tell(event.GatewayLost(member.instance))
             case _:
                 pass
 
     def roles_changed(self, instance: str, roles: tuple[LanguageRole, ...]) -> None:
         """Route by these roles from now on; what it has goes on counting."""
-        self._tell(dispatch.RolesChanged(instance, roles))
+        self._tell(event.RolesChanged(instance, roles))
 
     def loads(self, flipping: str) -> list[InstanceLoad]:
         """See ``ChatDispatch.loads``."""
@@ -91,7 +91,7 @@ class ChatRouter:
     async def _route(self, asked: RouteChat) -> ChatRoute:
         for instance in asked.gone:
             self._doubt(instance)
-        answer: asyncio.Future[dispatch.RouteSequence] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[event.RouteSequence] = asyncio.get_running_loop().create_future()
         end_s = asyncio.get_running_loop().time() + asked.wait_s
         best = min(self._prompts.best(asked.tokens), asked.prompt_tokens - 1)
         former = self._asked.get(asked.request_id)
@@ -99,7 +99,7 @@ class ChatRouter:
             _refuse(former, "overtaken", "the sequence was asked for again")
         self._asked[asked.request_id] = answer
         self._tell(
-            dispatch.ChatArrived(
+            event.ChatArrived(
                 asked.request_id,
                 asked.gateway,
                 asked.created_at_s,
@@ -130,9 +130,9 @@ class ChatRouter:
             if self._asked.get(asked.request_id) is answer:
                 del self._asked[asked.request_id]
                 if not answer.done() or answer.cancelled():
-                    self._tell(dispatch.ChatEnded(asked.request_id, None))
+                    self._tell(event.ChatEnded(asked.request_id, None))
 
-    async def _pull(self, route: dispatch.RouteSequence, tokens: bytes, end_s: float) -> None:
+    async def _pull(self, route: event.RouteSequence, tokens: bytes, end_s: float) -> None:
         """Have the prefill instance get what it is to pull (MemServe, equation 2); without it, it computes that."""
         pull = route.pull
         assert pull is not None
@@ -146,15 +146,15 @@ class ChatRouter:
             log.info("not pulled", request=route.request_id, source=pull.source, reason=str(error))
 
     def _prefilled(self, report: ChatPrefilled) -> None:
-        self._tell(dispatch.ChatPrefilled(report.request_id, report.epoch, report.decode, report.decoding))
+        self._tell(event.ChatPrefilled(report.request_id, report.epoch, report.decode, report.decoding))
 
     def _ended(self, report: ChatEnded) -> None:
         asked = self._asked.get(report.request_id)
         if report.epoch is None and asked is not None:
             _refuse(asked, "overtaken", "the sequence has ended")
-        self._tell(dispatch.ChatEnded(report.request_id, report.epoch))
+        self._tell(event.ChatEnded(report.request_id, report.epoch))
 
-    def _tell(self, happened: dispatch.Event) -> None:
+    def _tell(self, happened: event.Event) -> None:
         for decision in self._policy.handle(happened):
             log.debug("routed", request=decision.request_id, prefill=decision.prefill, reason=decision.reason)
             answer = self._asked.get(decision.request_id)
@@ -162,7 +162,7 @@ class ChatRouter:
                 answer.set_result(decision)
 
 
-def _refuse(answer: asyncio.Future[dispatch.RouteSequence], code: str, message: str) -> None:
+def _refuse(answer: asyncio.Future[event.RouteSequence], code: str, message: str) -> None:
     if not answer.done():
         answer.set_exception(_refusal(code, message))
 

@@ -5,15 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.messages.cluster import LanguageRole
-from common.policies.chat_dispatch import (
-    ChatArrived,
-    ChatDispatch,
-    ChatEnded,
-    ChatPrefilled,
-    Event,
-    InstanceJoined,
-    RouteSequence,
-)
+from common.policies.chat_dispatch import ChatDispatch
+from common.policies.chat_events import ChatArrived, ChatEnded, ChatPrefilled, Event, InstanceJoined, RouteSequence
 from common.policies.least_delay import DelayModel, LeastDelay, SequenceCame, SequenceEnded, SequencePrefilled
 from common.policies.least_delay import InstanceJoined as Joined
 from common.policies.least_delay import InstanceLeft as Left
