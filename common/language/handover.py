@@ -84,7 +84,6 @@ class HandOver:
         failure: Failure | None = None
         try:
             first = min(known, held.kv_tokens) // BLOCK_TOKENS
-            parts = [blocks_part(self._engine.pool, table, first * BLOCK_TOKENS, held.kv_tokens)]
             handed = TakeOver(
                 request=held.so_far().model_copy(update={"decode": decode}),
                 prefill=held.prefill,
@@ -95,7 +94,7 @@ class HandOver:
                 expected=held.told,
                 running=True,
             )
-            failure = await self._ask(handed, parts)
+            failure = await self._ask(handed, self._rest(held, table, first * BLOCK_TOKENS))
         finally:
             self._stepper.soon(partial(self._engine.allocator.end_access, access))
             if failure is not None:
@@ -122,8 +121,7 @@ class HandOver:
         known = 0 if sent.offers else await held.known_there()
         if known:
             parts, sent = [], SentAhead(tokens=known)
-        if sent.tokens < held.kv_tokens:
-            parts.append(blocks_part(self._engine.pool, table, sent.tokens, held.kv_tokens))
+        parts += self._rest(held, table, sent.tokens)
         handed = TakeOver(
             request=held.so_far(),
             prefill=self._instance,
@@ -138,6 +136,12 @@ class HandOver:
             return await self._ask(handed, parts)
         finally:
             self.ahead.taken_over(held.key)
+
+    def _rest(self, held: Held, table: BlockTable, first_token: int) -> list[Part]:
+        """All from this token on, the first of a block; it may be nothing."""
+        if first_token >= held.kv_tokens:
+            return []
+        return [blocks_part(self._engine.pool, table, first_token, held.kv_tokens)]
 
     async def _ask(self, handed: TakeOver, parts: list[Part]) -> Failure | None:
         """Have who is to decode it take it over, with these parts; why it did not, None: it did."""
