@@ -11,7 +11,7 @@ from common.bus.errors import BusError, Refusal
 from common.bus.port import Subscription
 from common.engine import Output, Request, RequestRefused
 from common.language.flipping import Roles
-from common.language.foretelling import Foretelling
+from common.language.foretelling import Foretelling, told, told_already
 from common.language.handed_on import HandedOn
 from common.language.handover import HandOver
 from common.language.held import Held, Sequences
@@ -132,6 +132,7 @@ class LanguageInstance:
                 "keys and values",
                 prefilled_tokens=self._engine.counts.prefilled,
                 found_tokens=self._engine.counts.found,
+                preemptions=self._engine.counts.preempted,
                 handed_over_bytes=self.hand_over.sent_bytes + self._ahead.sent_bytes,
                 moved_bytes=self.transfers.sent_bytes,
             )
@@ -157,10 +158,11 @@ class LanguageInstance:
         if LanguageRole.PREFILL not in self.roles.now:
             raise Refusal(self._failure(request, MOVED, f"{self._instance} prefills no more"))
         held, asked = self._take_in(request, park=request.decode != self._instance)
-        if asked.park:
+        if asked.park or self._engine.goes_by_predictions:
             await self.foretelling.begin(held)
             if not self._sequences.has(held):
                 return Acknowledged()  # cancelled meanwhile
+        if asked.park:
             if self._engine.caching.keeps_received:
                 held.known = asyncio.get_running_loop().create_future()
                 self._stepper.soon(partial(self._ask, held, held.known))
@@ -236,8 +238,24 @@ class LanguageInstance:
     # --- between two steps ---------------------------------------------------------------------------------------
 
     def _add(self, held: Held, asked: Request, now_s: float) -> None:
-        if self._sequences.has(held):
+        if not self._sequences.has(held):
+            return
+        if asked.park:
             self._engine.add(held.key, asked, now_s)
+            return
+        said = told_already(held.expected)
+        self._engine.add(held.key, asked, now_s, self.foretelling.expected_tokens(held, said))
+        if held.expected is not None and said is None:
+            self._spawn(self._expect(held), f"expect of {held.key}")
+        else:
+            self.foretelling.count(said)
+
+    async def _expect(self, held: Held) -> None:
+        """Until the predictor has spoken, a sequence that is decoded here goes by the histogram."""
+        said = await told(held.expected)
+        self.foretelling.count(said)
+        expected, now_s = self.foretelling.expected_tokens(held, said), asyncio.get_running_loop().time()
+        self._stepper.soon(partial(self._engine.expect, held.key, expected, now_s))
 
     def _ask(self, held: Held, known: asyncio.Future[int]) -> None:
         """Ask who will decode it what it has of it: now, so that no answer is waited for when it is handed over."""

@@ -249,23 +249,6 @@ class KVPart(Message):
     checksum: int | None = Field(default=None, ge=0)
 
 
-class OfferKV(Message):
-    """From prefill to decode, before the first token is there: fetch these parts. Answered when they are fetched.
-
-    The first offer of an epoch makes the receiver allocate blocks for ``kv_tokens`` tokens and the next one; where it
-    has none free, it refuses. ``number`` counts the offers before this one. What was offered is forgotten again after
-    a while without a next offer or the ``TakeOver``.
-    """
-
-    request_id: str
-    epoch: int
-    prefill: str
-    kv_tokens: int = Field(ge=1)
-    block_tokens: int = Field(ge=1)
-    number: int = Field(ge=0)
-    parts: tuple[KVPart, ...]
-
-
 class ExpectedAnswer(Message):
     """The whole answer will have ``low`` tokens or more and fewer than ``high`` (TetriInfer, section 3.3.2).
 
@@ -275,6 +258,26 @@ class ExpectedAnswer(Message):
     low: int = Field(ge=0)
     high: int = Field(ge=1)
     source: str
+
+
+class OfferKV(Message):
+    """From prefill to decode, before the first token is there: fetch these parts. Answered when they are fetched.
+
+    The first offer of an epoch makes the receiver allocate blocks for ``kv_tokens`` tokens and the next one; where it
+    has none to give, it refuses. ``number`` counts the offers before this one. What was offered is forgotten again
+    after a while without a next offer or the ``TakeOver``. ``expected``: see there.
+    """
+
+    version: ClassVar[int] = 2
+
+    request_id: str
+    epoch: int
+    prefill: str
+    kv_tokens: int = Field(ge=1)
+    block_tokens: int = Field(ge=1)
+    number: int = Field(ge=0)
+    parts: tuple[KVPart, ...]
+    expected: ExpectedAnswer | None = None
 
 
 class TakeOver(Message):
