@@ -39,6 +39,19 @@ class LanguageMetrics:
             buckets=_FLIP_BUCKETS_S,
             registry=registry,
         )
+        self._waiting = Gauge(
+            "triptych_sequences_waiting",
+            "Sequences that waited for memory when the instance last spoke.",
+            ("instance",),
+            registry=registry,
+        )
+        self._preemptions = Counter(
+            "triptych_preemptions",
+            "Sequences that had to give their memory up and are computed again.",
+            ("instance",),
+            registry=registry,
+        )
+        self._preempted: dict[str, int] = {}
         self._active = Gauge("triptych_sequences_active", "Answers being generated.", registry=registry)
 
     def begun(self, prompt_tokens: int) -> None:
@@ -57,6 +70,18 @@ class LanguageMetrics:
 
     def role_flipped(self, flipped: RoleFlipped) -> None:
         self._flips.labels("+".join(flipped.roles)).observe(flipped.flip_s)
+
+    def spoke(self, instance: str, waiting: int, preemptions: int) -> None:
+        """``preemptions``: since the instance began; fewer than before, and it has begun anew."""
+        before = self._preempted.get(instance, 0)
+        self._preempted[instance] = preemptions
+        self._waiting.labels(instance).set(waiting)
+        self._preemptions.labels(instance).inc(preemptions - before if preemptions >= before else preemptions)
+
+    def lost(self, instance: str) -> None:
+        """Nobody waits at an instance that is gone."""
+        if self._preempted.pop(instance, None) is not None:
+            self._waiting.remove(instance)
 
     def rerouted(self, why: str) -> None:
         self._reroutes.labels(why).inc()
