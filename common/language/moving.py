@@ -109,9 +109,7 @@ class MovingOn:
             log.info("not moved", sequence=held.key, to=decode, reason=failure.message)
         if failure is not None or not self._sequences.has(held):
             return False
-        request = held.request
-        news = SequenceTokens(request_id=request.request_id, epoch=request.epoch, offset=held.generated, decode=decode)
-        await self._tell({request.gateway: [news]})
+        await self._tell({held.request.gateway: [held.hand_to(decode)]})
         self._sequences.remove(held)
         self._stepper.soon(partial(self._engine.cancel, held.key, asyncio.get_running_loop().time()))
         return True

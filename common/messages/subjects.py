@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from common.messages import cache, chat, cluster, failures, kv_index, mempool, video
+from common.messages import cache, chat, cluster, dispatch, failures, kv_index, mempool, video
 from common.messages.base import Message
 
 Request = TypeVar("Request", bound=Message)
@@ -130,6 +130,10 @@ TOKENS_GENERATED = EventSubject("triptych.gateway.{}.tokens", chat.TokensGenerat
 
 FLIP_ROLE = RequestSubject("triptych.language.{}.flip", cluster.FlipRole, cluster.RoleFlipped)
 ROLE_FLIPPED = EventSubject("triptych.language.{}.flipped", cluster.RoleFlipped)
+
+# How decode instances are, said by each and told to all. Heard at most once: the next one says it again.
+LOAD_REPORTED = EventSubject("triptych.scheduler.load_reported", dispatch.DecodeLoad)
+DECODE_LOADS = EventSubject("triptych.language.decode_loads", dispatch.DecodeLoads)
 
 # What language instances have cached. Heard at most once: what is missed shows with the next change.
 INDEX_CHANGED = EventSubject("triptych.scheduler.index_changed", kv_index.IndexChanged)

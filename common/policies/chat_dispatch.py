@@ -41,10 +41,13 @@ class ChatDispatch:
     Attributes:
         next_epoch: of the first route; each later one is higher.
         rule: by which to choose; None: the fewest tokens to prefill.
+        dispatched: whether prefill instances choose who decodes (TetriInfer, section 3.3.4): then nobody is named here,
+            and what is to be generated counts nowhere before it is known who generates it.
     """
 
     next_epoch: int = 1
     rule: ChatRule | None = None
+    dispatched: bool = False
     _instances: dict[str, Instance] = field(default_factory=dict)
     _routed: dict[str, Routed] = field(default_factory=dict)
     _waiting: dict[str, ChatArrived] = field(default_factory=dict)
@@ -122,14 +125,16 @@ class ChatDispatch:
             chosen = _least_to_prefill(arrived, prefills, decodes)
         else:
             chosen = choose_by_rule(self.rule, arrived, prefills, decodes, self._routed)
-        prefill, decode = chosen.prefill, chosen.decode
+        prefill = chosen.prefill
+        # Who decodes too keeps what it prefills.
+        decode = None if self.dispatched and prefill is not chosen.decode else chosen.decode
         lacking = arrived.prompt_tokens - min(chosen.cached_tokens, arrived.prompt_tokens - 1)
         context_tokens = arrived.prompt_tokens + arrived.max_tokens
         routed = Routed(
             arrived.gateway,
             self.next_epoch,
             prefill.name,
-            decode.name,
+            decode.name if decode is not None else "",
             lacking,
             arrived.max_tokens,
             chosen.exec_s,
@@ -137,9 +142,10 @@ class ChatDispatch:
         )
         self.next_epoch += 1
         prefill.prefill_tokens += routed.prefill_tokens
-        decode.decode_tokens += routed.decode_tokens
+        if decode is not None:
+            decode.decode_tokens += routed.decode_tokens
         self._routed[arrived.request_id] = routed
-        return RouteSequence(arrived.request_id, routed.epoch, prefill.name, decode.name, chosen.reason, chosen.pull)
+        return RouteSequence(arrived.request_id, routed.epoch, prefill.name, routed.decode, chosen.reason, chosen.pull)
 
     def _prefilled(self, routed: Routed) -> None:
         if (instance := self._instances.get(routed.prefill)) is not None:

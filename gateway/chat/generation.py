@@ -135,6 +135,8 @@ class Generation:
                     step = await self._next(line)
                     now = line.decode, line.decoding
                     if now != told and (step.tokens or told is not None):
+                        if line.decode and (told is None or told[0] != line.decode):
+                            self._metrics.goes_on(line.decode)
                         told = now
                         await self._bus.publish(
                             CHAT_PREFILLED,
@@ -207,6 +209,7 @@ class Generation:
             update={
                 "epoch": route.epoch,
                 "decode": route.decode,
+                "cached": route.cached,
                 "tokens": self._prompt + pack_tokens(self._generated),
                 "generated": len(self._generated),
             }

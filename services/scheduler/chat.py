@@ -5,7 +5,7 @@ Nothing here is kept: a scheduler that starts anew counts no load of what runs a
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 
 import structlog
 
@@ -22,6 +22,7 @@ from common.policies.chat_dispatch import ChatDispatch
 from common.policies.chat_rule import ChatRule
 from common.policies.flip import InstanceLoad
 from common.runtime.membership import MemberChange, MemberDraining, MemberJoined, MemberLost, MemberRolesChanged
+from services.scheduler.decode_loads import DecodeLoadMonitor
 from services.scheduler.prompt_view import PromptView
 
 log = structlog.get_logger()
@@ -31,11 +32,22 @@ _LEAST_PULL_S = 0.1
 
 
 class ChatRouter:
-    """Answers gateways. ``doubt`` is told of instances at which a gateway found nobody."""
+    """Answers gateways. ``doubt`` is told of instances at which a gateway found nobody.
 
-    def __init__(self, bus: Bus, first_epoch: int, doubt: Callable[[str], None], rule: ChatRule | None = None) -> None:
+    ``dispatched``: prefill instances choose who decodes, and are told how those are.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        first_epoch: int,
+        doubt: Callable[[str], None],
+        rule: ChatRule | None = None,
+        dispatched: bool = False,
+    ) -> None:
         self._bus = bus
-        self._policy = ChatDispatch(first_epoch, rule)
+        self._policy = ChatDispatch(first_epoch, rule, dispatched)
+        self._loads = DecodeLoadMonitor(bus) if dispatched else None
         self._doubt = doubt
         self._asked: dict[str, asyncio.Future[event.RouteSequence]] = {}
         self._prompts = PromptView(bus)
@@ -49,7 +61,7 @@ class ChatRouter:
             await self._bus.subscribe(CHAT_ENDED, self._ended),
         ]
         try:
-            async with self._prompts.running():
+            async with self._prompts.running(), self._loads.running() if self._loads else contextlib.nullcontext():
                 yield
         finally:
             for answer in self._asked.values():
@@ -64,13 +76,16 @@ class ChatRouter:
             case MemberJoined() if member.roles:
                 self._prompts.follow(member.instance)
                 self._tell(event.InstanceJoined(member.instance, member.roles))
+                self._have_roles(member.instance, member.roles)
             case MemberRolesChanged():
                 self.roles_changed(member.instance, member.roles)
             case MemberDraining() if member.roles:
                 self._tell(event.InstanceDraining(member.instance))
+                self._have_roles(member.instance, ())
             case MemberLost() if member.roles:
                 self._prompts.forget(member.instance)
                 self._tell(event.InstanceLost(member.instance))
+                self._have_roles(member.instance, ())
             case MemberLost() if member.service is Service.GATEWAY:
                 self._tell(event.GatewayLost(member.instance))
             case _:
@@ -79,6 +94,7 @@ class ChatRouter:
     def roles_changed(self, instance: str, roles: tuple[LanguageRole, ...]) -> None:
         """Route by these roles from now on; what it has goes on counting."""
         self._tell(event.RolesChanged(instance, roles))
+        self._have_roles(instance, roles)
 
     def loads(self, flipping: str) -> list[InstanceLoad]:
         """See ``ChatDispatch.loads``."""
@@ -87,6 +103,10 @@ class ChatRouter:
     def decoding(self, but: str) -> list[str]:
         """See ``ChatDispatch.decoding``."""
         return self._policy.decoding(but)
+
+    def _have_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
+        if self._loads is not None:
+            self._loads.has_roles(instance, roles)
 
     async def _route(self, asked: RouteChat) -> ChatRoute:
         for instance in asked.gone:
@@ -98,6 +118,7 @@ class ChatRouter:
         if former is not None:
             _refuse(former, "overtaken", "the sequence was asked for again")
         self._asked[asked.request_id] = answer
+        cached = self._prompts.cached(asked.tokens)
         self._tell(
             event.ChatArrived(
                 asked.request_id,
@@ -106,7 +127,7 @@ class ChatRouter:
                 asked.prompt_tokens,
                 asked.max_tokens,
                 (*asked.avoid, *asked.gone),
-                self._prompts.cached(asked.tokens),
+                cached,
                 asked.conversation,
             )
         )
@@ -123,6 +144,7 @@ class ChatRouter:
                 decode=route.decode,
                 reason=route.reason,
                 best_cached_tokens=best,
+                cached=() if route.decode else tuple(cached.items()),
             )
         except TimeoutError:
             raise _refusal("no_instance", f"no prefill and decode instance within {asked.wait_s:g} s") from None
