@@ -24,6 +24,9 @@ from common.models.causal_lm import BLOCK_TOKENS, BlockTable
 from common.tensors.errors import TensorError
 from common.tensors.port import Tensors
 
+NOT_RUNNING = "not_running"
+"""The code of a failure to hand on what cannot be parked now."""
+
 
 class HandOver:
     """Hands parked sequences over, any number at once. ``ahead`` is what leaves before they are parked.
@@ -79,7 +82,7 @@ class HandOver:
         """
         opened = await self._stepper.between(partial(self._stop, held))
         if opened is None:
-            return Failure(stage=Stage.DECODE, code="not_running", message=f"{held.key} waits, or is at its end")
+            return Failure(stage=Stage.DECODE, code=NOT_RUNNING, message=f"{held.key} waits, or is at its end")
         table, access = opened
         failure: Failure | None = None
         try:

@@ -17,7 +17,7 @@ from common.bus.port import Bus
 from common.engine import Engine
 from common.language.ahead import Spawn
 from common.language.handed_on import HandedOn
-from common.language.handover import HandOver
+from common.language.handover import NOT_RUNNING, HandOver
 from common.language.held import Held, Sequences
 from common.language.prefixes import prefix_at
 from common.language.settings import LanguageSettings
@@ -107,6 +107,9 @@ class MovingOn:
         failure = await self._hand_over.move(held, decode, known)
         if failure is not None:
             log.info("not moved", sequence=held.key, to=decode, reason=failure.message)
+            if failure.code == NOT_RUNNING:
+                # It waits, or has yet to come; with its next token here it is looked at again.
+                self._looked_at.discard(held.key)
         if failure is not None or not self._sequences.has(held):
             return False
         await self._tell({held.request.gateway: [held.hand_to(decode)]})

@@ -12,7 +12,8 @@ def flip_loads(instances: Iterable[Instance], routed: Iterable[Routed], flipping
     """Those that have one role; who drains is left out.
 
     A prompt waits while it is not the only one at its instance, and the sequence after it until its second token comes:
-    for its keys and values, and for room where it is decoded. ``flipping`` is on its way to another role already.
+    for its keys and values, and for room where it is decoded. Those that are given to nobody yet are divided among all
+    that decode. ``flipping`` is on its way to another role already.
     """
     prompts: Counter[str] = Counter()
     between: Counter[str] = Counter()
@@ -21,6 +22,9 @@ def flip_loads(instances: Iterable[Instance], routed: Iterable[Routed], flipping
         prompts[sequence.prefill] += sequence.prefill_tokens > 0
         between[sequence.decode] += sequence.between
         decoding[sequence.decode] += not sequence.prefill_tokens
+    instances = list(instances)
+    names = [there.name for there in instances if there.decodes and not there.draining]
+    between.update({name: len(range(place, between[""], len(names))) for place, name in enumerate(names)})
     found = []
     for there in instances:
         if there.draining or there.prefills == there.decodes:

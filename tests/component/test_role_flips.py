@@ -41,11 +41,12 @@ CLIENTS = 4
 
 @contextlib.asynccontextmanager
 async def four(
-    broker: NatsServer, folder: Path, **settings: object
+    broker: NatsServer, folder: Path, dispatch: str = "scheduler", **settings: object
 ) -> AsyncIterator[tuple[LanguageStack, dict[str, Watched]]]:
     """A stack with two instances for each role."""
+    settings["dispatch"] = dispatch
     async with contextlib.AsyncExitStack() as opened:
-        stack = await opened.enter_async_context(language_stack(broker.url, folder))
+        stack = await opened.enter_async_context(language_stack(broker.url, folder, dispatch))
         instances = {
             name: await opened.enter_async_context(language_instance(broker.url, name, folder, roles, **settings))
             for name, roles in ROLES.items()
@@ -132,11 +133,13 @@ async def test_prompts_that_wait_are_routed_anew_and_what_does_not_fit_elsewhere
             await one.settled()
 
 
-@pytest.mark.parametrize("mode", [TransferMode.BY_REQUEST, TransferMode.BY_CHUNK])
+@pytest.mark.parametrize(
+    ("mode", "dispatch"), [(TransferMode.BY_REQUEST, "scheduler"), (TransferMode.BY_CHUNK, "power_of_two")]
+)
 async def test_no_request_is_lost_while_roles_flip(
-    nats_server: NatsServer, language_model: Path, mode: TransferMode
+    nats_server: NatsServer, language_model: Path, mode: TransferMode, dispatch: str
 ) -> None:
-    async with four(nats_server, language_model, transfer_mode=mode, chunk_tokens=32) as (stack, instances):
+    async with four(nats_server, language_model, dispatch, transfer_mode=mode, chunk_tokens=32) as (stack, instances):
         async with flipping(nats_server.url, {name: roles[0] for name, roles in ROLES.items()}, PERIOD_S) as flipper:
             stayed = await _visited(stack, language_model, REQUESTS, leaving=0.0)
         assert stayed == REQUESTS and flipper.flips
