@@ -18,9 +18,7 @@ from common.mempool.tiers import Tier
 from common.messages.chat import tokens_in, unpack_tokens
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, CausalLM, Chunk, KVPool
 from common.models.causal_lm.sampling import sample
-from common.policies.batching_rules import BatchingRules
-from common.policies.continuous_batching import (
-    ContinuousBatching,
+from common.policies.batching_events import (
     LengthPredicted,
     Piece,
     PreemptSequence,
@@ -32,6 +30,8 @@ from common.policies.continuous_batching import (
     StepDue,
     StepFinished,
 )
+from common.policies.batching_rules import BatchingRules
+from common.policies.continuous_batching import ContinuousBatching
 
 
 class RequestRefused(ValueError):

@@ -33,7 +33,7 @@ log = structlog.get_logger()
 class Receiving:
     """Takes sequences over, any number at once. ``outcomes`` counts how transfers ended, ``offers`` what came ahead.
 
-    ``waiting``: so many are to come and have no blocks yet. ``waiting_blocks``: so many blocks they want.
+    ``waiting``: so many are to come and have no blocks yet; ``waiting_blocks``: so many they want.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from loadgen.bench.process import BenchmarkError
 
-_LOOK_EVERY_S = 0.1
+_LOOK_EVERY_S = 0.05
 # A computing instance takes nearly all of a look's time, an idle one a thousandth.
 _IN_USE = 0.2
 _LANGUAGE = re.compile(r"(?:prefill|decode)-\d+")
@@ -40,15 +40,16 @@ class InstanceUse:
 
 
 def use_of(looks: Sequence[tuple[float, float]], begin_s: float) -> Use:
-    """Between two looks it was in use if it took more than a fifth of that time."""
+    """Between two looks it was in use if it took more than a fifth of that time; one that did little, all the time."""
+    (start_s, start_cpu_s), (end_s, end_cpu_s) = looks[0], looks[-1]
+    if end_cpu_s == start_cpu_s:
+        return Use()
     spans = [
-        (before_s - begin_s, after_s - begin_s)
+        (before_s, after_s)
         for (before_s, before_cpu_s), (after_s, after_cpu_s) in itertools.pairwise(looks)
         if after_cpu_s - before_cpu_s > _IN_USE * (after_s - before_s)
-    ]
-    if not spans:
-        return Use()
-    return Use(max(0.0, spans[0][0]), spans[-1][1], looks[-1][1] - looks[0][1])
+    ] or [(start_s, end_s)]
+    return Use(max(0.0, spans[0][0] - begin_s), spans[-1][1] - begin_s, end_cpu_s - start_cpu_s)
 
 
 @contextlib.asynccontextmanager

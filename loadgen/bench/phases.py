@@ -127,19 +127,26 @@ async def _round(
 
 
 async def _burst(stack: LanguageStack, requests: Sequence[SmallRequest]) -> Burst:
-    """Ask for all at once. Raises BenchmarkError: an answer is not as long as was asked for."""
+    """Ask for all at once.
+
+    Raises:
+        BenchmarkError: an answer is not as long as was asked for, or all was over too soon to see any work.
+    """
     async with watching(stack.pid) as use:
         begin_s = time.monotonic()
         answers = await asyncio.gather(*map(stack.ask, requests))
     for request, answer in zip(requests, answers, strict=True):
         if answer.answer_tokens != request.answer_tokens:
             raise BenchmarkError(f"an answer has {answer.answer_tokens} tokens instead of {request.answer_tokens}")
-    return Burst(
+    burst = Burst(
         [answer.asked_s - begin_s + answer.ttft_s for answer in answers],
         [answer.asked_s - begin_s + answer.jct_s for answer in answers],
         [request.answer_tokens for request in requests],
         use.of(begin_s),
     )
+    if burst.resource_s <= 0:
+        raise BenchmarkError("the instances were not seen to compute; ask for more")
+    return burst
 
 
 def _head(options: argparse.Namespace, scale: Scale, chosen: Sequence[System]) -> list[str]:

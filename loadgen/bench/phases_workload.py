@@ -28,7 +28,7 @@ from loadgen.simulator.language.arms import VLLM_BUDGET
 from loadgen.simulator.language.cost import OPT_13B_2_V100
 from loadgen.simulator.language.predictors import NoisyOracle
 from loadgen.simulator.language.setups import CHUNK_TOKENS
-from loadgen.simulator.language.workloads import CLASSES, HEAVY_ANSWER, class_requests
+from loadgen.simulator.language.workloads import CLASSES, class_requests
 
 TOKENS = 256  # prompts are made of ids below this, which every model knows
 _PAPER_GRANULARITY, _PAPER_CLASSES = 200, 11  # of the predictor: its window of 2,048 tokens in ranges of 200
@@ -64,11 +64,6 @@ class Scale:
     def kv_tokens(self) -> int:
         """For how many an instance has room."""
         return self.tokens(OPT_13B_2_V100.kv_tokens)
-
-    @property
-    def heavy_tokens(self) -> int:
-        """A longer answer is heavy."""
-        return self.tokens(HEAVY_ANSWER)
 
     @property
     def buckets(self) -> LengthBuckets:

@@ -22,12 +22,7 @@ QUARTER = Scale(0.25)
 
 
 def test_one_factor_scales_whatever_is_counted_in_tokens() -> None:
-    assert (QUARTER.chunk_tokens, QUARTER.budget_tokens, QUARTER.kv_tokens, QUARTER.heavy_tokens) == (
-        128,
-        1024,
-        9750,
-        32,
-    )
+    assert (QUARTER.chunk_tokens, QUARTER.budget_tokens, QUARTER.kv_tokens) == (128, 1024, 9750)
     assert (QUARTER.buckets.granularity, QUARTER.buckets.buckets) == (50, 11)
     assert QUARTER.tokens(5, least=4) == 4 and Scale(0.001).tokens(7) == 1
 
@@ -128,7 +123,10 @@ def test_an_instance_is_in_use_while_it_computes() -> None:
     looks = [(9.9, 3.0), (10.1, 3.0), (10.2, 3.08), (10.3, 3.17), (10.4, 3.18), (10.5, 3.28), (10.6, 3.28)]
     used = use_of(looks, 10.0)
     assert (used.first_s, used.last_s, used.cpu_s) == pytest.approx((0.1, 0.5, 0.28))
-    assert use_of([(9.9, 3.0), (10.1, 3.001)], 10.0) == Use()
+    assert use_of([(9.9, 3.0), (10.1, 3.0)], 10.0) == Use()
+    # Too little at each look, yet it worked.
+    little = use_of([(9.5, 3.0), (10.5, 3.01), (11.5, 3.02)], 10.0)
+    assert (little.first_s, little.last_s, little.cpu_s) == pytest.approx((0.0, 1.5, 0.02))
     assert use_of([(9.9, 3.0), (10.1, 3.2)], 10.0).first_s == 0.0
     assert language_processes(1 << 22) == {}
 
