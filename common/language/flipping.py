@@ -6,7 +6,7 @@ gateways to be routed anew, those that hold blocks already are computed to their
 decodes is handed on (``moving``).
 """
 
-import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -54,7 +54,7 @@ class Roles:
         Raises:
             Refusal: it has not joined, changes already, or the change could not be announced: then all is as before.
         """
-        began_s = asyncio.get_running_loop().time()
+        began_s = time.perf_counter()
         registration = self._registration
         if registration is None or not asked.roles or self._changing:
             raise self._refusal("it has not joined, changes its roles already, or to none")
@@ -67,7 +67,7 @@ class Roles:
             raise self._refusal(f"not announced: {error}") from error
         finally:
             self._changing = False
-        flip_s = asyncio.get_running_loop().time() - began_s
+        flip_s = time.perf_counter() - began_s
         log.info("role flipped", before=former, now=asked.roles, seconds=flip_s)
         flipped = RoleFlipped(instance=self._instance, roles=asked.roles, flip_s=flip_s)
         self._spawn(self._let_go(asked, flipped), "flip")

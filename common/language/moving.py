@@ -61,6 +61,7 @@ class MovingOn:
         self._turn = count()
         self._others: tuple[str, ...] = ()
         self._looked_at: set[str] = set()
+        self._under_way: set[str] = set()
         self.outcomes: Counter[str] = Counter()
 
     def begin(self, others: tuple[str, ...]) -> None:
@@ -76,26 +77,30 @@ class MovingOn:
 
     def consider(self, held: Held) -> None:
         """It decodes here, as far as is known: hand it on, if it is to be and has not been tried before."""
-        if self._others and held.request.decode == self._instance and held.key not in self._looked_at:
+        if not self._others or held.request.decode != self._instance:
+            return
+        if held.key not in self._looked_at and held.key not in self._under_way:
             # What has ended is not asked about again.
             self._looked_at &= {one.key for one in self._sequences.all}
             self._looked_at.add(held.key)
+            self._under_way.add(held.key)
             self._spawn(self._move(held, next(self._turn)), f"move {held.key}")
 
     async def _move(self, held: Held, turn: int) -> None:
         async with self._room:
-            outcome = "stayed"
-            others = self._others
-            for place in range(len(others)):
-                if not self._sequences.has(held):
-                    outcome = "ended"
-                elif not self._others:
-                    break
-                elif await self._to(held, others[(turn + place) % len(others)]):
-                    outcome = "moved"
-                if outcome != "stayed":
-                    break
-            self.outcomes[outcome] += 1
+            self.outcomes[await self._outcome(held, turn)] += 1
+        self._under_way.discard(held.key)
+
+    async def _outcome(self, held: Held, turn: int) -> str:
+        others = self._others
+        for place in range(len(others)):
+            if not self._sequences.has(held):
+                return "ended"
+            if not self._others:
+                break
+            if await self._to(held, others[(turn + place) % len(others)]):
+                return "moved"
+        return "stayed"
 
     async def _to(self, held: Held, decode: str) -> bool:
         """Whether it goes on there."""
