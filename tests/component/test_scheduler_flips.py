@@ -81,7 +81,7 @@ async def test_who_decodes_comes_to_prefill_where_prompts_wait_but_never_the_las
         first.refuses = True
         number = 0
         for number in range(8):
-            assert (await routed(bus, number)).prefill == "prefill-0"
+            await routed(bus, number)
         # Nobody computes them, so they wait. Who refuses keeps its role, and is asked again after as much waiting.
         asked = await asyncio.wait_for(first.asked.get(), PATIENCE_S)
         assert (asked.roles, asked.decode) == (PREFILL, ("decode-1",))
