@@ -52,7 +52,8 @@ class Roles:
         """Take other roles, and answer once everybody can know.
 
         Raises:
-            Refusal: it has not joined, changes already, or the change could not be announced: then all is as before.
+            Refusal: it has not joined, changes already, or is not known to have announced the change: then its record
+                decides, and it takes what either brings.
         """
         began_s = time.perf_counter()
         registration = self._registration
@@ -63,7 +64,7 @@ class Roles:
             if asked.roles != former:
                 await registration.change_roles(asked.roles)
         except BusError as error:
-            self.now = former
+            self.now = tuple(dict.fromkeys((*former, *asked.roles)))
             raise self._refusal(f"not announced: {error}") from error
         finally:
             self._changing = False

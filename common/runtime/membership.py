@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import structlog
 
-from common.bus.errors import BusError
+from common.bus.errors import BusError, WrongRevision
 from common.bus.port import Bus, Change
 from common.messages.cluster import (
     Heartbeat,
@@ -85,11 +85,19 @@ class Registration:
         """Announce that this process takes other work from now on; it is the same life of it.
 
         Raises:
-            WrongRevision: the record is another life's by now, or was changed meanwhile.
+            WrongRevision: the record is another life's by now.
             BusError: it was not announced, as far as is known.
         """
         changed = self.member.model_copy(update={"roles": roles})
-        self._revision = await self._bus.replace(MEMBERS, self.member.instance, changed, self._revision)
+        try:
+            self._revision = await self._bus.replace(MEMBERS, self.member.instance, changed, self._revision)
+        except WrongRevision:
+            entry = await self._bus.get(MEMBERS, self.member.instance)
+            if entry.value.incarnation != self.member.incarnation:
+                raise
+            # A write of ours of which we have not heard.
+            changed = entry.value.model_copy(update={"roles": roles})
+            self._revision = await self._bus.replace(MEMBERS, self.member.instance, changed, entry.revision)
         self.member = self.member.model_copy(update={"roles": roles})
 
     async def draining(self) -> None:

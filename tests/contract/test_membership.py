@@ -9,7 +9,7 @@ import pytest
 from common.bus.errors import WrongRevision
 from common.bus.nats_bus import NatsBus
 from common.messages.cluster import LanguageRole, MemberState, Service
-from common.messages.subjects import VIDEO_BUCKETS
+from common.messages.subjects import MEMBERS, VIDEO_BUCKETS
 from common.runtime.membership import (
     MemberChange,
     MemberDraining,
@@ -143,6 +143,11 @@ async def test_other_roles_are_the_same_life_and_nobody_changes_those_of_another
         assert isinstance(changed, MemberRolesChanged)
         assert changed.member == joined.member.model_copy(update={"roles": (LanguageRole.PREFILL,)})
         assert watcher.view.members["decode-0"] == changed.member
+        # Written by this life, but not known to be: an acknowledgement was lost.
+        await bus.put(MEMBERS, "decode-0", changed.member.model_copy(update={"roles": (LanguageRole.DECODE,)}))
+        assert isinstance(await watcher.next(), MemberRolesChanged)
+        await registration.change_roles((LanguageRole.PREFILL,))
+        assert isinstance(await watcher.next(), MemberRolesChanged)
         async with Registration(bus, settings(nats_server.url, "decode-0"), Service.DECODE):
             with pytest.raises(WrongRevision):
                 await registration.change_roles((LanguageRole.DECODE,))
