@@ -25,9 +25,12 @@ from common.policies.chat_events import (
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
+    RolesChanged,
     RouteSequence,
 )
+from common.policies.chat_loads import flip_loads
 from common.policies.chat_rule import ChatRule, Chosen, Instance, Routed, choose_by_rule
+from common.policies.flip import InstanceLoad
 
 
 @dataclass(slots=True)
@@ -58,12 +61,24 @@ class ChatDispatch:
         there = self._instances[instance]
         return there.prefill_tokens, there.decode_tokens
 
+    def loads(self, flipping: str = "") -> list[InstanceLoad]:
+        """See ``chat_loads.flip_loads``."""
+        return flip_loads(self._instances.values(), self._routed.values(), flipping)
+
+    def decoding(self, but: str) -> list[str]:
+        """Who decodes, ``but`` one, the least to generate first."""
+        there = [one for one in self._instances.values() if one.decodes and not one.draining and one.name != but]
+        return [one.name for one in sorted(there, key=lambda one: (one.decode_tokens, one.name))]
+
     def handle(self, happened: Event) -> list[RouteSequence]:
         """Take in what happened; what follows from it, the oldest sequence first."""
         match happened:
             case InstanceJoined(name, roles):
                 self._forget_instance(name)
                 self._instances[name] = Instance(name, LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles)
+            case RolesChanged(name, roles):
+                if (there := self._instances.get(name)) is not None:
+                    there.prefills, there.decodes = LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles
             case InstanceDraining(name):
                 if name in self._instances:
                     self._instances[name].draining = True
@@ -72,12 +87,13 @@ class ChatDispatch:
             case ChatArrived(request_id):
                 self._end(request_id)
                 self._waiting[request_id] = happened
-            case ChatPrefilled(request_id, epoch, decode):
+            case ChatPrefilled(request_id, epoch, decode, decoding):
                 routed = self._routed.get(request_id)
                 if routed is not None and routed.epoch == epoch:
                     self._prefilled(routed)
                     if decode:
                         self._goes_on(routed, decode)
+                    routed.between = not decoding and routed.prefill != routed.decode
             case ChatEnded(request_id, epoch):
                 routed = self._routed.get(request_id)
                 if epoch is None or (routed is not None and routed.epoch == epoch):
