@@ -28,7 +28,6 @@ from common.mempool.address import BLOCK_TOKENS, TOKEN_BYTES
 from common.mempool.transfer import BlockTransfer
 from common.messages.chat import (
     CancelGeneration,
-    ExpectedAnswer,
     FindGeneration,
     GenerateTokens,
     GenerationFound,
@@ -49,7 +48,6 @@ from common.messages.subjects import (
     TAKE_OVER,
     TELL_INDEX,
 )
-from common.policies.decode_dispatch import HEAVY_ABOVE
 from common.policies.fence import StaleEpoch
 from common.runtime.worker import Equipment
 from common.tensors.errors import TensorError
@@ -166,7 +164,7 @@ class LanguageInstance:
         if asked.park:
             self._giving.begin(held)
         else:
-            held.heavy = self._is_heavy(held)
+            held.heavy = self.foretelling.is_heavy(held)
         now_s = asyncio.get_running_loop().time()
         self._stepper.soon(partial(self._add, held, asked, now_s))
         return Acknowledged()
@@ -178,7 +176,7 @@ class LanguageInstance:
     async def _take_over(self, handed: TakeOver) -> Acknowledged:
         held, _ = self._take_in(handed.request, park=False)
         held.prefill = handed.prefill
-        held.heavy = self._is_heavy(held, handed.expected)
+        held.heavy = self.foretelling.is_heavy(held, handed.expected)
         await self.receiving.run(held, handed)
         return Acknowledged()
 
@@ -227,9 +225,6 @@ class LanguageInstance:
         if former is not None:
             self._drop(former)
         return held, asked
-
-    def _is_heavy(self, held: Held, told: ExpectedAnswer | None = None) -> bool:
-        return self.foretelling.answer(held, told).low > HEAVY_ABOVE
 
     # --- between two steps ---------------------------------------------------------------------------------------
 
