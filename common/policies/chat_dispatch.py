@@ -1,7 +1,6 @@
 """Which prefill and which decode instance gets a chat's sequence: the least loaded, or by a rule of ``routing_rules``.
 
-The former is ours, in the place of TetriInfer's global scheduler (section 3.2) until its predictor and dispatcher are
-there; ``chat_rule`` has the latter.
+The former is ours, in the place of TetriInfer's global scheduler (section 3.2); ``chat_rule`` has the latter.
 
 Load is counted in tokens that are still to come: prompt tokens at the prefill instance until the first token is there,
 and the most that may yet be generated at the decode instance until the sequence ends. What an instance has cached of a
@@ -9,8 +8,8 @@ prompt it need not compute (MemServe, section 6): a prompt goes where what waits
 Load is known here without asking anybody, and is forgotten with the gateway that holds the sequence. An instance that
 does both (fused) bears both, and keeps what it has prefilled: handing over would only cost.
 
-Departure from TetriInfer: there the global scheduler never picks the decode instance. Here it does, as long as there is
-no prediction of the answer's length by which the prefill instance would do better.
+Departure from TetriInfer: there the global scheduler never picks the decode instance. Here it does, unless prefill
+instances are to choose (``dispatched``).
 """
 
 from collections.abc import Collection, Sequence
@@ -26,9 +25,12 @@ from common.policies.chat_events import (
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
+    RolesChanged,
     RouteSequence,
 )
+from common.policies.chat_loads import flip_loads
 from common.policies.chat_rule import ChatRule, Chosen, Instance, Routed, choose_by_rule
+from common.policies.flip import InstanceLoad
 
 
 @dataclass(slots=True)
@@ -59,12 +61,24 @@ class ChatDispatch:
         there = self._instances[instance]
         return there.prefill_tokens, there.decode_tokens
 
+    def loads(self, flipping: str = "") -> list[InstanceLoad]:
+        """See ``chat_loads.flip_loads``."""
+        return flip_loads(self._instances.values(), self._routed.values(), flipping)
+
+    def decoding(self, but: str) -> list[str]:
+        """Who decodes, ``but`` one, the least to generate first."""
+        there = [one for one in self._instances.values() if one.decodes and not one.draining and one.name != but]
+        return [one.name for one in sorted(there, key=lambda one: (one.decode_tokens, one.name))]
+
     def handle(self, happened: Event) -> list[RouteSequence]:
         """Take in what happened; what follows from it, the oldest sequence first."""
         match happened:
             case InstanceJoined(name, roles):
                 self._forget_instance(name)
                 self._instances[name] = Instance(name, LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles)
+            case RolesChanged(name, roles):
+                if (there := self._instances.get(name)) is not None:
+                    there.prefills, there.decodes = LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles
             case InstanceDraining(name):
                 if name in self._instances:
                     self._instances[name].draining = True
@@ -73,12 +87,13 @@ class ChatDispatch:
             case ChatArrived(request_id):
                 self._end(request_id)
                 self._waiting[request_id] = happened
-            case ChatPrefilled(request_id, epoch, decode):
+            case ChatPrefilled(request_id, epoch, decode, decoding):
                 routed = self._routed.get(request_id)
                 if routed is not None and routed.epoch == epoch:
                     self._prefilled(routed)
                     if decode:
                         self._goes_on(routed, decode)
+                    routed.between = not decoding and routed.prefill != routed.decode
             case ChatEnded(request_id, epoch):
                 routed = self._routed.get(request_id)
                 if epoch is None or (routed is not None and routed.epoch == epoch):

@@ -18,6 +18,14 @@ class InstanceJoined:
 
 
 @dataclass(frozen=True, slots=True)
+class RolesChanged:
+    """It takes other sequences from now on; what it has, it has still."""
+
+    instance: str
+    roles: tuple[LanguageRole, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceDraining:
     """It takes no new ones; what it has goes on."""
 
@@ -56,11 +64,15 @@ class ChatArrived:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrefilled:
-    """The sequence's first token has come. ``decode``: who goes on with it now; empty: that is not known."""
+    """The sequence's first token has come. ``decode``: who goes on with it now; empty: that is not known.
+
+    Said again when somebody else does, and once another than ``prefill`` has (``decoding``).
+    """
 
     request_id: str
     epoch: int
     decode: str = ""
+    decoding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +90,16 @@ class GatewayLost:
     gateway: str
 
 
-Event = InstanceJoined | InstanceDraining | InstanceLost | ChatArrived | ChatPrefilled | ChatEnded | GatewayLost
+Event = (
+    InstanceJoined
+    | RolesChanged
+    | InstanceDraining
+    | InstanceLost
+    | ChatArrived
+    | ChatPrefilled
+    | ChatEnded
+    | GatewayLost
+)
 
 # --- decisions ---------------------------------------------------------------------------------------------------
 

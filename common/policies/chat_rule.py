@@ -41,7 +41,8 @@ class Instance:
 class Routed:
     """A sequence that has its route; what it has yet to do at either instance, in tokens.
 
-    ``decode``: at whom ``decode_tokens`` are counted; empty: at nobody.
+    ``decode``: at whom ``decode_tokens`` are counted; empty: at nobody. ``between``: its first token has come, and no
+    other yet, so that it waits to be decoded.
     """
 
     gateway: str
@@ -52,6 +53,7 @@ class Routed:
     decode_tokens: int
     exec_s: float = 0.0
     context_tokens: int = 0
+    between: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import contextlib
 
 from common.mempool.address import BLOCK_TOKENS
 from common.policies.chat_rule import ChatRule
+from common.policies.flip import FlipPolicy, IdleFlip, QueueFlip
 from common.policies.policy import Policy
 from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
 from common.policies.registry import UnknownPolicy, make_policy
@@ -51,6 +52,17 @@ def choose_rule(settings: SchedulerSettings) -> ChatRule | None:
         block_tokens=BLOCK_TOKENS,
     )
     return ChatRule(rule, costs, settings.kv_tokens)
+
+
+def choose_flips(settings: SchedulerSettings) -> FlipPolicy | None:
+    """The policy that is set for roles; None: they stay what they are."""
+    match settings.flip:
+        case "idle":
+            return IdleFlip(settings.flip_idle_s)
+        case "queue":
+            return QueueFlip(settings.flip_cost_s)
+        case "off":
+            return None
 
 
 def open_record(settings: SchedulerSettings) -> contextlib.AbstractContextManager[EventRecord | None]:

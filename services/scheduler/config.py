@@ -27,6 +27,10 @@ class SchedulerSettings(ServiceSettings):
     tokens to prefill. Rules that weigh times take an instance to prefill ``prefill_tokens_s`` tokens a second, to send
     the keys and values of ``transfer_tokens_s`` of them, and to have room for ``kv_tokens``. ``dispatch``: who decodes
     is chosen here with ``scheduler``; with any of the rules, by the prefill instances (TetriInfer, section 3.3.4).
+
+    ``flip``: by which policy of ``common.policies.flip`` language instances change their roles, if at all: ``idle``
+    after ``flip_idle_s`` without work, ``queue`` once sequences have waited longer for one role than for the other by
+    ``flip_cost_s`` for each instance.
     """
 
     policy: str = "ddit"
@@ -37,5 +41,8 @@ class SchedulerSettings(ServiceSettings):
     transfer_tokens_s: float = Field(default=20_000.0, gt=0)
     kv_tokens: int = Field(default=1 << 20, ge=1)
     dispatch: Literal["scheduler"] | DispatchRule = "scheduler"
+    flip: Literal["off", "idle", "queue"] = "off"
+    flip_cost_s: float = Field(default=5.0, gt=0)
+    flip_idle_s: float = Field(default=60.0, gt=0)
     max_admitted: int = Field(default=64, ge=1)
     drain_s: float = Field(default=10.0, ge=0)
