@@ -7,6 +7,7 @@ import torch
 
 from common.engine import Engine
 from common.language.settings import DEMO, LanguageSettings, model_name
+from common.mempool.address import BLOCK_TOKENS
 from common.mempool.pool import MemPool
 from common.mempool.tiers import Tier, disk_tier, dram_tier
 from common.messages.cluster import LanguageModelInfo
@@ -55,7 +56,8 @@ def load_model(settings: LanguageSettings, device: torch.device, dtype: torch.dt
     except PredictorLoadError as error:
         raise CannotServe(f"TRIPTYCH_LANGUAGE_MODEL: {error}") from error
     name = model_name(settings.language_model)
-    return LoadedModel(engine, lengths, LanguageModelInfo(name=name, context_tokens=engine.context))
+    room = memory.hbm.allocator.blocks * BLOCK_TOKENS
+    return LoadedModel(engine, lengths, LanguageModelInfo(name=name, context_tokens=engine.context, kv_tokens=room))
 
 
 def _location(settings: LanguageSettings) -> str:

@@ -1,13 +1,9 @@
-"""Which prefill and which decode instance gets a chat's sequence: the least loaded, or by a rule of ``routing_rules``.
+"""Which prefill and which decode instance gets a chat's sequence: by a rule, of what instances have yet to do.
 
-The former is ours, in the place of TetriInfer's global scheduler (section 3.2) until its predictor and dispatcher are
-there; ``chat_rule`` has the latter.
-
-Load is counted in tokens that are still to come: prompt tokens at the prefill instance until the first token is there,
-and the most that may yet be generated at the decode instance until the sequence ends. What an instance has cached of a
-prompt it need not compute (MemServe, section 6): a prompt goes where what waits and what it lacks are least together.
-Load is known here without asking anybody, and is forgotten with the gateway that holds the sequence. An instance that
-does both (fused) bears both, and keeps what it has prefilled: handing over would only cost.
+Without another rule it is ``chat_rule.FewestTokens``. Load is what is still to come: prompts at the prefill instance
+until the first token is there, answers, as long as they may become, at the decode instance until the sequence ends. It
+is known here without asking anybody, and is forgotten with the gateway that holds the sequence. What an instance has
+cached of a prompt it need not compute (MemServe, section 6). An instance that does both (fused) bears both.
 
 Departure from TetriInfer: there the global scheduler never picks the decode instance. Here it does, as long as there is
 no prediction of the answer's length by which the prefill instance would do better.
@@ -26,24 +22,45 @@ from common.policies.chat_events import (
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
+    PrefixPulled,
     RouteSequence,
 )
-from common.policies.chat_rule import ChatRule, Chosen, Instance, Routed, choose_by_rule
+from common.policies.chat_rule import ChatRule, Chosen, FewestTokens, guessed_costs
+from common.policies.sites import InstanceKind, Site, free_links, occupy_links
+
+
+@dataclass(slots=True)
+class _Routed:
+    """``link_from_s``, ``link_until_s``: when what it pulls was to be on its way."""
+
+    gateway: str
+    epoch: int
+    prefill: str
+    decode: str
+    answer_tokens: int
+    chosen: Chosen
+    link_from_s: float = 0.0
+    link_until_s: float = 0.0
+
+
+def _fewest_tokens() -> ChatRule:
+    return ChatRule(FewestTokens(), guessed_costs(2000.0, 20_000.0))
 
 
 @dataclass(slots=True)
 class ChatDispatch:
-    """Events in, decisions with reasons out.
+    """Events in, decisions with reasons out. Times are of one clock that never goes back.
 
     Attributes:
         next_epoch: of the first route; each later one is higher.
-        rule: by which to choose; None: the fewest tokens to prefill.
+        by: the rule by which to choose, and what it knows.
     """
 
     next_epoch: int = 1
-    rule: ChatRule | None = None
-    _instances: dict[str, Instance] = field(default_factory=dict)
-    _routed: dict[str, Routed] = field(default_factory=dict)
+    by: ChatRule = field(default_factory=_fewest_tokens)
+    _sites: dict[str, Site] = field(default_factory=dict)
+    _draining: set[str] = field(default_factory=set)
+    _routed: dict[str, _Routed] = field(default_factory=dict)
     _waiting: dict[str, ChatArrived] = field(default_factory=dict)
 
     @property
@@ -53,119 +70,105 @@ class ChatDispatch:
 
     def load(self, instance: str) -> tuple[int, int]:
         """The tokens yet to be prefilled and yet to be generated there."""
-        there = self._instances[instance]
-        return there.prefill_tokens, there.decode_tokens
+        site = self._sites[instance]
+        return site.prefill_tokens, site.answer_tokens
 
-    def handle(self, happened: Event) -> list[RouteSequence]:
+    def handle(self, happened: Event, now_s: float) -> list[RouteSequence]:
         """Take in what happened; what follows from it, the oldest sequence first."""
         match happened:
-            case InstanceJoined(name, roles):
+            case InstanceJoined(name, roles, kv_tokens):
                 self._forget_instance(name)
-                self._instances[name] = Instance(name, LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles)
+                kind = InstanceKind.of(LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles)
+                self._sites[name] = Site(name, kind, kv_tokens)
             case InstanceDraining(name):
-                if name in self._instances:
-                    self._instances[name].draining = True
+                if name in self._sites:
+                    self._draining.add(name)
             case InstanceLost(name):
                 self._forget_instance(name)
             case ChatArrived(request_id):
-                self._end(request_id)
+                self._end(request_id, now_s)
                 self._waiting[request_id] = happened
+            case PrefixPulled(request_id, epoch, tokens):
+                self._pulled(request_id, epoch, tokens, now_s)
             case ChatPrefilled(request_id, epoch):
-                routed = self._routed.get(request_id)
-                if routed is not None and routed.epoch == epoch:
-                    self._prefilled(routed)
+                self._prefilled(request_id, epoch, now_s)
             case ChatEnded(request_id, epoch):
                 routed = self._routed.get(request_id)
                 if epoch is None or (routed is not None and routed.epoch == epoch):
-                    self._end(request_id)
+                    self._end(request_id, now_s)
             case GatewayLost(gateway):
                 held = [name for name, routed in self._routed.items() if routed.gateway == gateway]
                 held += [name for name, arrived in self._waiting.items() if arrived.gateway == gateway]
                 for request_id in held:
-                    self._end(request_id)
-        return self._route_waiting()
+                    self._end(request_id, now_s)
+        return self._route_waiting(now_s)
 
-    def _route_waiting(self) -> list[RouteSequence]:
+    def _route_waiting(self, now_s: float) -> list[RouteSequence]:
         if not self._waiting:
             return []
-        prefills = [there for there in self._instances.values() if there.prefills and not there.draining]
-        decodes = [there for there in self._instances.values() if there.decodes and not there.draining]
+        there = [site for name, site in self._sites.items() if name not in self._draining]
+        prefills = [site for site in there if site.prefills]
+        decodes = [site for site in there if site.decodes]
         if not prefills or not decodes:
             return []
         waiting = sorted(self._waiting.values(), key=lambda arrived: arrived.created_s)
         self._waiting.clear()
         return [
-            self._route(arrived, _without(prefills, arrived.avoid), _without(decodes, arrived.avoid))
+            self._route(arrived, _without(prefills, arrived.avoid), _without(decodes, arrived.avoid), now_s)
             for arrived in waiting
         ]
 
-    def _route(self, arrived: ChatArrived, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> RouteSequence:
-        if self.rule is None:
-            chosen = _least_to_prefill(arrived, prefills, decodes)
-        else:
-            chosen = choose_by_rule(self.rule, arrived, prefills, decodes, self._routed)
-        prefill, decode = chosen.prefill, chosen.decode
-        lacking = arrived.prompt_tokens - min(chosen.cached_tokens, arrived.prompt_tokens - 1)
-        context_tokens = arrived.prompt_tokens + arrived.max_tokens
-        routed = Routed(
-            arrived.gateway,
-            self.next_epoch,
-            prefill.name,
-            decode.name,
-            lacking,
-            arrived.max_tokens,
-            chosen.exec_s,
-            context_tokens,
-        )
+    def _route(
+        self, arrived: ChatArrived, prefills: Sequence[Site], decodes: Sequence[Site], now_s: float
+    ) -> RouteSequence:
+        chosen = self.by.choose(arrived, prefills, decodes, now_s)
+        prefill, decode, pull = chosen.choice.prefill, chosen.choice.decode, chosen.pull
+        request_id, answer_tokens = arrived.request_id, arrived.max_tokens
+        routed = _Routed(arrived.gateway, self.next_epoch, prefill.name, decode.name, answer_tokens, chosen)
         self.next_epoch += 1
-        prefill.prefill_tokens += routed.prefill_tokens
-        decode.decode_tokens += routed.decode_tokens
-        self._routed[arrived.request_id] = routed
-        return RouteSequence(arrived.request_id, routed.epoch, prefill.name, decode.name, chosen.reason, chosen.pull)
+        if pull is not None:
+            routed.link_until_s = occupy_links(self._sites[pull.source], prefill, chosen.pull_s, now_s)
+            routed.link_from_s = routed.link_until_s - chosen.pull_s
+        prefill.take_prefill(request_id, chosen.exec_s, arrived.prompt_tokens - chosen.cached_tokens, now_s)
+        context_tokens = self.by.costs.whole_blocks(arrived.prompt_tokens + answer_tokens)
+        decode.take_decode(request_id, context_tokens, answer_tokens)
+        self._routed[request_id] = routed
+        return RouteSequence(request_id, routed.epoch, prefill.name, decode.name, chosen.choice.reason, pull)
 
-    def _prefilled(self, routed: Routed) -> None:
-        if (instance := self._instances.get(routed.prefill)) is not None:
-            instance.prefill_tokens -= routed.prefill_tokens
-        routed.prefill_tokens = 0
+    def _pulled(self, request_id: str, epoch: int, tokens: int, now_s: float) -> None:
+        routed = self._routed.get(request_id)
+        if routed is None or routed.epoch != epoch or routed.chosen.pull is None:
+            return
+        source, target = self._sites.get(routed.chosen.pull.source), self._sites.get(routed.prefill)
+        free_links(source, target, routed.link_until_s, now_s)
+        if tokens:
+            self.by.pulls.saw(self.by.costs.send_s(tokens), now_s - routed.link_from_s, now_s)
 
-    def _end(self, request_id: str) -> None:
+    def _prefilled(self, request_id: str, epoch: int, now_s: float) -> None:
+        routed = self._routed.get(request_id)
+        if routed is None or routed.epoch != epoch or (site := self._sites.get(routed.prefill)) is None:
+            return
+        took_s = site.end_prefill(request_id, now_s)
+        # What was pulled may have come too late, and is computed then.
+        if took_s is not None and routed.chosen.pull is None:
+            self.by.prefills.saw(routed.chosen.fitted_s, took_s)
+
+    def _end(self, request_id: str, now_s: float) -> None:
         self._waiting.pop(request_id, None)
         routed = self._routed.pop(request_id, None)
-        if routed is not None:
-            self._prefilled(routed)
-            if (instance := self._instances.get(routed.decode)) is not None:
-                instance.decode_tokens -= routed.decode_tokens
+        if routed is None:
+            return
+        if (site := self._sites.get(routed.prefill)) is not None:
+            site.end_prefill(request_id, now_s, done=False)
+        if (site := self._sites.get(routed.decode)) is not None:
+            site.end_decode(request_id, routed.answer_tokens)
 
     def _forget_instance(self, name: str) -> None:
-        """What ran there bears on nobody any more; its gateways ask for new routes."""
-        if self._instances.pop(name, None) is None:
-            return
-        for routed in self._routed.values():
-            # The name may come back with other sequences, which these must not be counted against.
-            if routed.prefill == name:
-                routed.prefill_tokens = 0
-            if routed.decode == name:
-                routed.decode_tokens = 0
+        """What ran there bears on nobody any more; its gateways ask for new routes. The name may come back."""
+        self._sites.pop(name, None)
+        self._draining.discard(name)
 
 
-def _least_to_prefill(arrived: ChatArrived, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> Chosen:
-    prefill = min(
-        prefills,
-        key=lambda there: (there.prefill_tokens + arrived.lacking(there.name), there.decode_tokens, there.name),
-    )
-    cached = arrived.prompt_tokens - arrived.lacking(prefill.name)
-    if prefill in decodes:
-        decode = prefill
-        what = f"least to prefill of {len(prefills)}, and decodes too"
-    else:
-        decode = min(decodes, key=lambda there: (there.decode_tokens, there.prefill_tokens, there.name))
-        what = f"least to prefill of {len(prefills)}, least to generate of {len(decodes)}"
-    load = f"{prefill.prefill_tokens} tokens to prefill, {decode.decode_tokens} to generate before it"
-    if cached:
-        load += f"; {cached} of its {arrived.prompt_tokens} tokens are there"
-    return Chosen(prefill, decode, cached, f"{what}: {load}")
-
-
-def _without(instances: Sequence[Instance], avoid: Collection[str]) -> Sequence[Instance]:
+def _without(sites: Sequence[Site], avoid: Collection[str]) -> Sequence[Site]:
     """Those not to be avoided; all, if there is no other."""
-    return [instance for instance in instances if instance.name not in avoid] or instances
+    return [site for site in sites if site.name not in avoid] or sites

@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from common.policies.routing import Ask, Choice, InstanceKind, Pull, Rule, Site
+from common.policies.routing import Ask, Choice, Pull, Rule
+from common.policies.sites import InstanceKind, Site
 
 _MAX_CONVERSATIONS = 100_000
 # Among decode instances the longest match wins as long as it has at most so many tokens more to look back at than the

@@ -23,16 +23,17 @@ class SchedulerSettings(ServiceSettings):
     the paper's table). ``record``: the file to which all events go, to be played again in the simulator.
 
     ``routing``: the rule of ``common.policies.routing_rules`` by which chats find their instances; empty: the fewest
-    tokens to prefill. Rules that weigh times take an instance to prefill ``prefill_tokens_s`` tokens a second, to send
-    the keys and values of ``transfer_tokens_s`` of them, and to have room for ``kv_tokens``.
+    tokens to prefill. ``costs``: the file with the profile of the language model, for rules that weigh times. Without
+    one they take an instance to prefill ``prefill_tokens_s`` tokens a second, and to send the keys and values of
+    ``transfer_tokens_s`` of them.
     """
 
     policy: str = "ddit"
     rib: OptionalPath = None
     record: OptionalPath = None
     routing: str = ""
+    costs: OptionalPath = None
     prefill_tokens_s: float = Field(default=2000.0, gt=0)
     transfer_tokens_s: float = Field(default=20_000.0, gt=0)
-    kv_tokens: int = Field(default=1 << 20, ge=1)
     max_admitted: int = Field(default=64, ge=1)
     drain_s: float = Field(default=10.0, ge=0)

@@ -12,7 +12,6 @@ import structlog
 from common.bus.errors import BusError, KeyExists, KeyMissing, WrongRevision
 from common.bus.nats_bus import NatsBus
 from common.bus.port import Bus, Change
-from common.mempool.address import BLOCK_TOKENS
 from common.messages.cluster import Member, SchedulerLife, Service
 from common.messages.subjects import (
     SCHEDULER_LIVES,
@@ -26,13 +25,9 @@ from common.messages.subjects import (
 from common.messages.video import VideoRecord, VideoState
 from common.policies import decisions as decide
 from common.policies import events as event
-from common.policies.chat_rule import ChatRule
 from common.policies.policy import Policy
-from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
 from common.policies.registry import UnknownPolicy, make_policy
 from common.policies.rib import Rib, WrongRib
-from common.policies.routing import Costs
-from common.policies.routing_rules import UnknownRule, make_rule
 from common.policies.state import Phase
 from common.runtime.membership import (
     MemberChange,
@@ -50,6 +45,7 @@ from services.scheduler.job import VideoJob
 from services.scheduler.progress import ProgressReporter
 from services.scheduler.record import EventRecord
 from services.scheduler.reports import WorkerReports
+from services.scheduler.routing import choose_rule, log_rule
 from services.scheduler.workers import Workers
 
 log = structlog.get_logger()
@@ -368,29 +364,6 @@ def choose_policy(settings: SchedulerSettings, first_epoch: int) -> Policy:
         raise CannotServe(f"TRIPTYCH_POLICY: {error}") from error
 
 
-def choose_rule(settings: SchedulerSettings) -> ChatRule | None:
-    """The rule that is set for chats; None: none is.
-
-    Raises:
-        CannotServe: there is no such rule.
-    """
-    if not settings.routing:
-        return None
-    try:
-        rule = make_rule(settings.routing)
-    except UnknownRule as error:
-        raise CannotServe(f"TRIPTYCH_ROUTING: {error}") from error
-    costs = Costs(
-        prefill=RateCost(settings.prefill_tokens_s),
-        # As if each token of an answer were one of a prompt.
-        decode=DecodeCost(0.0, 1 / settings.prefill_tokens_s, 0.0),
-        link=LinkCost(settings.transfer_tokens_s, 0.0),
-        kv_token_bytes=1,
-        block_tokens=BLOCK_TOKENS,
-    )
-    return ChatRule(rule, costs, settings.kv_tokens)
-
-
 def open_record(settings: SchedulerSettings) -> contextlib.AbstractContextManager[EventRecord | None]:
     """The record that is set, if any.
 
@@ -418,6 +391,7 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:
                 first_epoch = await take_first_epoch(bus)
                 policy = choose_policy(settings, first_epoch)
                 log.info("scheduler starts", policy=policy.name, rib=str(settings.rib), first_epoch=first_epoch)
+                log_rule(settings)
                 await Scheduler(bus, policy, first_epoch, settings, record).run(registration, stop)
     finally:
         await bus.close()

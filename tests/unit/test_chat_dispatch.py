@@ -35,16 +35,17 @@ def arrived(
 def cluster(rule: str | None = None, **roles: tuple[LanguageRole, ...]) -> ChatDispatch:
     """``rule``: it prefills 100 tokens a second, and sends what 1,000 left behind."""
     costs = Costs(RateCost(100.0), DecodeCost(0.0, 0.01, 0.0), LinkCost(1000.0, 0.0), 1, 16)
-    by = None if rule is None else ChatRule(make_rule(rule), costs, 10_000)
-    dispatch = ChatDispatch(first_epoch := 100, by)
+    dispatch = ChatDispatch(first_epoch := 100)
+    if rule is not None:
+        dispatch.by = ChatRule(make_rule(rule), costs)
     for name, own in roles.items():
-        dispatch.handle(InstanceJoined(name, own))
+        dispatch.handle(InstanceJoined(name, own), 0.0)
     assert dispatch.next_epoch == first_epoch
     return dispatch
 
 
-def route(dispatch: ChatDispatch, event: ChatArrived) -> tuple[str, str]:
-    (decision,) = dispatch.handle(event)
+def route(dispatch: ChatDispatch, event: ChatArrived, now_s: float = 0.0) -> tuple[str, str]:
+    (decision,) = dispatch.handle(event, now_s)
     assert decision.request_id == event.request_id
     assert decision.reason
     return decision.prefill, decision.decode
@@ -63,23 +64,23 @@ def test_a_fused_instance_keeps_what_it_prefills() -> None:
     dispatch = cluster(f0=FUSED, f1=FUSED)
     assert route(dispatch, arrived("a", prompt=10)) == ("f0", "f0")
     assert route(dispatch, arrived("b", prompt=5)) == ("f1", "f1")
-    dispatch.handle(ChatPrefilled("a", 100))
-    dispatch.handle(ChatPrefilled("b", 101))
+    dispatch.handle(ChatPrefilled("a", 100), 0.0)
+    dispatch.handle(ChatPrefilled("b", 101), 0.0)
     # Nothing is left to prefill anywhere, so the answers decide.
-    dispatch.handle(ChatEnded("b", 101))
+    dispatch.handle(ChatEnded("b", 101), 0.0)
     assert route(dispatch, arrived("c")) == ("f1", "f1")
 
 
 def test_the_first_token_and_the_end_take_the_load_away() -> None:
     dispatch = cluster(p0=PREFILL, d0=DECODE)
     route(dispatch, arrived("a"))
-    dispatch.handle(ChatPrefilled("a", 99))
+    dispatch.handle(ChatPrefilled("a", 99), 0.0)
     assert dispatch.load("p0") == (10, 0)
-    dispatch.handle(ChatPrefilled("a", 100))
+    dispatch.handle(ChatPrefilled("a", 100), 0.0)
     assert (dispatch.load("p0"), dispatch.load("d0")) == ((0, 0), (0, 100))
-    dispatch.handle(ChatEnded("a", 99))
+    dispatch.handle(ChatEnded("a", 99), 0.0)
     assert dispatch.load("d0") == (0, 100)
-    dispatch.handle(ChatEnded("a", 100))
+    dispatch.handle(ChatEnded("a", 100), 0.0)
     assert dispatch.load("d0") == (0, 0)
 
 
@@ -87,21 +88,21 @@ def test_what_is_avoided_or_draining_is_taken_only_where_there_is_no_other() -> 
     dispatch = cluster(f0=FUSED, f1=FUSED)
     assert route(dispatch, arrived("a", avoid=("f0",))) == ("f1", "f1")
     assert route(dispatch, arrived("b", avoid=("f0", "f1"))) == ("f0", "f0")
-    dispatch.handle(InstanceDraining("f0"))
+    dispatch.handle(InstanceDraining("f0"), 0.0)
     assert route(dispatch, arrived("c", avoid=("f1",))) == ("f1", "f1")
-    dispatch.handle(InstanceDraining("f1"))
-    assert dispatch.handle(arrived("d")) == []
+    dispatch.handle(InstanceDraining("f1"), 0.0)
+    assert dispatch.handle(arrived("d"), 0.0) == []
 
 
 def test_sequences_wait_oldest_first_until_an_instance_joins() -> None:
     dispatch = cluster(p0=PREFILL)
     for name, created_s in (("c", 3.0), ("b", 2.0), ("a", 1.0)):
-        assert dispatch.handle(arrived(name, created_s=created_s)) == []
+        assert dispatch.handle(arrived(name, created_s=created_s), 0.0) == []
     # Asking again changes nothing.
-    assert dispatch.handle(arrived("c", created_s=3.0)) == []
-    assert dispatch.handle(ChatEnded("b", None)) == []
+    assert dispatch.handle(arrived("c", created_s=3.0), 0.0) == []
+    assert dispatch.handle(ChatEnded("b", None), 0.0) == []
     assert dispatch.waiting == 2
-    decisions = dispatch.handle(InstanceJoined("d0", DECODE))
+    decisions = dispatch.handle(InstanceJoined("d0", DECODE), 0.0)
     assert [(decision.request_id, decision.epoch) for decision in decisions] == [("a", 100), ("c", 101)]
 
 
@@ -110,25 +111,25 @@ def test_a_new_route_takes_the_place_of_the_former() -> None:
     route(dispatch, arrived("a", prompt=10))
     assert route(dispatch, arrived("a", prompt=12, avoid=("f0",))) == ("f1", "f1")
     assert (dispatch.load("f0"), dispatch.load("f1")) == ((0, 0), (12, 100))
-    dispatch.handle(ChatEnded("a", 100))
+    dispatch.handle(ChatEnded("a", 100), 0.0)
     assert dispatch.load("f1") == (12, 100)
 
 
 def test_an_instance_that_comes_back_bears_nothing() -> None:
     dispatch = cluster(f0=FUSED)
     route(dispatch, arrived("a"))
-    dispatch.handle(InstanceLost("f0"))
-    dispatch.handle(InstanceJoined("f0", FUSED))
-    dispatch.handle(ChatEnded("a", 100))
+    dispatch.handle(InstanceLost("f0"), 0.0)
+    dispatch.handle(InstanceJoined("f0", FUSED), 0.0)
+    dispatch.handle(ChatEnded("a", 100), 0.0)
     assert dispatch.load("f0") == (0, 0)
 
 
 def test_a_lost_gateways_sequences_are_forgotten() -> None:
     dispatch = cluster(f0=FUSED)
     route(dispatch, arrived("a"))
-    dispatch.handle(InstanceDraining("f0"))
-    dispatch.handle(arrived("b"))
-    dispatch.handle(GatewayLost("gateway-0"))
+    dispatch.handle(InstanceDraining("f0"), 0.0)
+    dispatch.handle(arrived("b"), 0.0)
+    dispatch.handle(GatewayLost("gateway-0"), 0.0)
     assert (dispatch.load("f0"), dispatch.waiting) == ((0, 0), 0)
 
 
@@ -153,7 +154,7 @@ def test_whatever_happens_load_is_never_negative_and_ends_at_nothing(happening: 
     there: dict[str, bool] = {}
     epochs = [99]
     for event in happening:
-        decisions: list[RouteSequence] = dispatch.handle(event)
+        decisions: list[RouteSequence] = dispatch.handle(event, 0.0)
         match event:
             case InstanceJoined(name):
                 there[name] = True
@@ -168,7 +169,7 @@ def test_whatever_happens_load_is_never_negative_and_ends_at_nothing(happening: 
             epochs.append(decision.epoch)
         assert all(tokens >= 0 for name in there for tokens in dispatch.load(name))
     for request_id in "abcd":
-        dispatch.handle(ChatEnded(request_id, None))
+        dispatch.handle(ChatEnded(request_id, None), 0.0)
     assert all(dispatch.load(name) == (0, 0) for name in there)
     assert dispatch.waiting == 0
 
@@ -181,12 +182,12 @@ def test_a_prompt_goes_where_what_waits_and_what_it_lacks_are_least() -> None:
     # All of it is there, but the last token is always computed.
     assert route(dispatch, ChatArrived("whole", "gateway-0", 0.0, 480, 10, cached={"p1": 480})) == ("p1", "d0")
     assert dispatch.load("p1") == (21, 0)
-    dispatch.handle(arrived("long", prompt=1000))
+    dispatch.handle(arrived("long", prompt=1000), 0.0)
     assert dispatch.load("p0") == (1000, 0)
     # What it saves is not worth the wait.
     assert route(dispatch, ChatArrived("waits", "gateway-0", 0.0, 500, 10, cached={"p0": 480})) == ("p1", "d0")
     for name, epoch in (("known", 100), ("whole", 101), ("long", 102), ("waits", 103)):
-        dispatch.handle(ChatEnded(name, epoch))
+        dispatch.handle(ChatEnded(name, epoch), 0.0)
     assert dispatch.load("p0") == dispatch.load("p1") == (0, 0)
 
 
@@ -194,20 +195,20 @@ def test_by_cost_what_is_elsewhere_is_pulled_where_that_pays() -> None:
     dispatch = cluster("cost", f0=FUSED, f1=FUSED)
     # Its 20 tokens take less than all of it elsewhere.
     near = ChatArrived("near", "gateway-0", 0.0, 500, 10, cached={"f1": 480})
-    (decision,) = dispatch.handle(near)
+    (decision,) = dispatch.handle(near, 0.0)
     assert (decision.prefill, decision.decode, decision.pull) == ("f1", "f1", None)
-    dispatch.handle(arrived("long", prompt=1000))
-    dispatch.handle(ChatArrived("longer", "gateway-0", 0.0, 2000, 10, cached={"f1": 480}))
+    dispatch.handle(arrived("long", prompt=1000), 0.0)
+    dispatch.handle(ChatArrived("longer", "gateway-0", 0.0, 2000, 10, cached={"f1": 480}), 0.0)
     assert dispatch.load("f0") == (1000, 100) and dispatch.load("f1") == (1540, 20)
-    (decision,) = dispatch.handle(ChatArrived("far", "gateway-0", 0.0, 500, 10, cached={"f1": 480}))
+    (decision,) = dispatch.handle(ChatArrived("far", "gateway-0", 0.0, 500, 10, cached={"f1": 480}), 0.0)
     assert (decision.prefill, decision.pull) == ("f0", Pull("f1", 0, 480))
     assert dispatch.load("f0") == (1020, 110)
     # What has its first token, and what has ended, bears on nobody.
-    dispatch.handle(ChatPrefilled("longer", 102))
-    (decision,) = dispatch.handle(arrived("next", prompt=500))
+    dispatch.handle(ChatPrefilled("longer", 102), 0.0)
+    (decision,) = dispatch.handle(arrived("next", prompt=500), 0.0)
     assert decision.prefill == "f1"
     for name in ("near", "long", "longer", "far", "next"):
-        dispatch.handle(ChatEnded(name, None))
+        dispatch.handle(ChatEnded(name, None), 0.0)
     assert dispatch.load("f0") == dispatch.load("f1") == (0, 0)
 
 
@@ -222,9 +223,9 @@ def test_by_session_a_conversation_stays_where_it_was() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_routes_and_is_not_given_what_drains_or_is_to_be_avoided(rule: str) -> None:
     dispatch = cluster(rule, p0=PREFILL, p1=PREFILL, d0=DECODE, f0=FUSED, f1=FUSED)
-    dispatch.handle(InstanceDraining("f1"))
+    dispatch.handle(InstanceDraining("f1"), 0.0)
     for number in range(20):
         chosen = route(dispatch, arrived(f"chat-{number}", prompt=50 + number, avoid=("p1",)))
         assert chosen in {("p0", "d0"), ("p0", "f0"), ("f0", "f0")}
-    dispatch.handle(GatewayLost("gateway-0"))
+    dispatch.handle(GatewayLost("gateway-0"), 0.0)
     assert all(dispatch.load(name) == (0, 0) for name in ("p0", "d0", "f0"))

@@ -53,7 +53,8 @@ class Router(Protocol):
 class LeastLoad:
     """The least loaded instances, by the live scheduler's own class."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._dispatch = ChatDispatch()
         self._epochs: dict[str, int] = {}
 
@@ -74,7 +75,7 @@ class LeastLoad:
         self._tell(ChatEnded(request.name, self._epochs.pop(request.name)))
 
     def _tell(self, event: Event) -> list[RouteSequence]:
-        return self._dispatch.handle(event)
+        return self._dispatch.handle(event, self._clock.now_s)
 
 
 class FluidRoles:

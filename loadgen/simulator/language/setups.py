@@ -105,7 +105,7 @@ def build(
     predictor = predictor_of(setup, requests, seed)
     names = [f"language-{number}" for number in range(setup.instances)]
     taxes = {name: PredictorTax() for name in names} if setup.taxed else {}
-    router = router or (FluidRoles(clock, _delays(setup, machine, network)) if setup.fluid else LeastLoad())
+    router = router or (FluidRoles(clock, _delays(setup, machine, network)) if setup.fluid else LeastLoad(clock))
     histories = Histories(HISTORY_TOKENS // machine.block_tokens, machine.block_tokens)
     cluster = Cluster(clock, router, network, predictor, taxes, setup.fluid, histories)
     if setup.prefill:

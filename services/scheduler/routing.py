@@ -1,0 +1,50 @@
+"""The rule by which chats find their instances, and what it is told of the machines, from the scheduler's settings."""
+
+import structlog
+
+from common.mempool.address import BLOCK_TOKENS
+from common.policies.chat_rule import ChatRule, FewestTokens, guessed_costs
+from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
+from common.policies.routing import Costs, Rule
+from common.policies.routing_rules import UnknownRule, make_rule
+from common.runtime.process import CannotServe
+from services.scheduler.config import SchedulerSettings
+
+log = structlog.get_logger()
+
+
+def choose_rule(settings: SchedulerSettings) -> ChatRule:
+    """The rule that is set for chats, with the profile that is set.
+
+    Raises:
+        CannotServe: there is no such rule, or the file has no costs of a language model.
+    """
+    rule: Rule = FewestTokens()
+    if settings.routing:
+        try:
+            rule = make_rule(settings.routing)
+        except UnknownRule as error:
+            raise CannotServe(f"TRIPTYCH_ROUTING: {error}") from error
+    return ChatRule(rule, _costs(settings))
+
+
+def log_rule(settings: SchedulerSettings) -> None:
+    """Say what chats are routed by."""
+    rule = settings.routing or "fewest tokens to prefill"
+    if settings.costs is not None:
+        log.info("chats are routed", rule=rule, costs=str(settings.costs))
+    else:
+        rates = {"prefill_tokens_s": settings.prefill_tokens_s, "transfer_tokens_s": settings.transfer_tokens_s}
+        log.info("chats are routed, costs not profiled but set", rule=rule, **rates)
+
+
+def _costs(settings: SchedulerSettings) -> Costs:
+    if settings.costs is None:
+        return guessed_costs(settings.prefill_tokens_s, settings.transfer_tokens_s)
+    try:
+        found = LanguageCosts.from_json(settings.costs.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, WrongLanguageCosts) as error:
+        raise CannotServe(f"TRIPTYCH_COSTS: {settings.costs} cannot be used: {error}") from error
+    if found is None:
+        raise CannotServe(f"TRIPTYCH_COSTS: {settings.costs} has no costs of a language model; triptych profile does")
+    return Costs(found.prefill, found.decode, found.link, found.kv_token_bytes, BLOCK_TOKENS)
