@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import structlog
 import torch
 
-from common.bus.errors import Refusal
-from common.bus.port import Bus, Subscription
+from common.bus.port import Subscription
 from common.messages.cache import (
     DropTensors,
     FindTensors,
@@ -21,7 +20,7 @@ from common.messages.cache import (
     TensorsPart,
     TensorsStored,
 )
-from common.messages.failures import Acknowledged, Failure, Stage
+from common.messages.failures import Acknowledged
 from common.messages.subjects import (
     DROP_TENSORS,
     FIND_COPIES,
@@ -30,10 +29,7 @@ from common.messages.subjects import (
     HAVE_TENSORS,
     STORE_TENSORS,
 )
-from common.tensors.errors import TensorError
-from common.tensors.port import Tensors
-from services.cache_store.replication import Replication
-from services.cache_store.store import TensorStore
+from services.cache_store.desk import StoreDesk, refusal, refusing
 from services.cache_store.tier import TierFull
 
 log = structlog.get_logger()
@@ -41,60 +37,37 @@ log = structlog.get_logger()
 # At the rate of a slow disk and a busy link.
 FETCH_DEADLINE_S = 10.0
 MAX_BATCHES_IN_FLIGHT = 2
-QUEUE_GROUP = "cache_store"
 ONLY_VERSION = 0
 
 
-class Batches:
+class Batches(StoreDesk):
     """Answers what is asked for many keys at once."""
-
-    def __init__(
-        self,
-        bus: Bus,
-        tensors: Tensors,
-        store: TensorStore,
-        others: Replication,
-        instance: str,
-        found_lease_s: float,
-    ) -> None:
-        self._bus = bus
-        self._tensors = tensors
-        self._store = store
-        self._others = others
-        self._instance = instance
-        self._found_lease_s = found_lease_s
 
     async def listen(self) -> Sequence[Subscription]:
         """Answer anybody."""
         return (
-            await self._bus.serve(
-                STORE_TENSORS, self._keep, queue_group=QUEUE_GROUP, max_in_flight=MAX_BATCHES_IN_FLIGHT
-            ),
-            await self._bus.serve(
-                FIND_TENSORS, self._find, queue_group=QUEUE_GROUP, max_in_flight=MAX_BATCHES_IN_FLIGHT
-            ),
-            await self._bus.serve(HAVE_TENSORS, self._have, queue_group=QUEUE_GROUP),
-            await self._bus.serve(DROP_TENSORS, self._drop, queue_group=QUEUE_GROUP),
+            await self._serve(STORE_TENSORS, self._keep, MAX_BATCHES_IN_FLIGHT),
+            await self._serve(FIND_TENSORS, self._find, MAX_BATCHES_IN_FLIGHT),
+            await self._serve(HAVE_TENSORS, self._have),
+            await self._serve(DROP_TENSORS, self._drop),
         )
 
     async def listen_to_others(self) -> Sequence[Subscription]:
         """Answer the other cache stores."""
         return (
-            await self._bus.serve(HAVE_COPIES, self._have_here, self._instance),
-            await self._bus.serve(FIND_COPIES, self._find_here, self._instance, max_in_flight=MAX_BATCHES_IN_FLIGHT),
+            await self._serve_others(HAVE_COPIES, self._have_here),
+            await self._serve_others(FIND_COPIES, self._find_here, MAX_BATCHES_IN_FLIGHT),
         )
 
     async def _keep(self, request: StoreTensors) -> TensorsStored:
         shape, count = request.tensor.shape, len(request.keys)
         if not shape or shape[0] != count:
-            raise _refusal("bad_batch", f"{count} keys for a tensor of shape {shape}", retryable=False)
+            raise refusal("bad_batch", f"{count} keys for a tensor of shape {shape}", retryable=False)
         new = [place for place, key in enumerate(request.keys) if self._store.held(key) is None]
         if not new:
             return TensorsStored(stored=0)
-        try:
+        with refusing():
             tensors = await self._tensors.fetch(request.tensor, deadline_s=FETCH_DEADLINE_S)
-        except TensorError as error:
-            raise _refusal("tensor_not_fetched", str(error)) from error
         stored = 0
         for place in new:
             key = request.keys[place]
@@ -139,7 +112,7 @@ class Batches:
                 continue
             left_bytes -= held.size_bytes
             if tensors and (found[1].shape, found[1].dtype) != (tensors[0].shape, tensors[0].dtype):
-                raise _refusal("bad_batch", f"{key} is of another shape or dtype than the others", retryable=False)
+                raise refusal("bad_batch", f"{key} is of another shape or dtype than the others", retryable=False)
             places.append(place)
             tensors.append(found[1])
         if not places:
@@ -153,7 +126,3 @@ class Batches:
             await self._store.drop(key)
             self._others.changed(key)
         return Acknowledged()
-
-
-def _refusal(code: str, message: str, *, retryable: bool = True) -> Refusal:
-    return Refusal(Failure(stage=Stage.CACHE_STORE, code=code, message=message, retryable=retryable))

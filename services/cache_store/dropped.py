@@ -21,9 +21,6 @@ class Dropped:
     def __init__(self) -> None:
         self._at_s: OrderedDict[str, float] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._at_s)
-
     def __iter__(self) -> Iterator[tuple[str, float]]:
         return iter(self._at_s.items())
 

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 import structlog
 
-from common.bus.errors import Refusal
 from common.bus.nats_bus import NatsBus
-from common.bus.port import Bus, Subscription
+from common.bus.port import Subscription
 from common.messages.cache import (
     AskDigests,
     BucketListed,
@@ -28,7 +27,7 @@ from common.messages.cache import (
     TensorStored,
 )
 from common.messages.cluster import Service
-from common.messages.failures import Acknowledged, Failure, Stage
+from common.messages.failures import Acknowledged, Stage
 from common.messages.subjects import (
     ASK_DIGESTS,
     COPY_TENSOR,
@@ -42,80 +41,54 @@ from common.messages.subjects import (
 )
 from common.runtime.membership import Registration
 from common.runtime.process import CannotServe
-from common.tensors.errors import TensorError
-from common.tensors.port import Tensors
 from common.tensors.ucx import UcxTensors
 from services.cache_store.batches import Batches
 from services.cache_store.config import CacheStoreSettings
+from services.cache_store.desk import StoreDesk, refusing
 from services.cache_store.disk import DiskTier
 from services.cache_store.replication import Replication
 from services.cache_store.store import TensorStore
-from services.cache_store.tier import Held, TierFull
+from services.cache_store.tier import Held
 
 log = structlog.get_logger()
 
 FETCH_DEADLINE_S = 4.0
 # Each may be fetching a tensor, so this bounds what comes on top of the memory tier.
 MAX_STORES_IN_FLIGHT = 4
-QUEUE_GROUP = "cache_store"
 EVERYWHERE = 1 << 30
 
 
-class CacheStore:
+class CacheStore(StoreDesk):
     """Answers what is asked over the bus; the tensors come and go over UCX."""
-
-    def __init__(
-        self,
-        bus: Bus,
-        tensors: Tensors,
-        store: TensorStore,
-        others: Replication,
-        instance: str,
-        found_lease_s: float,
-    ) -> None:
-        self._bus = bus
-        self._tensors = tensors
-        self._store = store
-        self._others = others
-        self._instance = instance
-        self._found_lease_s = found_lease_s
 
     async def listen(self) -> Sequence[Subscription]:
         """Answer anybody."""
         return (
-            await self._bus.serve(
-                STORE_TENSOR, self._keep, queue_group=QUEUE_GROUP, max_in_flight=MAX_STORES_IN_FLIGHT
-            ),
-            await self._bus.serve(FIND_TENSOR, self._find, queue_group=QUEUE_GROUP),
-            await self._bus.serve(DROP_TENSOR, self._drop, queue_group=QUEUE_GROUP),
+            await self._serve(STORE_TENSOR, self._keep, MAX_STORES_IN_FLIGHT),
+            await self._serve(FIND_TENSOR, self._find),
+            await self._serve(DROP_TENSOR, self._drop),
         )
 
     async def listen_to_others(self) -> Sequence[Subscription]:
         """Answer the other cache stores: before anybody else is answered here."""
-        me = self._instance
         return (
-            await self._bus.serve(COPY_TENSOR, self._copy, me, max_in_flight=MAX_STORES_IN_FLIGHT),
-            await self._bus.serve(DROP_COPY, self._drop_copy, me),
-            await self._bus.serve(FIND_COPY, self._find_here, me),
-            await self._bus.serve(ASK_DIGESTS, self._digests, me),
-            await self._bus.serve(LIST_BUCKET, self._list, me),
+            await self._serve_others(COPY_TENSOR, self._copy, MAX_STORES_IN_FLIGHT),
+            await self._serve_others(DROP_COPY, self._drop_copy),
+            await self._serve_others(FIND_COPY, self._find_here),
+            await self._serve_others(ASK_DIGESTS, self._digests),
+            await self._serve_others(LIST_BUCKET, self._list),
         )
 
     # --- for anybody ----------------------------------------------------------------------------------------------
 
     async def _keep(self, request: StoreTensor) -> TensorStored:
         kept = self._store.version(request.key)
+        stored = False
         if kept is None or kept < request.tensor_version:
-            try:
+            with refusing():
                 self._store.check_room(request.key, request.tensor.size_bytes)
                 tensor = await self._tensors.fetch(request.tensor, deadline_s=FETCH_DEADLINE_S)
                 stored = await self._store.put(request.key, request.tensor_version, tensor, request.pin_s)
-            except TierFull as error:
-                raise refusal("store_full", error) from error
-            except TensorError as error:
-                raise refusal("tensor_not_fetched", error) from error
-        else:
-            stored = False
         copies = await self._others.copied(request.key, request.copies) if stored or request.copies > 1 else 1
         version = request.tensor_version if stored else self._store.version(request.key)
         return TensorStored(key=request.key, tensor_version=version or 0, stored=stored, copies=copies)
@@ -148,16 +121,12 @@ class CacheStore:
         size_bytes = request.tensor.size_bytes
         held = Held(request.tensor_version, size_bytes, request.pinned_until_s, request.stored_at_s)
         stored = False
-        try:
+        with refusing():
             if self._store.wants(request.key, held, request.spare):
                 tensor = await self._tensors.fetch(request.tensor, deadline_s=FETCH_DEADLINE_S)
                 # Looked at again: it may have been dropped while it was on its way.
                 if self._store.wants(request.key, held, request.spare):
                     stored = await self._store.keep(request.key, held, tensor)
-        except TierFull as error:
-            raise refusal("store_full", error) from error
-        except TensorError as error:
-            raise refusal("tensor_not_fetched", error) from error
         version = self._store.version(request.key)
         return TensorStored(key=request.key, tensor_version=-1 if version is None else version, stored=stored)
 
@@ -170,11 +139,6 @@ class CacheStore:
 
     async def _list(self, request: ListBucket) -> BucketListed:
         return BucketListed(versions=dict(self._store.catalogue.bucket(request.bucket)))
-
-
-def refusal(code: str, error: Exception) -> Refusal:
-    """What the asker is told; it may try again."""
-    return Refusal(Failure(stage=Stage.CACHE_STORE, code=code, message=str(error), retryable=True))
 
 
 async def open_store(settings: CacheStoreSettings, instance: str) -> TensorStore:

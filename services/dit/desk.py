@@ -1,6 +1,7 @@
 """Where a DiT worker hears of leases: answers who grants, revokes, parks or calls, and says what to begin with next."""
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,11 +82,11 @@ class LeaseDesk:
     async def let_go(self, job_id: str) -> bool:
         """Whether work on the job, if it is under way here, has come to its end: what was revoked does so soon.
 
-        Raises:
-            TimeoutError: the step under way takes long.
+        That is waited for, but not for a step that takes long.
         """
-        async with asyncio.timeout(LET_GO_DEADLINE_S), self._news:
-            await self._news.wait_for(lambda: not self._works_on(job_id) or not self.book.void(self.current))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LET_GO_DEADLINE_S), self._news:
+                await self._news.wait_for(lambda: not self._works_on(job_id) or not self.book.void(self.current))
         return not self._works_on(job_id)
 
     async def next(self, rest: Rest | None) -> Lease | None:

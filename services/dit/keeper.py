@@ -31,13 +31,9 @@ class LatentKeeper:
         return (await self._bus.serve(FIND_LATENT, self._find, self._desk.book.instance),)
 
     async def _find(self, request: FindLatent) -> LatentFound:
-        try:
-            if not await self._desk.let_go(request.job_id):
-                return LatentFound()
-        except TimeoutError:
-            return LatentFound()
+        let_go = await self._desk.let_go(request.job_id)
         held = self._member.held
-        if held is None or held.job_id != request.job_id or not held.run.steps_done:
+        if not let_go or held is None or held.job_id != request.job_id or not held.run.steps_done:
             return LatentFound()
         ref = None
         if request.uses:

@@ -26,8 +26,6 @@ from common.messages.video import VideoRecord, VideoState
 from common.policies import decisions as decide
 from common.policies import events as event
 from common.policies.policy import Policy
-from common.policies.registry import UnknownPolicy, make_policy
-from common.policies.rib import Rib, WrongRib
 from common.policies.state import Phase
 from common.runtime.membership import (
     MemberChange,
@@ -37,15 +35,14 @@ from common.runtime.membership import (
     MembershipView,
     Registration,
 )
-from common.runtime.process import CannotServe
 from services.scheduler.chat import ChatRouter
 from services.scheduler.checkpoints import Checkpoints
+from services.scheduler.choices import choose_policy, choose_rule, log_rule, open_record
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.job import VideoJob
 from services.scheduler.progress import ProgressReporter
 from services.scheduler.record import EventRecord
 from services.scheduler.reports import WorkerReports
-from services.scheduler.routing import choose_rule, log_rule
 from services.scheduler.workers import Workers
 
 log = structlog.get_logger()
@@ -347,35 +344,6 @@ async def take_first_epoch(bus: Bus) -> int:
         with contextlib.suppress(WrongRevision):
             await bus.replace(SCHEDULER_LIVES, "video", life, entry.revision)
             return life.number * EPOCHS_PER_LIFE
-
-
-def choose_policy(settings: SchedulerSettings, first_epoch: int) -> Policy:
-    """The policy that is set, with the profile that is set.
-
-    Raises:
-        CannotServe: there is no such policy, or the file is no profile.
-    """
-    try:
-        rib = Rib.from_json(settings.rib.read_text(encoding="utf-8")) if settings.rib is not None else None
-        return make_policy(settings.policy, first_epoch, rib)
-    except (OSError, UnicodeDecodeError, WrongRib) as error:
-        raise CannotServe(f"TRIPTYCH_RIB: {settings.rib} cannot be used: {error}") from error
-    except UnknownPolicy as error:
-        raise CannotServe(f"TRIPTYCH_POLICY: {error}") from error
-
-
-def open_record(settings: SchedulerSettings) -> contextlib.AbstractContextManager[EventRecord | None]:
-    """The record that is set, if any.
-
-    Raises:
-        CannotServe: it cannot be written to.
-    """
-    if settings.record is None:
-        return contextlib.nullcontext()
-    try:
-        return EventRecord(settings.record)
-    except OSError as error:
-        raise CannotServe(f"TRIPTYCH_RECORD: {settings.record} cannot be written to: {error}") from error
 
 
 async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:

@@ -105,28 +105,26 @@ class Workers:
             case decide.CancelDecoding(job_id, epoch, instance):
                 await self.cancel_decoding(instance, job_id, epoch)
 
-    async def revoke_lease(self, instance: str, job_id: str | None, epoch: int) -> None:
-        """Have a DiT worker drop the leases of ``job_id`` (None: of any job) up to ``epoch``.
+    async def revoke_lease(self, instance: str, job_id: str | None, epoch: int) -> str | None:
+        """Have a DiT worker drop the leases of ``job_id`` (None: of any job) up to ``epoch``; which job it has at hand.
 
         One that cannot be told is dying; should it live on, the next lease's higher epoch tells it.
         """
         try:
             revoke = RevokeLease(job_id=job_id, epoch=epoch)
-            await self._ask_until_answered(REVOKE_LEASE, revoke, instance, CONTROL_DEADLINE_S)
+            return (await self._ask_until_answered(REVOKE_LEASE, revoke, instance, CONTROL_DEADLINE_S)).job_id
         except BusError as error:
             log.info("lease not revoked", instance=instance, job=job_id, reason=str(error))
+            return None
 
     async def take_back(self, instance: str, epoch: int) -> None:
         """Have a DiT worker drop what was granted before, up to ``epoch``, and note which job it has at hand."""
         self._unheard.add(instance)
         self._all_heard.clear()
         try:
-            revoke = RevokeLease(job_id=None, epoch=epoch)
-            answer = await self._ask_until_answered(REVOKE_LEASE, revoke, instance, CONTROL_DEADLINE_S)
-            if answer.job_id is not None:
-                self._at_hand.setdefault(answer.job_id, set()).add(instance)
-        except BusError as error:
-            log.info("leases not taken back", instance=instance, reason=str(error))
+            at_hand = await self.revoke_lease(instance, None, epoch)
+            if at_hand is not None:
+                self._at_hand.setdefault(at_hand, set()).add(instance)
         finally:
             self._unheard.discard(instance)
             if not self._unheard:

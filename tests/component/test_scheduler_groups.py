@@ -20,8 +20,9 @@ from common.policies.registry import make_policy
 from common.policies.rib import KindProfile, Rib, VideoKind
 from common.runtime.process import CannotServe
 from loadgen.simulator.replay import from_lines, replay
+from services.scheduler.choices import choose_policy, open_record
 from services.scheduler.config import SchedulerSettings
-from services.scheduler.service import EPOCHS_PER_LIFE, choose_policy, open_record
+from services.scheduler.service import EPOCHS_PER_LIFE
 from tests.component.test_scheduler import REQUEST, Heard, Stage, stage
 from tests.support.bus import eventually
 from tests.support.nats_server import NatsServer

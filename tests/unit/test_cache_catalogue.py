@@ -36,13 +36,13 @@ def test_the_later_of_two_drops_counts() -> None:
         dropped.note("a", at_s)
     assert (dropped.at_s("a"), dropped.at_s("b")) == (7.0, None)
     dropped.forget(before_s=7.1)
-    assert len(dropped) == 0
+    assert dict(dropped) == {}
 
 
 def test_what_was_dropped_lately_is_known_to_the_next_life(tmp_path: Path) -> None:
     path = tmp_path / "dropped.log"
     file = DroppedFile(path)
-    assert len(file.read(0.0)) == 0
+    assert dict(file.read(0.0)) == {}
     for key, at_s in (("old", 10.0), ("b", 5000.0), ("a", 6000.0), ("b", 7000.0)):
         file.append(key, at_s)
     # What a killed process and a damaged disk leave.

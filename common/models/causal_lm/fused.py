@@ -6,17 +6,24 @@ of queries and keys together, residuals and activations inside the products. Wei
 so a model runs either this way or through transformers' own modules, not both.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from common.models.causal_lm.attention import Scoring, attend
 from common.models.causal_lm.batch import Batch
-from common.models.causal_lm.families import activation_of, is_plain, norm_weight, window_of
+from common.models.causal_lm.families import (
+    activation_of,
+    adds_one,
+    head_norm_weight,
+    is_plain,
+    norm_weight,
+    taken,
+    window_of,
+)
 from common.models.causal_lm.interface import store
 from common.models.causal_lm.linear import Linear, knows_activation
 from common.models.causal_lm.native import Kernels
@@ -26,7 +33,7 @@ Norm = Callable[[Tensor], Tensor]
 
 def can_fuse(model: PreTrainedModel) -> bool:
     """Whether the decoder here computes what this transformers model does."""
-    return is_plain(model) and knows_activation(activation_of(model.config))
+    return is_plain(model, "cpu") and knows_activation(activation_of(model.config))
 
 
 class FusedDecoder:
@@ -37,7 +44,7 @@ class FusedDecoder:
 
     def __init__(self, model: PreTrainedModel, kernels: Kernels | None) -> None:
         inner = model.model
-        norms = _Norms(model.config.model_type == "gemma", kernels)
+        norms = _Norms(model.config, kernels)
         # The head first: its weight may be the embedding's, which stays.
         self._head = Linear(model.lm_head.weight, model.lm_head.bias)
         self._vocabulary: int = model.config.vocab_size
@@ -94,13 +101,13 @@ class _Layer:
         self._scoring = Scoring(attention.scaling, window_of(attention, config))
         self._before = norms.of(layer.input_layernorm)
         self._between = norms.of(layer.post_attention_layernorm)
-        self._head_norm = self._weight_of_head_norm(attention)
+        self._head_norm = head_norm_weight(attention, config)
         self._epsilon: float = config.rms_norm_eps
-        self._qkv = _taken([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._out = _taken([attention.o_proj])
-        self._gate = _taken([mlp.gate_proj], activation_of(config))
-        self._up = _taken([mlp.up_proj])
-        self._down = _taken([mlp.down_proj])
+        self._qkv = Linear(*taken([attention.q_proj, attention.k_proj, attention.v_proj]))
+        self._out = Linear(*taken([attention.o_proj]))
+        self._gate = Linear(*taken([mlp.gate_proj]), activation_of(config))
+        self._up = Linear(*taken([mlp.up_proj]))
+        self._down = Linear(*taken([mlp.down_proj]))
 
     def __call__(self, hidden: Tensor, turn: _Turn, batch: Batch) -> Tensor:
         query, key, value = self._prepare(self._qkv(self._before(hidden)), turn, batch)
@@ -123,38 +130,22 @@ class _Layer:
             store(turned[:, self._heads :], heads[:, rotated:], self._index, batch)
         return turned[:, : self._heads], turned[:, self._heads :], heads[:, rotated:]
 
-    def _weight_of_head_norm(self, attention: Any) -> Tensor | None:
-        """Qwen3: each head of queries and keys is normed by itself. [heads + kv_heads, head_dim] float32."""
-        if not hasattr(attention, "q_norm"):
-            return None
-        weights = [attention.q_norm.weight] * self._heads + [attention.k_norm.weight] * self._kv_heads
-        return torch.stack(weights).float()
-
 
 class _Norms:
-    """Root mean square norms; Gemma's are by one plus their weight, in float32 throughout."""
+    """Root mean square norms; those that add one to their weight are in float32 throughout."""
 
-    def __init__(self, plus_one: bool, kernels: Kernels | None) -> None:
-        self._plus_one = plus_one
+    def __init__(self, config: Any, kernels: Kernels | None) -> None:
+        self._config = config
         self._kernels = kernels
 
     def of(self, norm: Any) -> Norm:
         shape = tuple(norm.weight.shape)
         given = norm.weight.detach()
-        epsilon: float = norm.eps if self._plus_one else norm.variance_epsilon
-        weight = norm_weight(norm, self._plus_one)
+        epsilon: float = self._config.rms_norm_eps
+        weight = norm_weight(norm, self._config)
         kernels = self._kernels
         if kernels is not None:
             return lambda x: kernels.norm(x, weight, epsilon)
-        if self._plus_one:
+        if adds_one(self._config):
             return lambda x: F.rms_norm(x.float(), shape, weight, epsilon).to(x.dtype)
         return lambda x: F.rms_norm(x, shape, given, epsilon)
-
-
-def _taken(modules: Sequence[Any], activation: str = "silu") -> Linear:
-    """Linear layers over the same input as one; they are left empty."""
-    weight = torch.cat([module.weight.detach() for module in modules])
-    biases = [module.bias for module in modules if module.bias is not None]
-    for module in modules:
-        module.weight = None
-    return Linear(weight, torch.cat(biases).detach() if biases else None, activation)

@@ -6,7 +6,6 @@ than a second thread gains.
 """
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from common.models.causal_lm.batch import Batch
-from common.models.causal_lm.families import activation_of, norm_weight, window_of
+from common.models.causal_lm.families import activation_of, head_norm_weight, norm_weight, taken, window_of
 from common.models.causal_lm.native import DecoderKernels, LayerWeights, ModelShape, Pass
 
 PANEL = 32
@@ -76,15 +75,14 @@ class PackedDecoder:
         self._scale: float = attention.scaling
         self._activation = _ACTIVATIONS[activation_of(config)]
         self._epsilon: float = config.rms_norm_eps
-        self._dtype: torch.dtype = inner.embed_tokens.weight.dtype
         self._windows = [window_of(layer.self_attn, config) for layer in inner.layers]
         self._vocabulary: int = config.vocab_size
         # The head first: its weight may be the embedding's, which stays.
         self._head = pack(model.lm_head.weight.detach(), kernels.pair)
         bias = model.lm_head.bias
         self._head_bias = None if bias is None else bias.detach().float()
-        self._last_norm = norm_weight(inner.norm, config.model_type == "gemma")
-        self._cos, self._sin = _turns(inner.rotary_emb, context, self._dtype)
+        self._last_norm = norm_weight(inner.norm, config)
+        self._cos, self._sin = _turns(inner.rotary_emb, context, inner.embed_tokens.weight.dtype)
         # What the kernels are told the addresses of.
         self._kept: list[Tensor] = []
         self._layers = (LayerWeights * len(inner.layers))(*(self._layer(layer, config) for layer in inner.layers))
@@ -156,43 +154,30 @@ class PackedDecoder:
 
     def _layer(self, layer: Any, config: Any) -> LayerWeights:
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-        gate, up = mlp.gate_proj, mlp.up_proj
-        gemma = config.model_type == "gemma"
-        weights = LayerWeights(
+        qkv, qkv_bias = taken([attention.q_proj, attention.k_proj, attention.v_proj])
+        out, out_bias = taken([attention.o_proj])
+        (gate, gate_bias), (up, up_bias) = taken([mlp.gate_proj]), taken([mlp.up_proj])
+        down, down_bias = taken([mlp.down_proj])
+        return LayerWeights(
             window=window_of(attention, config),
-            before=self._keep(norm_weight(layer.input_layernorm, gemma)),
-            between=self._keep(norm_weight(layer.post_attention_layernorm, gemma)),
-            heads=self._keep(self._norm_of_heads(attention)),
-            qkv=self._packed(torch.cat([module.weight.detach() for module in qkv])),
-            out=self._packed(attention.o_proj.weight.detach()),
-            gate_up=self._packed(interleave(gate.weight.detach(), up.weight.detach())),
-            down=self._packed(mlp.down_proj.weight.detach()),
-            qkv_bias=self._bias(qkv),
-            out_bias=self._bias([attention.o_proj]),
-            gate_up_bias=None
-            if gate.bias is None
-            else self._keep(interleave(gate.bias.detach().float(), up.bias.detach().float())),
-            down_bias=self._bias([mlp.down_proj]),
+            before=self._keep(norm_weight(layer.input_layernorm, config)),
+            between=self._keep(norm_weight(layer.post_attention_layernorm, config)),
+            heads=self._keep(head_norm_weight(attention, config)),
+            qkv=self._packed(qkv),
+            out=self._packed(out),
+            gate_up=self._packed(interleave(gate, up)),
+            down=self._packed(down),
+            qkv_bias=self._bias(qkv_bias),
+            out_bias=self._bias(out_bias),
+            gate_up_bias=self._bias(None if gate_bias is None or up_bias is None else interleave(gate_bias, up_bias)),
+            down_bias=self._bias(down_bias),
         )
-        # No weight is held twice.
-        for module in (*qkv, attention.o_proj, gate, up, mlp.down_proj):
-            module.weight = None
-        return weights
-
-    def _norm_of_heads(self, attention: Any) -> Tensor | None:
-        """Qwen3: each head of queries and keys is normed by itself. [heads + kv_heads, head_dim] float32."""
-        if not hasattr(attention, "q_norm"):
-            return None
-        weights = [attention.q_norm.weight] * self._heads + [attention.k_norm.weight] * self._kv_heads
-        return torch.stack(weights).float()
 
     def _packed(self, weight: Tensor) -> int:
         return self._keep(pack(weight, self._kernels.pair)) or 0
 
-    def _bias(self, modules: Sequence[Any]) -> int | None:
-        biases = [module.bias.detach().float() for module in modules if module.bias is not None]
-        return self._keep(torch.cat(biases)) if biases else None
+    def _bias(self, bias: Tensor | None) -> int | None:
+        return self._keep(None if bias is None else bias.float())
 
     def _keep(self, tensor: Tensor | None) -> int | None:
         """The address of a tensor that lives as long as this."""

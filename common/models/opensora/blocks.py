@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.models.opensora.attention import CrossAttention, SelfAttention
 from common.models.opensora.embeddings import Mlp
-from common.models.opensora.gpu.kernels import GpuKernels, gpu_kernels
+from common.models.opensora.gpu.kernels import gpu_kernels
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,23 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, normed, 1 + scale)
 
 
+def add_gated(x: Tensor, added: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * added, [B, T, S, C]; gate: [B, T or 1, 1, C]."""
+    kernels = gpu_kernels(x)
+    if kernels is not None:
+        return kernels.add(x.contiguous(), added, gate)
+    return x + gate * added
+
+
+def add_and_modulate(x: Tensor, added: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """x + added, and that modulated."""
+    kernels = gpu_kernels(x)
+    if kernels is not None:
+        return kernels.add_and_modulate(x.contiguous(), added, shift, scale)
+    total = x + added
+    return total, modulate(total, shift, scale)
+
+
 class STDiT3Block(nn.Module):
     """Spatial (attends within a frame) or temporal (attends within a place, with rotary positions)."""
 
@@ -70,39 +87,15 @@ class STDiT3Block(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """x: [B, frames*patches, C]; text: this block's keys and values of the prompt; result: shaped like x."""
-        chosen = conditions.select(self.scale_shift_table, conditions.modulation, conditions.still_modulation)
-        kernels = gpu_kernels(x)
-        if kernels is not None:
-            return self._on_gpu(kernels, x, text, text_mask, chosen, frames, patches, rope)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = chosen
-        layout = (x.shape[0], frames, patches, x.shape[2])
-        tokens = x.view(layout)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = conditions.select(
+            self.scale_shift_table, conditions.modulation, conditions.still_modulation
+        )
+        tokens = x.view(x.shape[0], frames, patches, x.shape[2])
         attended = self.attn(modulate(tokens, shift_attn, scale_attn), self.temporal, rope)
-        tokens = tokens + gate_attn * attended
-        x = tokens.flatten(1, 2)
-        tokens = (x + self.cross_attn(x, text[0], text[1], text_mask)).view(layout)
-        out: Tensor = tokens + gate_mlp * self.mlp(modulate(tokens, shift_mlp, scale_mlp))
-        return out.flatten(1, 2)
-
-    def _on_gpu(
-        self,
-        kernels: GpuKernels,
-        x: Tensor,
-        text: tuple[Tensor, Tensor],
-        text_mask: Tensor | None,
-        chosen: tuple[Tensor, ...],
-        frames: int,
-        patches: int,
-        rope: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        """The same, with what follows one another over the same tokens in one kernel."""
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = chosen
-        tokens = x.contiguous().view(x.shape[0], frames, patches, x.shape[2])
-        attended = self.attn(kernels.modulate(tokens, shift_attn, scale_attn), self.temporal, rope)
-        tokens = kernels.add(tokens, attended, gate_attn)
+        tokens = add_gated(tokens, attended, gate_attn)
         crossed = self.cross_attn(tokens.flatten(1, 2), text[0], text[1], text_mask).view(tokens.shape)
-        tokens, modulated = kernels.add_and_modulate(tokens, crossed, shift_mlp, scale_mlp)
-        return kernels.add(tokens, self.mlp(modulated), gate_mlp).flatten(1, 2)
+        tokens, modulated = add_and_modulate(tokens, crossed, shift_mlp, scale_mlp)
+        return add_gated(tokens, self.mlp(modulated), gate_mlp).flatten(1, 2)
 
 
 class FinalLayer(nn.Module):

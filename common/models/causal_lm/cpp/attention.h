@@ -98,13 +98,19 @@ void attend(const Element *query, const Element *pool, const int64_t *span, cons
             store(out + head * shape.dim + d, running[head].total[d] / running[head].weight);
 }
 
+// `attend` for heads of this size: of the usual ones, one that knows it when it is compiled.
+template <typename Element>
+auto attend_for(int dim) {
+    return dim == 64 ? attend<Element, 64> : dim == 128 ? attend<Element, 128> : attend<Element, 0>;
+}
+
 template <typename Element>
 void attend_all(const Element *query, int64_t query_stride, const int64_t *rows, const Element *pool,
                 const int64_t *spans, const int64_t *first_span, Element *out, int sequences, int kv_heads, int parts,
                 Shape shape, float scale) {
     const int heads = kv_heads / parts;
     const int64_t row_size = static_cast<int64_t>(kv_heads) * shape.group * shape.dim;
-    auto one = shape.dim == 64 ? attend<Element, 64> : shape.dim == 128 ? attend<Element, 128> : attend<Element, 0>;
+    const auto one = attend_for<Element>(shape.dim);
 #pragma omp parallel for schedule(dynamic)
     for (int task = 0; task < sequences * parts; task++) {
         const int sequence = task / parts, first_head = task % parts * heads;

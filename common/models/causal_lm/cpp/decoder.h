@@ -96,6 +96,30 @@ void gate(const float *sums, const float *bias, Element *out) {
     store_all(out, passed, half);
 }
 
+// `finish` is given a row, the first output, how many there are, and their sums.
+template <typename Element, typename Finish>
+void share_product(Team &team, const Element *x, int rows, int size, const Element *weights, int64_t outputs,
+                   const Finish &finish) {
+    const int panels = static_cast<int>((outputs + PANEL - 1) / PANEL);
+    // Many rows' outputs are written several panels wide: narrow columns of wide rows would share few cache sets.
+    const int width = rows > STRIP ? 4 : 1;
+    const int columns = (panels + width - 1) / width, groups = (rows + TASK_ROWS - 1) / TASK_ROWS;
+    team.share(columns * groups, [&](int task) {
+        const int from = task / columns * TASK_ROWS, end = from + TASK_ROWS < rows ? from + TASK_ROWS : rows;
+        const int low = task % columns * width, high = low + width < panels ? low + width : panels;
+        for (int row = from; row < end; row += STRIP) {
+            const int count = end - row < STRIP ? end - row : STRIP;
+            for (int64_t panel = low; panel < high; panel++) {
+                const int64_t first = panel * PANEL, left = outputs - first;
+                alignas(64) float sums[STRIP][PANEL];
+                multiply(x + static_cast<int64_t>(row) * size, count, size, weights + first * size, sums);
+                for (int place = 0; place < count; place++)
+                    finish(row + place, first, left < PANEL ? static_cast<int>(left) : PANEL, sums[place]);
+            }
+        }
+    });
+}
+
 template <typename Element>
 class Decoder {
   public:
@@ -146,9 +170,7 @@ class Decoder {
 
     void attend(const Layer &layer, int number, const std::vector<Part> &parts) const {
         const Shape shape{model_.token_stride, model_.value_offset, model_.query_heads / model_.key_heads, model_.dim};
-        auto single = model_.dim == 64    ? ::attend<Element, 64>
-                      : model_.dim == 128 ? ::attend<Element, 128>
-                                          : ::attend<Element, 0>;
+        const auto single = attend_for<Element>(model_.dim);
         const int64_t row = heads_.row(), out_row = static_cast<int64_t>(model_.query_heads) * model_.dim;
         team_.share(static_cast<int>(parts.size()), [&](int task) {
             const Part &part = parts[task];
@@ -190,32 +212,6 @@ class Decoder {
         share_product(team_, x, pass_.tokens, size, static_cast<const Element *>(weights), outputs, finish);
     }
 
-  public:
-    // `finish` is given a row, the first output, how many there are, and their sums.
-    template <typename Finish>
-    static void share_product(Team &team, const Element *x, int rows, int size, const Element *weights, int64_t outputs,
-                              const Finish &finish) {
-        const int panels = static_cast<int>((outputs + PANEL - 1) / PANEL);
-        // Many rows' outputs are written several panels wide: narrow columns of wide rows would share few cache sets.
-        const int width = rows > STRIP ? 4 : 1;
-        const int columns = (panels + width - 1) / width, groups = (rows + TASK_ROWS - 1) / TASK_ROWS;
-        team.share(columns * groups, [&](int task) {
-            const int from = task / columns * TASK_ROWS, end = from + TASK_ROWS < rows ? from + TASK_ROWS : rows;
-            const int low = task % columns * width, high = low + width < panels ? low + width : panels;
-            for (int row = from; row < end; row += STRIP) {
-                const int count = end - row < STRIP ? end - row : STRIP;
-                for (int64_t panel = low; panel < high; panel++) {
-                    const int64_t first = panel * PANEL, left = outputs - first;
-                    alignas(64) float sums[STRIP][PANEL];
-                    multiply(x + static_cast<int64_t>(row) * size, count, size, weights + first * size, sums);
-                    for (int place = 0; place < count; place++)
-                        finish(row + place, first, left < PANEL ? static_cast<int>(left) : PANEL, sums[place]);
-                }
-            }
-        });
-    }
-
-  private:
     const Model &model_;
     const Pass &pass_;
     Team &team_;
@@ -243,11 +239,10 @@ void run_product(const Element *x, const Element *weights, const float *bias, fl
                  int outputs) {
     Team team(omp_get_max_threads());
 #pragma omp parallel num_threads(team.size())
-    Decoder<Element>::share_product(
-        team, x, rows, size, weights, outputs, [&](int row, int64_t first, int count, const float *sums) {
-            float *to = out + static_cast<int64_t>(row) * outputs + first;
-            for (int i = 0; i < count; i++) to[i] = sums[i] + (bias ? bias[first + i] : 0);
-        });
+    share_product(team, x, rows, size, weights, outputs, [&](int row, int64_t first, int count, const float *sums) {
+        float *to = out + static_cast<int64_t>(row) * outputs + first;
+        for (int i = 0; i < count; i++) to[i] = sums[i] + (bias ? bias[first + i] : 0);
+    });
 }
 
 }  // namespace

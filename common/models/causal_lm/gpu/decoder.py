@@ -7,26 +7,26 @@ products that make them, and norms, rotation with storing, and activation are on
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from common.models.causal_lm.attention import Scoring, attend
 from common.models.causal_lm.batch import Batch
-from common.models.causal_lm.families import FAMILIES, activation_of, window_of
+from common.models.causal_lm.families import (
+    activation_of,
+    head_norm_weight,
+    is_plain,
+    norm_weight,
+    taken,
+    window_of,
+)
 from common.models.causal_lm.gpu.kernels import GpuKernels, knows_activation
 
 
 def can_decode(model: PreTrainedModel) -> bool:
     """Whether the decoder here computes what this transformers model does."""
-    return (
-        model.config.model_type in FAMILIES
-        and knows_activation(activation_of(model.config))
-        # Whole heads are turned, not parts of them.
-        and 2 * model.model.rotary_emb.inv_freq.numel() == model.model.layers[0].self_attn.head_dim
-        and all(parameter.is_cuda for parameter in model.parameters())
-    )
+    return is_plain(model, "cuda") and knows_activation(activation_of(model.config))
 
 
 class GpuDecoder:
@@ -37,17 +37,14 @@ class GpuDecoder:
 
     def __init__(self, model: PreTrainedModel, kernels: GpuKernels) -> None:
         inner = model.model
-        plus_one = model.config.model_type == "gemma"
         self._kernels = kernels
         self._head = model.lm_head
         self._vocabulary: int = model.config.vocab_size
         self._embed = inner.embed_tokens
         self._frequencies: Tensor = inner.rotary_emb.inv_freq.float()
         self._stretch: float = getattr(inner.rotary_emb, "attention_scaling", 1.0)
-        self._layers = [
-            _Layer(layer, index, model.config, plus_one, kernels) for index, layer in enumerate(inner.layers)
-        ]
-        self._norm = _Norm(inner.norm, plus_one, kernels)
+        self._layers = [_Layer(layer, index, model.config, kernels) for index, layer in enumerate(inner.layers)]
+        self._norm = _Norm(inner.norm, model.config, kernels)
 
     def __call__(self, batch: Batch) -> Tensor:
         """The logits wanted of the batch, [wanted, vocabulary]."""
@@ -65,7 +62,7 @@ class GpuDecoder:
 
 
 class _Layer:
-    def __init__(self, layer: Any, index: int, config: Any, plus_one: bool, kernels: GpuKernels) -> None:
+    def __init__(self, layer: Any, index: int, config: Any, kernels: GpuKernels) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._index = index
         self._kernels = kernels
@@ -73,9 +70,9 @@ class _Layer:
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
         self._scoring = Scoring(attention.scaling, window_of(attention, config))
-        self._before = _Norm(layer.input_layernorm, plus_one, kernels)
-        self._between = _Norm(layer.post_attention_layernorm, plus_one, kernels)
-        self._head_norm = self._weight_of_head_norm(attention)
+        self._before = _Norm(layer.input_layernorm, config, kernels)
+        self._between = _Norm(layer.post_attention_layernorm, config, kernels)
+        self._head_norm = head_norm_weight(attention, config)
         self._epsilon: float = config.rms_norm_eps
         self._activation = activation_of(config)
         self._qkv = _Product([attention.q_proj, attention.k_proj, attention.v_proj])
@@ -94,21 +91,13 @@ class _Layer:
         gate_up = self._gate_up(self._between(hidden))
         self._down.add_to(hidden, self._kernels.gated(gate_up, self._activation))
 
-    def _weight_of_head_norm(self, attention: Any) -> Tensor | None:
-        """Qwen3: each head of queries and keys is normed by itself. [heads + kv_heads, head_dim] float32."""
-        if not hasattr(attention, "q_norm"):
-            return None
-        weights = [attention.q_norm.weight] * self._heads + [attention.k_norm.weight] * self._kv_heads
-        return torch.stack(weights).float()
-
 
 class _Norm:
-    """Root mean square norm; Gemma's is by one plus its weight."""
+    """Root mean square norm."""
 
-    def __init__(self, norm: Any, plus_one: bool, kernels: GpuKernels) -> None:
-        weight = norm.weight.detach().float()
-        self._weight = 1.0 + weight if plus_one else weight
-        self._epsilon: float = norm.eps if plus_one else norm.variance_epsilon
+    def __init__(self, norm: Any, config: Any, kernels: GpuKernels) -> None:
+        self._weight = norm_weight(norm, config)
+        self._epsilon: float = config.rms_norm_eps
         self._kernels = kernels
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -119,12 +108,7 @@ class _Product:
     """Linear layers over the same input as one; they are left empty."""
 
     def __init__(self, modules: Sequence[Any]) -> None:
-        weights = [module.weight.detach() for module in modules]
-        biases = [module.bias.detach() for module in modules if module.bias is not None]
-        self._weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        self._bias = torch.cat(biases) if biases else None
-        for module in modules:
-            module.weight = None
+        self._weight, self._bias = taken(modules)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self._bias)

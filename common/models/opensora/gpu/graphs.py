@@ -1,5 +1,6 @@
 """STDiT3's forward pass captured as a CUDA graph, where launching its thousand kernels takes longer than their work."""
 
+import math
 import weakref
 from dataclasses import dataclass
 
@@ -60,8 +61,7 @@ class CapturedSTDiT3:
         return self._captured.out
 
     def _tokens(self, x: Tensor) -> int:
-        patch = self.model.config.patch_size[0] * self.model.config.patch_size[1] * self.model.config.patch_size[2]
-        return x.shape[0] * x.shape[2] * x.shape[3] * x.shape[4] // patch
+        return x.shape[0] * math.prod(x.shape[2:]) // math.prod(self.model.config.patch_size)
 
     def _capture(
         self,

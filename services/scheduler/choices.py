@@ -1,16 +1,37 @@
-"""The rule by which chats find their instances, and what it is told of the machines, from the scheduler's settings."""
+"""What a scheduler's settings come to: its policy, its rule for chats and its record, or why they cannot be used."""
+
+import contextlib
 
 import structlog
 
 from common.mempool.address import BLOCK_TOKENS
 from common.policies.chat_rule import ChatRule, FewestTokens, guessed_costs
 from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
+from common.policies.policy import Policy
+from common.policies.registry import UnknownPolicy, make_policy
+from common.policies.rib import Rib, WrongRib
 from common.policies.routing import Costs, Rule
 from common.policies.routing_rules import UnknownRule, make_rule
 from common.runtime.process import CannotServe
 from services.scheduler.config import SchedulerSettings
+from services.scheduler.record import EventRecord
 
 log = structlog.get_logger()
+
+
+def choose_policy(settings: SchedulerSettings, first_epoch: int) -> Policy:
+    """The policy that is set, with the profile that is set.
+
+    Raises:
+        CannotServe: there is no such policy, or the file is no profile.
+    """
+    try:
+        rib = Rib.from_json(settings.rib.read_text(encoding="utf-8")) if settings.rib is not None else None
+        return make_policy(settings.policy, first_epoch, rib)
+    except (OSError, UnicodeDecodeError, WrongRib) as error:
+        raise CannotServe(f"TRIPTYCH_RIB: {settings.rib} cannot be used: {error}") from error
+    except UnknownPolicy as error:
+        raise CannotServe(f"TRIPTYCH_POLICY: {error}") from error
 
 
 def choose_rule(settings: SchedulerSettings) -> ChatRule:
@@ -48,3 +69,17 @@ def _costs(settings: SchedulerSettings) -> Costs:
     if found is None:
         raise CannotServe(f"TRIPTYCH_COSTS: {settings.costs} has no costs of a language model; triptych profile does")
     return Costs(found.prefill, found.decode, found.link, found.kv_token_bytes, BLOCK_TOKENS)
+
+
+def open_record(settings: SchedulerSettings) -> contextlib.AbstractContextManager[EventRecord | None]:
+    """The record that is set, if any.
+
+    Raises:
+        CannotServe: it cannot be written to.
+    """
+    if settings.record is None:
+        return contextlib.nullcontext()
+    try:
+        return EventRecord(settings.record)
+    except OSError as error:
+        raise CannotServe(f"TRIPTYCH_RECORD: {settings.record} cannot be written to: {error}") from error
