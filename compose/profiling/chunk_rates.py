@@ -1,24 +1,15 @@
-"""The process that measures prefill: ``python -m compose.profiling.prefill_member REPEATS WARM_UP``.
+"""Prefill throughput by chunk size: in each pass a chunk of so many tokens, sliced and merged from prompts.
 
-It has the environment of a prefill instance and computes what one does: in each pass a chunk of so many tokens, sliced
-and merged from prompts. Sizes are doubled until that no longer helps; what came of it is one line of JSON.
+Sizes are doubled until that no longer helps.
 """
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 
 import torch
 
-from common.language.loading import open_model
-from common.language.settings import LanguageSettings, model_name
 from common.models.causal_lm import BlockTable, CausalLM, Chunk, KVPool
-from common.models.memory import keep_freed_memory
-from common.runtime.process import CannotServe
-from common.runtime.settings import SettingsError, load_settings
-from common.runtime.worker import choose_device, choose_precision
 
 _SMALLEST, _LARGEST = 16, 16384
 # A prompt in the measured chunks is no longer than this, as in most workloads.
@@ -74,22 +65,3 @@ def _timed(model: CausalLM, chunks: list[Chunk], pool: KVPool) -> float:
 def _settle(pool: KVPool) -> None:
     if pool.blocks.is_cuda:
         torch.cuda.synchronize(pool.blocks.device)
-
-
-def main(repeats: int, warm_up: int) -> None:
-    """Measure and say so; what goes wrong is said in the last line of standard error."""
-    keep_freed_memory()
-    try:
-        settings = load_settings(LanguageSettings)
-        torch.set_num_threads(settings.threads)
-        device = choose_device(settings)
-        model, pool = open_model(settings, device, choose_precision(settings, device))
-    except (CannotServe, SettingsError) as error:
-        sys.exit(str(error))
-    rates = measured(model, pool, repeats, warm_up)
-    answer = {"model": model_name(settings.language_model), "tokens_per_s": rates}
-    sys.stdout.write(json.dumps(answer) + "\n")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
