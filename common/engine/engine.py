@@ -18,18 +18,20 @@ from common.mempool.tiers import Tier
 from common.messages.chat import tokens_in, unpack_tokens
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, CausalLM, Chunk, KVPool
 from common.models.causal_lm.sampling import sample
+from common.policies.batching_rules import BatchingRules
 from common.policies.continuous_batching import (
     ContinuousBatching,
+    LengthPredicted,
     Piece,
     PreemptSequence,
     RefuseSequence,
     RunStep,
     SequenceArrived,
+    SequenceComing,
     SequenceLeft,
     StepDue,
     StepFinished,
 )
-from common.policies.decode_admission import DecodeAdmission
 
 
 class RequestRefused(ValueError):
@@ -38,10 +40,14 @@ class RequestRefused(ValueError):
 
 @dataclass(slots=True)
 class EngineCounts:
-    """What an engine has done so far, in tokens: computed before a sequence's next token, and found in the memory."""
+    """What an engine has done so far.
+
+    In tokens: computed before a sequence's next token, and found in the memory. ``preempted``: how often one was.
+    """
 
     prefilled: int = 0
     found: int = 0
+    preempted: int = 0
 
 
 class Engine:
@@ -53,7 +59,7 @@ class Engine:
         chunk_tokens, most_sequences: see ``ContinuousBatching``.
         memory: the pool with its books, and with what is kept in it; None: they are made here.
         caching: what is kept.
-        admission: who is let in, and who leaves where blocks are too few.
+        rules: whose prompt comes next, who is let in, and who leaves where blocks are too few.
     """
 
     def __init__(
@@ -65,7 +71,7 @@ class Engine:
         most_sequences: int = 256,
         memory: MemPool | None = None,
         caching: Caching = Caching.PD_BASIC,
-        admission: DecodeAdmission | None = None,
+        rules: BatchingRules | None = None,
     ) -> None:
         self._model = model
         self._pool = pool
@@ -74,10 +80,11 @@ class Engine:
         self.caching = caching
         self._chunk_tokens = chunk_tokens
         self._most_sequences = most_sequences
-        self._admission = admission
+        self._rules = rules or BatchingRules()
         self._batching = self._new_batching()
         self._sequences: dict[str, Computed] = {}
         self._parked = 0
+        self._awaited = 0
         self.layer_stored: Callable[[Sequence[Chunk], int], None] | None = None
         """Told the chunks of a step and a layer whose keys and values of them are in the pool, within the step."""
         self.computed: tuple[Piece, ...] = ()
@@ -87,13 +94,7 @@ class Engine:
         """Whether the last step could do nothing: blocks that others hold are waited for."""
 
     def _new_batching(self) -> ContinuousBatching:
-        return ContinuousBatching(
-            self.allocator.blocks,
-            BLOCK_TOKENS,
-            self._chunk_tokens,
-            self._most_sequences,
-            admission=self._admission,
-        )
+        return self._rules.batching(self.allocator.blocks, BLOCK_TOKENS, self._chunk_tokens, self._most_sequences)
 
     @property
     def allocator(self) -> BlockAllocator:
@@ -108,6 +109,16 @@ class Engine:
     def context(self) -> int:
         """How many tokens a sequence may have, for the model and for the pool."""
         return min(self._model.context, self.allocator.blocks * BLOCK_TOKENS)
+
+    @property
+    def goes_by_predictions(self) -> bool:
+        """Whether it matters how many tokens a sequence is predicted to come to have."""
+        return self._rules.admission.goes_by_predictions
+
+    @property
+    def waiting(self) -> int:
+        """How many sequences wait for blocks."""
+        return self._batching.waiting
 
     @property
     def busy(self) -> bool:
@@ -133,14 +144,17 @@ class Engine:
         if blocks > self.allocator.blocks:
             raise RequestRefused(f"{name}: {needed} tokens take {blocks} blocks, the pool has {self.allocator.blocks}")
 
-    def add(self, name: str, request: Request, now_s: float) -> None:
+    def add(self, name: str, request: Request, now_s: float, expected_tokens: int = 0) -> None:
         """Take in a request.
+
+        Args:
+            expected_tokens: how many it is predicted to come to have; 0: nothing is predicted.
 
         Raises:
             RequestRefused: see ``check``.
             ValueError: the name is in use.
         """
-        self._take_in(name, request, (), 0, now_s)
+        self._take_in(name, request, (), 0, now_s, expected_tokens)
 
     def adopt(
         self, name: str, request: Request, addresses: Sequence[Address], now_s: float, expected_tokens: int = 0
@@ -149,7 +163,7 @@ class Engine:
 
         Args:
             addresses: of blocks held for this sequence; they are the engine's from now on.
-            expected_tokens: how many it is predicted to come to have; 0: nothing is predicted.
+            expected_tokens: see ``add``.
 
         Raises:
             RequestRefused, ValueError: see ``add``; the blocks stay the caller's.
@@ -160,6 +174,31 @@ class Engine:
         if sequence.keeps:
             sequence.blocks.keep(sequence.known)
 
+    def expect(self, name: str, expected_tokens: int, now_s: float) -> None:
+        """It is predicted only now how many tokens a sequence will come to have; nothing if it is at its end."""
+        self._batching.handle(LengthPredicted(name, expected_tokens), now_s)
+
+    def refusal(self, tokens: int, expected_tokens: int, held_blocks: int = 0) -> str | None:
+        """Why a sequence that another instance has computed gets no blocks here now; None: it may have them.
+
+        Args:
+            tokens: how many it will have when it is adopted.
+            expected_tokens: see ``add``.
+            held_blocks: how many of its blocks are here and held already.
+        """
+        return self._batching.refusal(tokens, expected_tokens, self.memory.available_blocks + held_blocks)
+
+    def await_one(self, tokens: int, expected_tokens: int, now_s: float) -> str:
+        """Blocks are held for a sequence that is on its way here. Returns what ``await_no_more`` is to be told."""
+        self._awaited += 1
+        name = f"awaited {self._awaited}"
+        self._batching.handle(SequenceComing(name, tokens, expected_tokens), now_s)
+        return name
+
+    def await_no_more(self, name: str, now_s: float) -> None:
+        """It was adopted, or does not come."""
+        self._batching.handle(SequenceLeft(name), now_s)
+
     def _take_in(
         self,
         name: str,
@@ -167,7 +206,7 @@ class Engine:
         addresses: Sequence[Address],
         computed: int,
         now_s: float,
-        expected_tokens: int = 0,
+        expected_tokens: int,
     ) -> None:
         if name in self._sequences:
             raise ValueError(f"{name} is being answered already")
@@ -232,6 +271,7 @@ class Engine:
                 if isinstance(decision, RunStep):
                     return decision
                 if isinstance(decision, PreemptSequence):
+                    self.counts.preempted += 1
                     sequence = self._sequences[decision.sequence]
                     sequence.blocks.release(sequence.known)
                     sequence.computed, sequence.prefilled = 0, False

@@ -18,6 +18,7 @@ from common.bus.errors import BusError, RemoteFailure
 from common.bus.port import Bus
 from common.engine import Engine
 from common.language.blocks import Part, blocks_part, bytes_in, exported, layer_part
+from common.language.foretelling import told_already
 from common.language.held import Held
 from common.language.settings import LanguageSettings, TransferMode
 from common.language.stepper import Stepper
@@ -174,6 +175,7 @@ class SendingAhead:
                     block_tokens=BLOCK_TOKENS,
                     number=ahead.offers,
                     parts=described,
+                    expected=told_already(ahead.held.expected),
                 )
                 await self._bus.request(OFFER_KV, offer, request.decode, deadline_s=wait_s)
             self.sent_bytes += bytes_in(described)

@@ -43,6 +43,7 @@ class Arriving:
         request_id: str,
         epoch: int,
         tokens: int,
+        expected_tokens: int,
         before: list[Address],
         new: list[Address],
     ) -> None:
@@ -58,6 +59,7 @@ class Arriving:
         self._access: Access | None = engine.allocator.begin_access(address.block for address in new)
         # So many tokens of each layer are here.
         self._arrived = [len(before) * BLOCK_TOKENS] * engine.pool.layout.layers
+        self._awaited = engine.await_one(tokens + 1, expected_tokens, self._clock())
         self._gone = False
         self._timer: asyncio.TimerHandle | None = None
 
@@ -67,11 +69,19 @@ class Arriving:
 
     @classmethod
     def reserve(
-        cls, engine: Engine, stepper: Stepper, request_id: str, epoch: int, tokens: int, known: bytes = b""
+        cls,
+        engine: Engine,
+        stepper: Stepper,
+        request_id: str,
+        epoch: int,
+        tokens: int,
+        expected_tokens: int,
+        known: bytes = b"",
     ) -> "Arriving | Lack":
-        """Between two steps.
+        """Between two steps, and if the engine's rules let it in.
 
         Args:
+            expected_tokens: how many it is predicted to come to have; 0: nothing is predicted.
             known: the first of the tokens, packed, in whole blocks: those are not sent, as they were here.
         """
         memory = engine.memory
@@ -79,12 +89,15 @@ class Arriving:
         if len(before) * KEY_BYTES < len(known):
             memory.free_mem(before)
             return Lack.EVICTED
+        if engine.refusal(tokens + 1, expected_tokens, len(before)) is not None:
+            memory.free_mem(before)
+            return Lack.NO_ROOM
         warm = memory.swap_in(before)
         new = None if warm is None else memory.alloc_mem(engine.pool.layout.blocks_for(tokens + 1) - len(before))
         if warm is None or new is None:
             memory.free_mem(before if warm is None else warm)
             return Lack.NO_ROOM
-        return cls(engine, stepper, request_id, epoch, tokens, warm, new)
+        return cls(engine, stepper, request_id, epoch, tokens, expected_tokens, warm, new)
 
     async def fill(self, parts: Sequence[KVPart], tensors: Tensors, deadline_s: float, check: bool) -> None:
         """Fetch these parts, of each layer the next tokens, by ``deadline_s`` (the loop's time).
@@ -156,7 +169,12 @@ class Arriving:
         self._stepper.soon(self._end_access)
         self._stepper.soon(partial(self._engine.memory.free_mem, self._held))
 
+    def _clock(self) -> float:
+        return asyncio.get_running_loop().time()
+
     def _end_access(self) -> None:
+        """Nothing comes into its blocks any more. Between two steps."""
         if self._access is not None:
+            self._engine.await_no_more(self._awaited, self._clock())
             self._engine.allocator.end_access(self._access)
             self._access = None

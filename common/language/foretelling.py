@@ -20,7 +20,7 @@ from common.policies.length_prediction import LengthRange
 class Foretelling:
     """Predicts in a thread of its own: neither the event loop nor the engine waits for it.
 
-    ``sources`` counts, of sequences that were handed over to here, who told their lengths.
+    ``sources`` counts, of sequences that are decoded here, who told their lengths.
     """
 
     def __init__(self, lengths: AnswerLengths, mode: LengthPrediction) -> None:
@@ -31,7 +31,7 @@ class Foretelling:
         self.sources: Counter[str] = Counter()
 
     async def begin(self, held: Held) -> None:
-        """Predict for a sequence that will be handed over; in sequential mode, wait for it."""
+        """Predict for a sequence whose prompt is computed here; in sequential mode, wait for it."""
         predictor = self._lengths.predictor
         if predictor is None or self._mode is LengthPrediction.OFF:
             return
@@ -40,15 +40,23 @@ class Foretelling:
             await asyncio.shield(held.expected)
 
     def expected_tokens(self, held: Held, told: ExpectedAnswer | None) -> int:
-        """How many tokens a sequence that was handed over is expected to come to have; 0: nobody can say.
+        """How many tokens a sequence is expected to come to have that is decoded here; 0: nobody can say.
 
-        As in the paper, by the lower end of the range (section 5.2.3).
+        As in the paper, by the lower end of the range (section 5.2.3), and no more than were asked for.
         """
+        tokens = tokens_in(held.prompt)
+        return min(tokens + held.request.sampling.max_tokens, self.likely_tokens(tokens, told))
+
+    def likely_tokens(self, prompt_tokens: int, told: ExpectedAnswer | None) -> int:
+        """The same where no more is known of a sequence than its prompt's length."""
         if self._mode is LengthPrediction.OFF:
             return 0
-        self.sources["histogram" if told is None else "predictor"] += 1
-        low = self._lengths.counted(held.prompt).low if told is None else told.low
-        return tokens_in(held.prompt) + low
+        return prompt_tokens + (self._lengths.counted(prompt_tokens).low if told is None else told.low)
+
+    def count(self, told: ExpectedAnswer | None) -> None:
+        """A sequence has come in with this."""
+        if self._mode is not LengthPrediction.OFF:
+            self.sources["histogram" if told is None else "predictor"] += 1
 
     def ended(self, held: Held) -> None:
         """An answer has come to its end here."""
@@ -59,9 +67,19 @@ class Foretelling:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
+def told_already(expected: asyncio.Future[LengthRange] | None) -> ExpectedAnswer | None:
+    """The prediction, if it is there."""
+    if expected is None or not expected.done() or expected.cancelled():
+        return None
+    return _message(expected.result())
+
+
 async def told(expected: asyncio.Future[LengthRange] | None) -> ExpectedAnswer | None:
     """What leaves with a sequence: the prediction, once it is there."""
     if expected is None:
         return None
-    found = await asyncio.shield(expected)
+    return _message(await asyncio.shield(expected))
+
+
+def _message(found: LengthRange) -> ExpectedAnswer:
     return ExpectedAnswer(low=found.low, high=found.high, source=found.source)

@@ -52,20 +52,22 @@ class HandOver:
         self.ahead = SendingAhead(instance, bus, tensors, engine, stepper, settings, spawn)
 
     async def run(self, held: Held) -> Failure | None:
-        """Hand a parked sequence over and free its blocks here, whatever comes of it.
+        """Hand a parked sequence over, and free its blocks here once it is taken.
 
         Returns:
-            Why it was not taken over; None: it was.
+            Why it was not taken over, and is parked still; None: it was, or is not wanted any more.
         """
         opened = await self._stepper.between(partial(self._open, held))
         if opened is None:
             return None
         table, access = opened
         try:
-            return await self._offer(held, table)
+            failure = await self._offer(held, table)
         finally:
             self._stepper.soon(partial(self._engine.allocator.end_access, access))
+        if failure is None:
             self._stepper.soon(partial(self._engine.cancel, held.key, asyncio.get_running_loop().time()))
+        return failure
 
     def _open(self, held: Held) -> tuple[BlockTable, Access] | None:
         """The blocks; None: cancelled. Nobody writes to them while they are parked."""

@@ -103,6 +103,13 @@ class Held:
         self.answered += pack_tokens((sampled.token,))
         return news
 
+    def hand_to(self, instance: str) -> SequenceTokens:
+        """Have another instance go on with it, and say so."""
+        self.request = self.request.model_copy(update={"decode": instance})
+        return SequenceTokens(
+            request_id=self.request.request_id, epoch=self.request.epoch, offset=self.generated, decode=instance
+        )
+
     def failed(self, failure: Failure) -> SequenceTokens:
         return SequenceTokens(
             request_id=self.request.request_id, epoch=self.request.epoch, offset=self.generated, failure=failure

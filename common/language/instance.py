@@ -10,7 +10,8 @@ import structlog
 from common.bus.errors import BusError, Refusal
 from common.bus.port import Subscription
 from common.engine import Output, Request, RequestRefused
-from common.language.foretelling import Foretelling
+from common.language.foretelling import Foretelling, told, told_already
+from common.language.handed_on import HandedOn
 from common.language.handover import HandOver
 from common.language.held import Held, Sequences
 from common.language.index_teller import IndexTeller
@@ -68,6 +69,7 @@ class LanguageInstance:
         self._stage = stage
         self._engine = model.engine
         self._sequences = Sequences(_MOST_HELD)
+        self._handed_on = HandedOn()
         self._speaker = Speaker(equipment.bus, equipment.instance)
         self._stepper = Stepper(model.engine, equipment.compute, self._absorb, self._lose)
         self.hand_over = HandOver(
@@ -114,6 +116,7 @@ class LanguageInstance:
                 "keys and values",
                 prefilled_tokens=self._engine.counts.prefilled,
                 found_tokens=self._engine.counts.found,
+                preemptions=self._engine.counts.preempted,
                 handed_over_bytes=self.hand_over.sent_bytes + self._ahead.sent_bytes,
                 moved_bytes=self.transfers.sent_bytes,
             )
@@ -133,10 +136,11 @@ class LanguageInstance:
 
     async def _generate(self, request: GenerateTokens) -> Acknowledged:
         held, asked = self._take_in(request, park=request.decode != self._instance)
-        if asked.park:
+        if asked.park or self._engine.goes_by_predictions:
             await self.foretelling.begin(held)
             if not self._sequences.has(held):
                 return Acknowledged()  # cancelled meanwhile
+        if asked.park:
             if self._engine.caching.keeps_received:
                 held.known = asyncio.get_running_loop().create_future()
                 self._stepper.soon(partial(self._ask, held, held.known))
@@ -162,6 +166,7 @@ class LanguageInstance:
             epoch=asked.epoch,
             held=held is not None,
             tokens=held.generated if held is not None else 0,
+            decode=self._handed_on.to(asked.request_id, asked.epoch) if held is None else "",
         )
 
     async def _match(self, asked: MatchPrefix) -> PrefixMatched:
@@ -175,11 +180,13 @@ class LanguageInstance:
             raise Refusal(self._failure("not_sent", str(error))) from error
         return PrefixMatched(tokens=blocks * BLOCK_TOKENS)
 
-    def _cancel(self, cancel: CancelGeneration) -> None:
+    async def _cancel(self, cancel: CancelGeneration) -> None:
         held = self._sequences.cancel(cancel.request_id, cancel.epoch)
         self.receiving.cancel(cancel.request_id, cancel.epoch)
         if held is not None:
             self._drop(held)
+        if later := self._handed_on.take(cancel.request_id, cancel.epoch):
+            await self._bus.publish(CANCEL_GENERATION, cancel, later)
 
     def _take_in(self, request: GenerateTokens, park: bool) -> tuple[Held, Request]:
         """Raises: Refusal."""
@@ -201,8 +208,24 @@ class LanguageInstance:
     # --- between two steps ---------------------------------------------------------------------------------------
 
     def _add(self, held: Held, asked: Request, now_s: float) -> None:
-        if self._sequences.has(held):
+        if not self._sequences.has(held):
+            return
+        if asked.park:
             self._engine.add(held.key, asked, now_s)
+            return
+        said = told_already(held.expected)
+        self._engine.add(held.key, asked, now_s, self.foretelling.expected_tokens(held, said))
+        if held.expected is not None and said is None:
+            self._spawn(self._expect(held), f"expect of {held.key}")
+        else:
+            self.foretelling.count(said)
+
+    async def _expect(self, held: Held) -> None:
+        """Until the predictor has spoken, a sequence that is decoded here goes by the histogram."""
+        said = await told(held.expected)
+        self.foretelling.count(said)
+        expected, now_s = self.foretelling.expected_tokens(held, said), asyncio.get_running_loop().time()
+        self._stepper.soon(partial(self._engine.expect, held.key, expected, now_s))
 
     def _ask(self, held: Held, known: asyncio.Future[int]) -> None:
         """Ask who will decode it what it has of it: now, so that no answer is waited for when it is handed over."""
@@ -240,10 +263,14 @@ class LanguageInstance:
             self._spawn(self._hand(held), f"hand over {held.key}")
 
     async def _hand(self, held: Held) -> None:
+        # Noted before: from now on it may be there.
+        self._handed_on.note(held.request.request_id, held.request.epoch, held.request.decode)
         failure = await self.hand_over.run(held)
-        if failure is not None and self._sequences.has(held):
-            log.warning("not taken over", sequence=held.key, decode=held.request.decode, reason=failure.message)
-            await self._tell_failed([held], failure)
+        if failure is not None:
+            if self._sequences.has(held):
+                log.warning("not taken over", sequence=held.key, decode=held.request.decode, reason=failure.message)
+                await self._tell_failed([held], failure)
+            self._drop(held)
         self._remove(held)
 
     async def _lose(self, keys: list[str], error: Exception) -> None:

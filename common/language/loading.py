@@ -13,7 +13,6 @@ from common.mempool.tiers import Tier, disk_tier, dram_tier
 from common.messages.cluster import LanguageModelInfo
 from common.models.causal_lm import CausalLM, KVPool, ModelLoadError, load
 from common.models.length_predictor import AnswerLengths, PredictorLoadError
-from common.policies.decode_admission import DecodeAdmission
 from common.policies.length_prediction import LengthBuckets
 from common.runtime.process import CannotServe
 
@@ -47,9 +46,15 @@ def load_model(settings: LanguageSettings, device: torch.device, dtype: torch.dt
     """Raises: CannotServe: see ``open_model``; or its length predictor is damaged."""
     model, pool = open_model(settings, device, dtype)
     memory = MemPool(settings.instance, Tier.over(pool.blocks), _colder(settings, pool))
-    admission = DecodeAdmission(victim_rule=settings.victim_rule)
     engine = Engine(
-        model, pool, None, settings.chunk_tokens, settings.most_sequences, memory, settings.caching, admission
+        model,
+        pool,
+        None,
+        settings.chunk_tokens,
+        settings.batch_sequences,
+        memory,
+        settings.caching,
+        settings.batching_rules,
     )
     try:
         lengths = AnswerLengths.of_model(_location(settings), LengthBuckets())

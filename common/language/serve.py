@@ -5,10 +5,11 @@ from functools import partial
 
 from common.language.instance import LanguageInstance
 from common.language.loading import LoadedModel, load_model
-from common.language.settings import LanguageSettings
+from common.language.settings import Batching, LanguageSettings
 from common.messages.cluster import LanguageRole, Service
 from common.messages.failures import Stage
 from common.runtime.membership import Registration
+from common.runtime.process import CannotServe
 from common.runtime.worker import Equipment, run_worker
 
 
@@ -18,8 +19,10 @@ async def serve_language(
     """Load the language model, join the cluster with ``roles``, answer until ``stop``, then finish what is under way.
 
     Raises:
-        CannotServe: the model cannot be loaded.
+        CannotServe: the model cannot be loaded, or a fixed batch is asked of who does not do both phases.
     """
+    if settings.batching is Batching.FIXED and len(roles) == 1:
+        raise CannotServe("TRIPTYCH_BATCHING: a fixed batch is of whole answers; use it where no instance has one role")
 
     def make(equipment: Equipment, model: LoadedModel) -> LanguageInstance:
         return LanguageInstance(equipment, model, settings, Stage(service.value))

@@ -7,7 +7,9 @@ from pathlib import Path
 from pydantic import Field
 
 from common.mempool.caching import Caching
-from common.policies.decode_admission import VictimRule
+from common.policies.batching_rules import BatchingRules
+from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
+from common.policies.prefill_schedule import PrefillOrder
 from common.runtime.settings import ComputeSettings
 
 DEMO = "demo"
@@ -33,6 +35,13 @@ class LengthPrediction(StrEnum):
     SEQUENTIAL = "sequential"
 
 
+class Batching(StrEnum):
+    """Whether sequences come in at every pass, or in batches of which all must end first (a baseline)."""
+
+    CONTINUOUS = "continuous"
+    FIXED = "fixed"
+
+
 class LanguageSettings(ComputeSettings):
     """``language_model``: a local folder, a hub name or ``demo``.
 
@@ -45,6 +54,12 @@ class LanguageSettings(ComputeSettings):
     host's memory, then in ``kv_disk_bytes`` of a file in ``kv_disk_folder``. ``length_prediction`` says when lengths of
     answers are predicted, ``victim_rule`` who leaves where there are too few blocks for all: who came last, or who is
     predicted to have most tokens yet to come.
+
+    How a pass is put together: ``prefill_order`` says whose prompt comes next, sorted ``prefill_sched_batch`` at a time
+    (TetriInfer, section 3.3.1); with ``srf``, which has no batches, a second of waiting counts as
+    ``prefill_ageing_tokens_s`` tokens less. Of a prompt that waits alone a pass may compute ``alone_tokens`` (0:
+    ``chunk_tokens``). ``decode_admission`` says who is given blocks (section 3.4). With ``batching`` fixed a batch is
+    of ``fixed_batch`` sequences at most, and no other comes in before all of it are at their end.
     """
 
     language_model: str = "demo"
@@ -60,6 +75,29 @@ class LanguageSettings(ComputeSettings):
     kv_disk_folder: Path = Path(tempfile.gettempdir())
     length_prediction: LengthPrediction = LengthPrediction.PARALLEL
     victim_rule: VictimRule = VictimRule.LATEST
+    prefill_order: PrefillOrder = PrefillOrder.FCFS
+    prefill_sched_batch: int = Field(default=16, ge=1)
+    prefill_ageing_tokens_s: float = Field(default=100.0, ge=0)
+    alone_tokens: int = Field(default=0, ge=0)
+    decode_admission: AdmissionRule = AdmissionRule.GREEDY
+    batching: Batching = Batching.CONTINUOUS
+    fixed_batch: int = Field(default=16, ge=1)
+
+    @property
+    def batch_sequences(self) -> int:
+        """So many sequences hold blocks at most."""
+        return self.fixed_batch if self.batching is Batching.FIXED else self.most_sequences
+
+    @property
+    def batching_rules(self) -> BatchingRules:
+        return BatchingRules(
+            alone_tokens=self.alone_tokens,
+            order=self.prefill_order,
+            batch=self.prefill_sched_batch,
+            ageing=self.prefill_ageing_tokens_s,
+            admission=DecodeAdmission(self.decode_admission, self.victim_rule),
+            fixed=self.batching is Batching.FIXED,
+        )
 
 
 def model_name(location: str) -> str:

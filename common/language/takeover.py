@@ -92,7 +92,8 @@ class Receiving:
             return f"epoch {epoch} of {request_id} is not the newest"
         if known is not None:
             self._forget(known)
-        arriving = Arriving.reserve(self._engine, self._stepper, request_id, epoch, offer.kv_tokens)
+        expected = self._foretelling.likely_tokens(offer.kv_tokens, offer.expected)
+        arriving = Arriving.reserve(self._engine, self._stepper, request_id, epoch, offer.kv_tokens, expected)
         if not isinstance(arriving, Arriving):
             return f"{offer.kv_tokens} tokens have no room here for now"
         self._ahead[request_id] = arriving
@@ -129,7 +130,7 @@ class Receiving:
             outcome = await self._transfer(held, handed, self._deadline_s())
         except (NotTransferred, TensorError) as error:
             log.warning("keys and values not taken", sequence=held.key, source=handed.prefill, reason=str(error))
-            if not await self._stepper.between(partial(self._recompute, held)):
+            if not await self._stepper.between(partial(self._recompute, held, handed.expected)):
                 outcome = "dropped"
         self.outcomes[outcome] += 1
 
@@ -142,7 +143,8 @@ class Receiving:
                 raise NotTransferred(f"{handed.kv_tokens} tokens in blocks of {handed.block_tokens} are not needed")
             if arriving is None:
                 known = held.tokens[: handed.first_block * KEY_BYTES]
-                arriving = await self._reserve(held, tokens, known, deadline_s)
+                expected = self._foretelling.expected_tokens(held, handed.expected)
+                arriving = await self._reserve(held, expected, known, deadline_s)
             if arriving is None:
                 return "dropped"
             await arriving.fill(handed.parts, self._tensors, deadline_s, self._settings.kv_checksum)
@@ -153,34 +155,39 @@ class Receiving:
             if arriving is not None and not adopted:
                 arriving.drop()
 
-    async def _reserve(self, held: Held, tokens: int, known: bytes, deadline_s: float) -> Arriving | None:
-        """Blocks as soon as there are enough; None once nobody wants the sequence. Raises: NotTransferred."""
-        reserved = await self._stepper.until(partial(self._allocate, held, tokens, known), deadline_s)
+    async def _reserve(self, held: Held, expected_tokens: int, known: bytes, deadline_s: float) -> Arriving | None:
+        """Blocks as soon as it may have them; None once nobody wants the sequence. Raises: NotTransferred."""
+        reserved = await self._stepper.until(partial(self._allocate, held, expected_tokens, known), deadline_s)
         if reserved is None:
-            raise NotTransferred(f"blocks for {tokens} tokens were not free in time")
+            raise NotTransferred(f"blocks for {held.kv_tokens} tokens were not free in time")
         if reserved is Lack.EVICTED:
             raise NotTransferred(f"the first {tokens_in(known)} tokens' are here no more")
         return reserved if isinstance(reserved, Arriving) else None
 
-    def _allocate(self, held: Held, tokens: int, known: bytes) -> Arriving | Lack | Literal["unwanted"] | None:
+    def _allocate(self, held: Held, expected_tokens: int, known: bytes) -> Arriving | Lack | Literal["unwanted"] | None:
         if not self._sequences.has(held):
             return "unwanted"
         request = held.request
-        reserved = Arriving.reserve(self._engine, self._stepper, request.request_id, request.epoch, tokens, known)
+        reserved = Arriving.reserve(
+            self._engine, self._stepper, request.request_id, request.epoch, held.kv_tokens, expected_tokens, known
+        )
         return None if reserved is Lack.NO_ROOM else reserved
 
     def _adopt(self, held: Held, arriving: Arriving, told: ExpectedAnswer | None) -> bool:
         if not self._sequences.has(held):
             return False
         expected = self._foretelling.expected_tokens(held, told)
+        self._foretelling.count(told)
         self._engine.adopt(held.key, held.asked(park=False), arriving.held, self._clock(), expected)
         arriving.leave()
         return True
 
-    def _recompute(self, held: Held) -> bool:
+    def _recompute(self, held: Held, told: ExpectedAnswer | None) -> bool:
         if not self._sequences.has(held):
             return False
-        self._engine.add(held.key, held.asked(park=False), self._clock())
+        expected = self._foretelling.expected_tokens(held, told)
+        self._foretelling.count(told)
+        self._engine.add(held.key, held.asked(park=False), self._clock(), expected)
         return True
 
     def _deadline_s(self) -> float:

@@ -119,10 +119,14 @@ class ChatRoute(Message):
 
 
 class ChatPrefilled(Message):
-    """The first token has come: the prefill instance is free of this sequence."""
+    """The first token has come: the prefill instance is free of this sequence.
+
+    Said anew each time that another instance goes on. ``decode``: who does; empty: nobody has said yet.
+    """
 
     request_id: str
     epoch: int
+    decode: str = ""
 
 
 class ChatEnded(Message):
@@ -170,7 +174,8 @@ class SequenceTokens(Message):
     ``offset`` is the position of the first of ``tokens``. ``logprobs`` has one entry for each of them, or none at all.
     With ``finish``, nothing comes after this; ``stop`` means that the last of ``tokens`` is the one that ended it. With
     ``failure`` nothing comes any more either, but the answer is not whole. ``cached_tokens`` is how many of the
-    prompt's keys and values were there already; only the first message of an epoch says it.
+    prompt's keys and values were there already; only the first message of an epoch says it. ``decode``: who goes on
+    with the sequence after these tokens, if it is handed over; its own name takes that back.
     """
 
     request_id: str
@@ -181,6 +186,7 @@ class SequenceTokens(Message):
     finish: FinishReason | None = None
     failure: Failure | None = None
     cached_tokens: int = Field(default=0, ge=0)
+    decode: str = ""
 
 
 class TokensGenerated(Message):
@@ -191,7 +197,10 @@ class TokensGenerated(Message):
 
 
 class CancelGeneration(Message):
-    """Drop the sequence's epochs up to ``epoch``, come they before or after this; free its blocks at the next step."""
+    """Drop the sequence's epochs up to ``epoch``, come they before or after this; free its blocks at the next step.
+
+    Whoever has handed one of them over passes this on.
+    """
 
     request_id: str
     epoch: int
@@ -206,12 +215,13 @@ class FindGeneration(Message):
 
 class GenerationFound(Message):
     """Whether the epoch waits or runs at the one who was asked. ``tokens``: how many of the answer's, over all epochs,
-    it has sent or knows to be sent."""
+    it has sent or knows to be sent. ``decode``: to whom it was handed over; empty: to nobody, or it is forgotten."""
 
     request_id: str
     epoch: int
     held: bool
     tokens: int = Field(default=0, ge=0)
+    decode: str = ""
 
 
 # --- prefill and decode ------------------------------------------------------------------------------------------
@@ -233,23 +243,6 @@ class KVPart(Message):
     checksum: int | None = Field(default=None, ge=0)
 
 
-class OfferKV(Message):
-    """From prefill to decode, before the first token is there: fetch these parts. Answered when they are fetched.
-
-    The first offer of an epoch makes the receiver allocate blocks for ``kv_tokens`` tokens and the next one; where it
-    has none free, it refuses. ``number`` counts the offers before this one. What was offered is forgotten again after
-    a while without a next offer or the ``TakeOver``.
-    """
-
-    request_id: str
-    epoch: int
-    prefill: str
-    kv_tokens: int = Field(ge=1)
-    block_tokens: int = Field(ge=1)
-    number: int = Field(ge=0)
-    parts: tuple[KVPart, ...]
-
-
 class ExpectedAnswer(Message):
     """The whole answer will have ``low`` tokens or more and fewer than ``high`` (TetriInfer, section 3.3.2).
 
@@ -259,6 +252,26 @@ class ExpectedAnswer(Message):
     low: int = Field(ge=0)
     high: int = Field(ge=1)
     source: str
+
+
+class OfferKV(Message):
+    """From prefill to decode, before the first token is there: fetch these parts. Answered when they are fetched.
+
+    The first offer of an epoch makes the receiver allocate blocks for ``kv_tokens`` tokens and the next one; where it
+    has none to give, it refuses. ``number`` counts the offers before this one. What was offered is forgotten again
+    after a while without a next offer or the ``TakeOver``. ``expected``: see there.
+    """
+
+    version: ClassVar[int] = 2
+
+    request_id: str
+    epoch: int
+    prefill: str
+    kv_tokens: int = Field(ge=1)
+    block_tokens: int = Field(ge=1)
+    number: int = Field(ge=0)
+    parts: tuple[KVPart, ...]
+    expected: ExpectedAnswer | None = None
 
 
 class TakeOver(Message):

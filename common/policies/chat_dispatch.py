@@ -39,6 +39,7 @@ class _Routed:
     decode: str
     answer_tokens: int
     chosen: Chosen
+    context_tokens: int = 0
     link_from_s: float = 0.0
     link_until_s: float = 0.0
 
@@ -53,13 +54,12 @@ class ChatDispatch:
 
     Attributes:
         next_epoch: of the first route; each later one is higher.
-        by: the rule by which to choose, and what it knows.
+        rule: by which to choose, and what it knows.
     """
 
     next_epoch: int = 1
-    by: ChatRule = field(default_factory=_fewest_tokens)
+    rule: ChatRule = field(default_factory=_fewest_tokens)
     _sites: dict[str, Site] = field(default_factory=dict)
-    _draining: set[str] = field(default_factory=set)
     _routed: dict[str, _Routed] = field(default_factory=dict)
     _waiting: dict[str, ChatArrived] = field(default_factory=dict)
 
@@ -81,17 +81,23 @@ class ChatDispatch:
                 kind = InstanceKind.of(LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles)
                 self._sites[name] = Site(name, kind, kv_tokens)
             case InstanceDraining(name):
-                if name in self._sites:
-                    self._draining.add(name)
+                if (site := self._sites.get(name)) is not None:
+                    site.draining = True
             case InstanceLost(name):
                 self._forget_instance(name)
             case ChatArrived(request_id):
                 self._end(request_id, now_s)
                 self._waiting[request_id] = happened
             case PrefixPulled(request_id, epoch, tokens):
-                self._pulled(request_id, epoch, tokens, now_s)
-            case ChatPrefilled(request_id, epoch):
-                self._prefilled(request_id, epoch, now_s)
+                routed = self._routed.get(request_id)
+                if routed is not None and routed.epoch == epoch:
+                    self._pulled(routed, tokens, now_s)
+            case ChatPrefilled(request_id, epoch, decode):
+                routed = self._routed.get(request_id)
+                if routed is not None and routed.epoch == epoch:
+                    self._prefilled(request_id, routed, now_s)
+                    if decode:
+                        self._goes_on(request_id, routed, decode)
             case ChatEnded(request_id, epoch):
                 routed = self._routed.get(request_id)
                 if epoch is None or (routed is not None and routed.epoch == epoch):
@@ -106,7 +112,7 @@ class ChatDispatch:
     def _route_waiting(self, now_s: float) -> list[RouteSequence]:
         if not self._waiting:
             return []
-        there = [site for name, site in self._sites.items() if name not in self._draining]
+        there = [site for site in self._sites.values() if not site.draining]
         prefills = [site for site in there if site.prefills]
         decodes = [site for site in there if site.decodes]
         if not prefills or not decodes:
@@ -121,7 +127,7 @@ class ChatDispatch:
     def _route(
         self, arrived: ChatArrived, prefills: Sequence[Site], decodes: Sequence[Site], now_s: float
     ) -> RouteSequence:
-        chosen = self.by.choose(arrived, prefills, decodes, now_s)
+        chosen = self.rule.choose(arrived, prefills, decodes, now_s)
         prefill, decode, pull = chosen.choice.prefill, chosen.choice.decode, chosen.pull
         request_id, answer_tokens = arrived.request_id, arrived.max_tokens
         routed = _Routed(arrived.gateway, self.next_epoch, prefill.name, decode.name, answer_tokens, chosen)
@@ -130,28 +136,36 @@ class ChatDispatch:
             routed.link_until_s = occupy_links(self._sites[pull.source], prefill, chosen.pull_s, now_s)
             routed.link_from_s = routed.link_until_s - chosen.pull_s
         prefill.take_prefill(request_id, chosen.exec_s, arrived.prompt_tokens - chosen.cached_tokens, now_s)
-        context_tokens = self.by.costs.whole_blocks(arrived.prompt_tokens + answer_tokens)
-        decode.take_decode(request_id, context_tokens, answer_tokens)
+        routed.context_tokens = self.rule.costs.whole_blocks(arrived.prompt_tokens + answer_tokens)
+        decode.take_decode(request_id, routed.context_tokens, answer_tokens)
         self._routed[request_id] = routed
         return RouteSequence(request_id, routed.epoch, prefill.name, decode.name, chosen.choice.reason, pull)
 
-    def _pulled(self, request_id: str, epoch: int, tokens: int, now_s: float) -> None:
-        routed = self._routed.get(request_id)
-        if routed is None or routed.epoch != epoch or routed.chosen.pull is None:
+    def _pulled(self, routed: _Routed, tokens: int, now_s: float) -> None:
+        if (pull := routed.chosen.pull) is None:
             return
-        source, target = self._sites.get(routed.chosen.pull.source), self._sites.get(routed.prefill)
-        free_links(source, target, routed.link_until_s, now_s)
+        free_links(self._sites.get(pull.source), self._sites.get(routed.prefill), routed.link_until_s, now_s)
         if tokens:
-            self.by.pulls.saw(self.by.costs.send_s(tokens), now_s - routed.link_from_s, now_s)
+            self.rule.pulls.saw(self.rule.costs.send_s(tokens), now_s - routed.link_from_s, now_s)
 
-    def _prefilled(self, request_id: str, epoch: int, now_s: float) -> None:
-        routed = self._routed.get(request_id)
-        if routed is None or routed.epoch != epoch or (site := self._sites.get(routed.prefill)) is None:
+    def _prefilled(self, request_id: str, routed: _Routed, now_s: float) -> None:
+        if (site := self._sites.get(routed.decode)) is not None:
+            site.begin_decode(request_id)
+        if (site := self._sites.get(routed.prefill)) is None:
             return
         took_s = site.end_prefill(request_id, now_s)
         # What was pulled may have come too late, and is computed then.
         if took_s is not None and routed.chosen.pull is None:
-            self.by.prefills.saw(routed.chosen.fitted_s, took_s)
+            self.rule.prefills.saw(routed.chosen.fitted_s, took_s)
+
+    def _goes_on(self, request_id: str, routed: _Routed, decode: str) -> None:
+        """Count what is to be generated where it is generated; nowhere, if that is nobody who is known."""
+        if (before := self._sites.get(routed.decode)) is not None:
+            before.end_decode(request_id, routed.answer_tokens)
+        routed.decode = decode
+        if (now := self._sites.get(decode)) is not None:
+            now.take_decode(request_id, routed.context_tokens, routed.answer_tokens)
+            now.begin_decode(request_id)
 
     def _end(self, request_id: str, now_s: float) -> None:
         self._waiting.pop(request_id, None)
@@ -166,7 +180,6 @@ class ChatDispatch:
     def _forget_instance(self, name: str) -> None:
         """What ran there bears on nobody any more; its gateways ask for new routes. The name may come back."""
         self._sites.pop(name, None)
-        self._draining.discard(name)
 
 
 def _without(sites: Sequence[Site], avoid: Collection[str]) -> Sequence[Site]:

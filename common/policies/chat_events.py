@@ -62,10 +62,11 @@ class PrefixPulled:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrefilled:
-    """The sequence's first token has come."""
+    """The sequence's first token has come. ``decode``: who goes on with it now; empty: that is not known."""
 
     request_id: str
     epoch: int
+    decode: str = ""
 
 
 @dataclass(frozen=True, slots=True)

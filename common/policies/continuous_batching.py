@@ -7,6 +7,10 @@ of arrival, as long as there are blocks; who came last leaves first. Who left is
 time, and what that freed is counted by who keeps the blocks: with shared ones it is less than the sequence held. Which
 tokens are meant is all a policy knows: how many a sequence has, how many of them are computed, and how many blocks it
 holds.
+
+With fixed batches it is what TetriInfer is compared with (section 5.1), and what engines did before continuous ones: as
+many as fit and are allowed come in, their prompts are computed first, and nobody else comes in until the last answer
+of the batch is at its end. Who is preempted has left the batch.
 """
 
 from bisect import insort
@@ -39,8 +43,28 @@ class SequenceArrived:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceComing:
+    """Blocks are set aside for a sequence that is handed over to here, until it leaves, under this name.
+
+    ``tokens`` and ``expected_tokens`` are as in ``SequenceArrived``: that is how it comes in.
+    """
+
+    sequence: str
+    tokens: int
+    expected_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LengthPredicted:
+    """A sequence that is here is predicted to come to have so many tokens."""
+
+    sequence: str
+    expected_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceLeft:
-    """Somebody cancelled it; its blocks are free."""
+    """Somebody cancelled it, and its blocks are free; or it is no more on its way here."""
 
     sequence: str
 
@@ -88,7 +112,7 @@ class StepDue:
     cached: Mapping[str, CachedPrefix] = field(default_factory=dict)
 
 
-Event = SequenceArrived | SequenceLeft | StepFinished | StepDue
+Event = SequenceArrived | SequenceComing | LengthPredicted | SequenceLeft | StepFinished | StepDue
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +197,7 @@ class ContinuousBatching:
             and there are none (0: ``chunk_tokens``).
         schedule: in which order prompts are computed; its own, as it keeps books of them (None: of arrival).
         admission: who may hold blocks (None: whoever comes, as long as there are any).
+        fixed: whether batches are fixed, of ``most_sequences`` each. Who brings blocks is in whatever batch there is.
     """
 
     def __init__(
@@ -184,6 +209,7 @@ class ContinuousBatching:
         alone_tokens: int = 0,
         schedule: PrefillSchedule | None = None,
         admission: DecodeAdmission | None = None,
+        fixed: bool = False,
     ) -> None:
         if min(blocks, block_tokens, chunk_tokens, most_sequences) < 1:
             raise ValueError("blocks, their tokens, the chunk and the number of sequences are at least 1")
@@ -194,13 +220,20 @@ class ContinuousBatching:
         self._alone_tokens = max(chunk_tokens, alone_tokens)
         self._schedule = PrefillSchedule() if schedule is None else schedule
         self._admission = DecodeAdmission() if admission is None else admission
+        self._fixed = fixed
+        # Whether prompts may join those that run.
+        self._open = True
         self._sequences: dict[str, _Sequence] = {}
         # Who holds blocks, in the order of arrival.
         self._running: list[_Sequence] = []
+        # Who has blocks, and is not here yet.
+        self._coming: dict[str, _Sequence] = {}
         self._computing: tuple[Piece, ...] = ()
         self._arrivals = 0
         self._handlers: dict[type[Any], Callable[[Any, float], list[Decision]]] = {
             SequenceArrived: self._arrived,
+            SequenceComing: self._comes,
+            LengthPredicted: self._predicted,
             SequenceLeft: self._left,
             StepFinished: self._finished,
             StepDue: self._due,
@@ -224,6 +257,16 @@ class ContinuousBatching:
         """Take in one event; returns what to do, in order."""
         return self._handlers[type(event)](event, now_s)
 
+    def refusal(self, tokens: int, expected_tokens: int, free_blocks: int) -> str | None:
+        """Why no blocks may be set aside now for a sequence that is to be handed over to here; None: they may.
+
+        Args:
+            tokens: how many it will have when it arrives.
+            expected_tokens: how many it is predicted to come to have; 0: nothing is predicted.
+            free_blocks: how many could be given out now, and those of its own that others hold.
+        """
+        return self._refused(_Sequence("", self._arrivals, 0.0, tokens, 0, 0, expected_tokens), free_blocks)
+
     def _arrived(self, event: SequenceArrived, now_s: float) -> list[Decision]:
         if event.sequence in self._sequences:
             return []
@@ -242,7 +285,18 @@ class ContinuousBatching:
             self._schedule_again(sequence)
         return []
 
+    def _comes(self, event: SequenceComing, now_s: float) -> list[Decision]:
+        coming = _Sequence(event.sequence, self._arrivals, now_s, event.tokens, 0, 0, event.expected_tokens)
+        self._coming[event.sequence] = coming
+        return []
+
+    def _predicted(self, event: LengthPredicted, now_s: float) -> list[Decision]:
+        if event.sequence in self._sequences:
+            self._sequences[event.sequence].expected_tokens = event.expected_tokens
+        return []
+
     def _left(self, event: SequenceLeft, now_s: float) -> list[Decision]:
+        self._coming.pop(event.sequence, None)
         sequence = self._sequences.pop(event.sequence, None)
         if sequence is not None:
             self._schedule.remove(event.sequence)
@@ -266,7 +320,8 @@ class ContinuousBatching:
     def _due(self, event: StepDue, now_s: float) -> list[Decision]:
         if self._computing:
             raise RuntimeError("a step is under way")
-        planned: list[_Planned] = []
+        self._open = self._open or not self._running
+        decoding: list[_Planned] = []
         free = event.free_blocks
         for sequence in self._running:
             need = self._need(sequence)
@@ -274,13 +329,20 @@ class ContinuousBatching:
                 return [self._preempt(sequence)]
             free -= need  # also for those whose turn in the chunk has not come yet
             if not sequence.scheduled:
-                planned.append(_Planned(sequence, 1, need))
-        planned += self._chunk(free, event.cached)
+                decoding.append(_Planned(sequence, 1, need))
+        planned = self._pass(decoding, self._chunk(free, event.cached))
         if not planned:
             return []
         self._computing = tuple(self._piece(*plan) for plan in planned)
         tokens = sum(plan.tokens for plan in planned)
         return [RunStep(self._computing, f"{len(planned)} of {len(self._sequences)} sequences, {tokens} tokens")]
+
+    def _pass(self, decoding: list[_Planned], prompts: list[_Planned]) -> list[_Planned]:
+        """Everything in one pass, or the prompts of a fixed batch first. Once it decodes, nobody joins it."""
+        if not self._fixed:
+            return decoding + prompts
+        self._open = self._open and bool(prompts)
+        return prompts or decoding
 
     def _chunk(self, free: int, cached: Mapping[str, CachedPrefix]) -> list[_Planned]:
         """Prompts in the schedule's order, with blocks for all tokens they have; nobody overtakes one that must wait,
@@ -292,8 +354,8 @@ class ContinuousBatching:
             sequence = self._sequences[name]
             if not sequence.blocks:
                 prefix = cached.get(name, _NOTHING_CACHED)
-                full = len(self._running) >= self._most_sequences
-                if full or prefix.awaited or self._refused(sequence, free + prefix.held_blocks):
+                may_share = free + prefix.held_blocks
+                if self._full or prefix.awaited or self._refused(sequence, may_share) is not None:
                     return planned + self._go_on(room, planned)
                 insort(self._running, sequence)
                 free += prefix.held_blocks - self._need(sequence)
@@ -324,8 +386,13 @@ class ContinuousBatching:
             sequence.computed = tokens
         sequence.blocks = tokens // self._block_tokens
 
-    def _refused(self, sequence: _Sequence, free: int) -> bool:
-        return self._admission.refusal(sequence, self._running, free, self._block_tokens) is not None
+    @property
+    def _full(self) -> bool:
+        return not self._open or len(self._running) >= self._most_sequences
+
+    def _refused(self, sequence: _Sequence, free: int) -> str | None:
+        batch = [*self._running, *self._coming.values()]
+        return self._admission.refusal(sequence, batch, free, self._block_tokens)
 
     def _preempt(self, in_favour: _Sequence) -> PreemptSequence:
         name, why = self._admission.victim(self._running)

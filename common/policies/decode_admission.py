@@ -55,6 +55,11 @@ class DecodeAdmission:
     victim_rule: VictimRule = VictimRule.LATEST
     past_tokens: int = 1
 
+    @property
+    def goes_by_predictions(self) -> bool:
+        """Whether anything depends on ``expected_tokens``."""
+        return self.rule is not AdmissionRule.GREEDY or self.victim_rule is VictimRule.LONGEST_REMAINING
+
     def refusal(
         self, candidate: BatchedSequence, batch: Collection[BatchedSequence], free_blocks: int, block_tokens: int
     ) -> str | None:

@@ -241,6 +241,8 @@ class GlobalScheduler:
 
     def _end_prefill(self, routed: _Routed, now_s: float, done: bool = True) -> None:
         routed.prefilled = True
+        if done and (decode := self.sites.get(routed.route.decode)) is not None:
+            decode.begin_decode(routed.route.request_id)
         if (site := self.sites.get(routed.route.prefill)) is not None:
             site.end_prefill(routed.route.request_id, now_s, done)
 

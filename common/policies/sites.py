@@ -36,12 +36,14 @@ class Site:
 
     Attributes:
         kv_tokens: how many it has room for.
+        draining: it takes nothing new.
         queue_s: predicted time of all prefills that are not done, the first part of MemServe's equation 1.
         left_s: the same, less what the first of them has had already.
         link_s: how long the pulls from it and to it will take yet.
         prefill_tokens: that these have yet to compute.
         contexts: of each sequence that decodes here or will, prompt and answer, in the order of their routes.
         context_tokens: of all of them; ``answer_tokens``: answers alone.
+        decoding: which of them have their first token.
         cached_tokens: of the request that is being routed.
         unfinished: the prefills that are not done, in order; ``first_began_s``: since when the first of them has been
             computed, as far as can be told.
@@ -51,6 +53,7 @@ class Site:
     name: str
     kind: InstanceKind
     kv_tokens: int
+    draining: bool = False
     queue_s: float = 0.0
     left_s: float = 0.0
     link_s: float = 0.0
@@ -59,6 +62,7 @@ class Site:
     answer_tokens: int = 0
     cached_tokens: int = 0
     contexts: dict[str, int] = field(default_factory=dict)
+    decoding: set[str] = field(default_factory=set)
     unfinished: dict[str, Prefill] = field(default_factory=dict)
     first_began_s: float = 0.0
     link_until_s: float = 0.0
@@ -115,12 +119,18 @@ class Site:
         self.context_tokens += context_tokens
         self.answer_tokens += answer_tokens
 
+    def begin_decode(self, request_id: str) -> None:
+        """Its first token is there; nothing if it does not decode here."""
+        if request_id in self.contexts:
+            self.decoding.add(request_id)
+
     def end_decode(self, request_id: str, answer_tokens: int) -> None:
         """It does not any more; nothing if it never did."""
         context_tokens = self.contexts.pop(request_id, None)
         if context_tokens is not None:
             self.context_tokens -= context_tokens
             self.answer_tokens -= answer_tokens
+            self.decoding.discard(request_id)
 
 
 def occupy_links(source: Site, target: Site, send_s: float, now_s: float) -> float:

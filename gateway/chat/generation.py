@@ -124,14 +124,17 @@ class Generation:
         with self._board.line(request_id, route, len(self._generated), max_tokens) as line:
             try:
                 await self._start(route, line)
-                prefilled = False
+                told: str | None = None
                 while True:
                     step = await self._next(line)
-                    if not prefilled and step.tokens:
-                        prefilled = True
-                        await self._bus.publish(CHAT_PREFILLED, ChatPrefilled(request_id=request_id, epoch=route.epoch))
-                    self._generated += step.tokens
+                    if line.decode != told and (step.tokens or told is not None):
+                        told = line.decode
+                        report = ChatPrefilled(request_id=request_id, epoch=route.epoch, decode=told)
+                        await self._bus.publish(CHAT_PREFILLED, report)
                     finished = step.finish is not None
+                    if not step.tokens and not finished:
+                        continue
+                    self._generated += step.tokens
                     if not await deliver(step) or finished:
                         return
             finally:
@@ -244,7 +247,8 @@ class Generation:
         asked = FindGeneration(request_id=self._request.request_id, epoch=line.route.epoch)
         gone = []
         # In this order: what the prefill instance has no more, the decode instance has already.
-        for instance in line.instances:
+        to_ask = list(line.instances)
+        for instance in to_ask:
             try:
                 found = await self._bus.request(FIND_GENERATION, asked, instance, deadline_s=_ANSWER_DEADLINE_S)
             except NobodyThere:
@@ -256,6 +260,9 @@ class Generation:
                 return None
             if found.held:
                 return Broken("gap", f"tokens {line.expected} to {found.tokens - 1} from {instance} never came")
+            if found.decode and found.decode not in to_ask:
+                line.moved(instance, found.decode)
+                to_ask.append(found.decode)
         if gone:
             return Broken("lost", f"nobody is at {', '.join(gone)}", gone=tuple(gone))
         instances = line.instances

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from common.messages.chat import ChatRoute, FinishReason, SequenceTokens, TokenLogprobs
 from common.messages.failures import Failure, Stage
+from gateway.chat.holders import Holders
 
 
 @dataclass
@@ -47,14 +48,17 @@ class Line:
         self._waiting = Step()
         self._broken: Broken | None = None
         self._news = asyncio.Event()
-        self._decoding = False
+        self._holders = Holders(route.prefill, route.decode)
 
     @property
     def instances(self) -> tuple[str, ...]:
-        """Who may have the sequence now, the prefill instance first: it hands over to the other."""
-        if self._decoding:
-            return (self.route.decode,)
-        return tuple(dict.fromkeys((self.route.prefill, self.route.decode)))
+        """Who may have the sequence now, each before the one that it hands over to."""
+        return self._holders.names
+
+    @property
+    def decode(self) -> str:
+        """Who goes on after the first token, as far as is known; empty: nobody has said."""
+        return self._holders.decode
 
     def hear(self, instance: str, news: SequenceTokens) -> None:
         """Take in what a step brought. What is known already is left out, what was missed breaks the line."""
@@ -65,7 +69,10 @@ class Line:
             message = f"tokens {self.expected} to {news.offset - 1} from {instance} never came"
             self.break_off(Broken("gap", message))
             return
-        self._decoding = self._decoding or instance == self.route.decode
+        if known < len(news.tokens):
+            self._holders.spoke(instance)
+        if news.decode and known <= len(news.tokens):
+            self._holders.hands_over(instance, news.decode)
         self._waiting.tokens += news.tokens[known:]
         self._waiting.logprobs += news.logprobs[known:]
         self._waiting.cached_tokens += news.cached_tokens
@@ -80,9 +87,13 @@ class Line:
 
     def _failed(self, instance: str, failure: Failure) -> Broken:
         # The prefill instance speaks for a decode instance that would not or could not take the sequence over.
-        culprit = self.route.decode if failure.stage is Stage.DECODE else instance
+        culprit = self._holders.after(instance) if failure.stage is Stage.DECODE else instance
         gone = (culprit,) if failure.code == "nobody_there" else ()
         return Broken(failure.code, failure.message, retryable=failure.retryable, avoid=(culprit,), gone=gone)
+
+    def moved(self, instance: str, to: str) -> None:
+        """An instance says, when asked, that it has handed the sequence over."""
+        self._holders.hands_over(instance, to)
 
     def lose(self, instance: str) -> None:
         """An instance is gone; that breaks the line if it may have had the sequence."""

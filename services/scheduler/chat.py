@@ -135,7 +135,7 @@ class ChatRouter:
             self._tell(event.PrefixPulled(route.request_id, route.epoch, moved))
 
     def _prefilled(self, report: ChatPrefilled) -> None:
-        self._tell(event.ChatPrefilled(report.request_id, report.epoch))
+        self._tell(event.ChatPrefilled(report.request_id, report.epoch, report.decode))
 
     def _ended(self, report: ChatEnded) -> None:
         asked = self._asked.get(report.request_id)

@@ -12,8 +12,9 @@ from common.language.settings import LengthPrediction
 from common.messages.chat import ExpectedAnswer, GenerateTokens, Sampling, pack_tokens
 from common.models.length_predictor import AnswerLengths, LengthPredictor
 from common.models.length_predictor.network import LengthNetwork, NetworkShape
-from common.policies.decode_admission import VictimRule
+from common.policies.decode_admission import AdmissionRule, VictimRule
 from common.policies.length_prediction import LengthBuckets
+from common.policies.prefill_schedule import PrefillOrder
 from tests.component.chat_support import DECODE, PREFILL
 from tests.component.language_support import gathered, known_prompts, language_stack, shown
 from tests.support.language_instance import language_instance
@@ -63,7 +64,7 @@ async def test_what_the_predictor_says_is_told(with_predictor: Path, mode: Lengt
         assert said is not None
         expected = lengths.predictor.range(prompt)
         assert (said.low, said.high, said.source) == (expected.low, expected.high, "predictor")
-        assert foretelling.expected_tokens(held, said) == 20 + expected.low
+        assert foretelling.expected_tokens(held, said) == 20 + min(8, expected.low)
     finally:
         foretelling.close()
 
@@ -77,9 +78,9 @@ async def test_where_nothing_is_told_the_answers_that_ended_here_count(language_
     held.answered += pack_tokens(range(25))
     for _ in range(8):
         foretelling.ended(held)
-    assert foretelling.expected_tokens(held, None) == 40
-    assert foretelling.expected_tokens(held, ExpectedAnswer(low=30, high=40, source="test")) == 50
-    assert foretelling.sources == {"histogram": 2, "predictor": 1}
+    assert foretelling.likely_tokens(20, None) == 40
+    assert foretelling.expected_tokens(held, None) == 28  # no more than it asks for
+    assert foretelling.expected_tokens(held, ExpectedAnswer(low=5, high=10, source="test")) == 25
     foretelling.close()
 
 
@@ -107,6 +108,29 @@ async def test_predictions_go_from_prefill_to_decode(
         taken = decode.instance.receiving.outcomes["taken"]
         assert taken
         assert decode.instance.foretelling.sources == ({} if mode is LengthPrediction.OFF else {"predictor": taken})
+
+
+async def test_a_fused_instance_that_reserves_predicts_for_itself(
+    nats_server: NatsServer, with_predictor: Path
+) -> None:
+    prompts = known_prompts(with_predictor)
+    rules = {"decode_admission": AdmissionRule.RESERVE_DYNAMIC, "prefill_order": PrefillOrder.SJF}
+    async with (
+        language_stack(nats_server.url, with_predictor) as stack,
+        language_instance(
+            nats_server.url,
+            "decode-0",
+            with_predictor,
+            kv_bytes=24 * BLOCK_BYTES,
+            chunk_tokens=32,
+            **rules,
+        ) as fused,
+    ):
+        await stack.served("decode-0")
+        answers = await gathered(*(stack.text(prompt) for prompt in prompts))
+        assert answers == [shown(expected) for expected in prompts.values()]
+        await fused.settled()
+        assert fused.instance.foretelling.sources == {"predictor": len(prompts)}
 
 
 async def test_without_a_predictor_the_decode_instance_counts(nats_server: NatsServer, language_model: Path) -> None:

@@ -9,10 +9,13 @@ import os
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common.language.settings import TransferMode
+from common.policies.decode_admission import AdmissionRule
+from common.policies.prefill_schedule import PrefillOrder
 from tests.component.chat_support import DECODE, PREFILL
 from tests.component.gateway_support import until
 from tests.component.language_support import LanguageStack, known_prompts, language_stack, shown
@@ -27,11 +30,17 @@ LEAVING = 0.6
 POOL = 40 * BLOCK_BYTES
 ANSWER = 48
 PATIENCE_S = 120.0
+# Some of the modes with rules other than those that are used unless one asks for others.
+_RULES: dict[str, dict[str, Any]] = {
+    "by_request": {"prefill_order": PrefillOrder.SJF, "decode_admission": AdmissionRule.RESERVE_DYNAMIC},
+    "by_layer": {"prefill_order": PrefillOrder.SRF, "decode_admission": AdmissionRule.RESERVE_STATIC},
+}
 
 
 @pytest.mark.parametrize("mode", ["fused", *TransferMode])
 async def test_the_books_balance_whoever_leaves(nats_server: NatsServer, language_model: Path, mode: str) -> None:
     url, folder = nats_server.url, language_model
+    rules = _RULES.get(mode, {})
     async with contextlib.AsyncExitStack() as opened:
         stack = await opened.enter_async_context(language_stack(url, folder))
         if mode == "fused":
@@ -40,14 +49,17 @@ async def test_the_books_balance_whoever_leaves(nats_server: NatsServer, languag
             await stack.served("decode-0")
         else:
             first = language_instance(
-                url, "prefill-0", folder, PREFILL, chunk_tokens=32, kv_bytes=POOL, transfer_mode=mode
+                url, "prefill-0", folder, PREFILL, chunk_tokens=32, kv_bytes=POOL, transfer_mode=mode, **rules
             )
-            second = language_instance(url, "decode-0", folder, DECODE, kv_bytes=POOL)
+            second = language_instance(url, "decode-0", folder, DECODE, kv_bytes=POOL, **rules)
             instances = [await opened.enter_async_context(one) for one in (first, second)]
             await stack.served("prefill-0", "decode-0")
         stayed = await _visited(stack, folder)
         assert 0 < stayed < REQUESTS
         await until(_idle(stack, instances), deadline_s=PATIENCE_S)
+        for watched in instances:
+            # Nobody is awaited any more, or it would be asked to wait for that one.
+            assert watched.model.engine.refusal(1, 10_000) is None
 
 
 def _idle(stack: LanguageStack, instances: list[Watched]) -> Callable[[], Awaitable[bool]]:

@@ -22,6 +22,8 @@ from common.messages.chat import (
     TakeOver,
     TokenLogprobs,
     TokensGenerated,
+    pack_tokens,
+    tokens_in,
     unpack_tokens,
 )
 from common.messages.cluster import LanguageModelInfo, LanguageRole, Service
@@ -68,6 +70,15 @@ class Faults:
     forget: bool = False
 
 
+@dataclass(frozen=True)
+class HandOn:
+    """At a position, another instance goes on. ``told``: the gateway hears of it before."""
+
+    place: int
+    to: str
+    told: bool
+
+
 class PlayedLanguageWorker:
     """One instance. It sends a token each time ``allowed`` permits, which by default is always."""
 
@@ -78,6 +89,8 @@ class PlayedLanguageWorker:
         self.instance = instance
         self.roles = roles
         self.faults = Faults()
+        self.hand_on: HandOn | None = None
+        self.finds = 0
         self.requests: asyncio.Queue[GenerateTokens] = asyncio.Queue(1000)
         self.cancelled: asyncio.Queue[CancelGeneration] = asyncio.Queue(1000)
         self.allowed = asyncio.Semaphore(1_000_000)
@@ -85,6 +98,7 @@ class PlayedLanguageWorker:
         self._script = script
         self._running: dict[str, asyncio.Task[None]] = {}
         self._sent: dict[str, tuple[int, int]] = {}
+        self._handed_on: dict[str, str] = {}
         self._life: contextlib.AsyncExitStack | None = None
 
     async def join(self, url: str) -> None:
@@ -144,11 +158,15 @@ class PlayedLanguageWorker:
 
     async def _find(self, asked: FindGeneration) -> GenerationFound:
         epoch, tokens = self._sent.get(asked.request_id, (0, 0))
+        self.finds += 1
         held = asked.request_id in self._running and epoch == asked.epoch and not self.faults.forget
-        return GenerationFound(request_id=asked.request_id, epoch=asked.epoch, held=held, tokens=tokens)
+        later = "" if held else self._handed_on.get(asked.request_id, "")
+        return GenerationFound(request_id=asked.request_id, epoch=asked.epoch, held=held, tokens=tokens, decode=later)
 
-    def _cancel(self, cancel: CancelGeneration) -> None:
+    async def _cancel(self, cancel: CancelGeneration) -> None:
         self.cancelled.put_nowait(cancel)
+        if later := self._handed_on.pop(cancel.request_id, ""):
+            await self.bus.publish(CANCEL_GENERATION, cancel, later)
         if self._sent.get(cancel.request_id, (0, 0))[0] <= cancel.epoch:
             task = self._running.pop(cancel.request_id, None)
             if task is not None:
@@ -161,22 +179,36 @@ class PlayedLanguageWorker:
         await self._send(request, place, answer)
         if place + 1 >= min(len(answer), request.sampling.max_tokens):
             return
-        tokens = [*unpack_tokens(request.tokens), answer[place]]
-        handed = request.model_copy(
-            update={"tokens": b"".join(token.to_bytes(4, "little") for token in tokens), "generated": place + 1}
-        )
+        await self._give(request, place + 1, answer, request.decode)
+
+    async def _give(self, request: GenerateTokens, generated: int, answer: list[int], to: str) -> None:
+        tokens = pack_tokens(answer[request.generated : generated])
+        handed = request.model_copy(update={"tokens": request.tokens + tokens, "generated": generated, "decode": to})
         take_over = TakeOver(
-            request=handed, prefill=self.instance, parts=(), kv_tokens=len(tokens) - 1, block_tokens=16
+            request=handed, prefill=self.instance, parts=(), kv_tokens=tokens_in(handed.tokens) - 1, block_tokens=16
         )
-        await self.bus.request(TAKE_OVER, take_over, request.decode, deadline_s=WAIT_S)
+        await self.bus.request(TAKE_OVER, take_over, to, deadline_s=WAIT_S)
 
     async def _go_on(self, request: GenerateTokens) -> None:
         answer = self._answer(request)
         for place in range(request.generated, min(len(answer), request.sampling.max_tokens)):
+            if self.hand_on is not None and place == self.hand_on.place:
+                await self._move(request, answer, self.hand_on)
+                return
             await self.allowed.acquire()
             if self.faults.silent_after is not None and place >= self.faults.silent_after:
                 await asyncio.sleep(WAIT_S)
             await self._send(request, place, answer)
+
+    async def _move(self, request: GenerateTokens, answer: list[int], hand_on: HandOn) -> None:
+        if hand_on.told:
+            news = SequenceTokens(
+                request_id=request.request_id, epoch=request.epoch, offset=hand_on.place, decode=hand_on.to
+            )
+            message = TokensGenerated(instance=self.instance, sequences=(news,))
+            await self.bus.publish(TOKENS_GENERATED, message, request.gateway)
+        self._handed_on[request.request_id] = hand_on.to
+        await self._give(request, hand_on.place, answer, hand_on.to)
 
     async def _send(self, request: GenerateTokens, place: int, answer: list[int]) -> None:
         finish = None

@@ -37,7 +37,7 @@ def cluster(rule: str | None = None, **roles: tuple[LanguageRole, ...]) -> ChatD
     costs = Costs(RateCost(100.0), DecodeCost(0.0, 0.01, 0.0), LinkCost(1000.0, 0.0), 1, 16)
     dispatch = ChatDispatch(first_epoch := 100)
     if rule is not None:
-        dispatch.by = ChatRule(make_rule(rule), costs)
+        dispatch.rule = ChatRule(make_rule(rule), costs)
     for name, own in roles.items():
         dispatch.handle(InstanceJoined(name, own), 0.0)
     assert dispatch.next_epoch == first_epoch
@@ -82,6 +82,24 @@ def test_the_first_token_and_the_end_take_the_load_away() -> None:
     assert dispatch.load("d0") == (0, 100)
     dispatch.handle(ChatEnded("a", 100), 0.0)
     assert dispatch.load("d0") == (0, 0)
+
+
+def test_what_is_to_be_generated_counts_where_it_is_generated_now() -> None:
+    dispatch = cluster(p0=PREFILL, d0=DECODE, d1=DECODE)
+    route(dispatch, arrived("a"))
+    dispatch.handle(ChatPrefilled("a", 100, "d1"), 0.0)
+    assert (dispatch.load("p0"), dispatch.load("d0"), dispatch.load("d1")) == ((0, 0), (0, 0), (0, 100))
+    dispatch.handle(ChatPrefilled("a", 100), 0.0)
+    assert dispatch.load("d1") == (0, 100)
+    dispatch.handle(InstanceLost("d1"), 0.0)
+    dispatch.handle(InstanceJoined("d1", DECODE), 0.0)
+    dispatch.handle(ChatPrefilled("a", 100, "d0"), 0.0)
+    assert (dispatch.load("d0"), dispatch.load("d1")) == ((0, 100), (0, 0))
+    # An instance of which nothing is known yet: it bears what comes to it once it is there.
+    dispatch.handle(ChatPrefilled("a", 100, "d2"), 0.0)
+    dispatch.handle(InstanceJoined("d2", DECODE), 0.0)
+    dispatch.handle(ChatEnded("a", 100), 0.0)
+    assert (dispatch.load("d0"), dispatch.load("d2")) == ((0, 0), (0, 0))
 
 
 def test_what_is_avoided_or_draining_is_taken_only_where_there_is_no_other() -> None:
@@ -141,7 +159,7 @@ _EVENTS = st.one_of(
     _NAMES.map(InstanceDraining),
     _NAMES.map(InstanceLost),
     st.builds(arrived, _REQUESTS, st.integers(1, 50), st.integers(1, 50), st.tuples(_NAMES)),
-    st.builds(ChatPrefilled, _REQUESTS, st.integers(100, 120)),
+    st.builds(ChatPrefilled, _REQUESTS, st.integers(100, 120), st.just("") | _NAMES),
     st.builds(ChatEnded, _REQUESTS, st.none() | st.integers(100, 120)),
     st.just(GatewayLost("gateway-0")),
 )

@@ -16,11 +16,18 @@ def line(expected: int = 0, max_tokens: int = 100, prefill: str = "p", decode: s
 
 
 def news(
-    offset: int, *tokens: int, finish: FinishReason | None = None, failure: Failure | None = None
+    offset: int, *tokens: int, finish: FinishReason | None = None, failure: Failure | None = None, decode: str = ""
 ) -> SequenceTokens:
     logprobs = tuple(TokenLogprobs(logprob=-float(token)) for token in tokens)
     return SequenceTokens(
-        request_id="a", epoch=1, offset=offset, tokens=tokens, logprobs=logprobs, finish=finish, failure=failure
+        request_id="a",
+        epoch=1,
+        offset=offset,
+        tokens=tokens,
+        logprobs=logprobs,
+        finish=finish,
+        failure=failure,
+        decode=decode,
     )
 
 
@@ -93,6 +100,38 @@ async def test_only_who_may_have_it_can_lose_it() -> None:
     with pytest.raises(Broken, match="d is lost"):
         await heard.next(LATE)
     assert line(prefill="f", decode="f").instances == ("f",)
+
+
+async def test_who_goes_on_may_be_told_and_told_late() -> None:
+    heard = line(decode="")
+    heard.hear("p", news(0, decode="d"))
+    heard.hear("p", news(0, 1))
+    assert (heard.instances, heard.decode) == (("p", "d"), "d")
+    heard.hear("d", news(1, 2))
+    heard.hear("d", news(2, decode="e"))
+    assert (heard.instances, heard.decode) == (("d", "e"), "e")
+    heard.hear("e", news(2, 3))
+    for outdated in (news(0, 1, decode="d"), news(2, decode="d")):
+        heard.hear("d", outdated)
+    assert heard.instances == ("e",)
+    heard.hear("f", news(3, 4))
+    assert (heard.instances, heard.decode) == (("f",), "f")
+    step = await heard.next(LATE)
+    assert step is not None and step.tokens == [1, 2, 3, 4]
+    heard.moved("f", "d")
+    heard.lose("d")
+    with pytest.raises(Broken, match="d is lost"):
+        await heard.next(LATE)
+
+
+async def test_who_refused_is_the_one_it_was_handed_to() -> None:
+    heard = line(decode="")
+    heard.hear("p", news(0, 1, decode="d"))
+    heard.hear("p", news(1, failure=Failure(stage=Stage.DECODE, code="full", message="y", retryable=True)))
+    await heard.next(LATE)
+    with pytest.raises(Broken) as broken:
+        await heard.next(LATE)
+    assert broken.value.avoid == ("d",)
 
 
 async def test_all_tokens_are_the_end_even_without_a_word() -> None:

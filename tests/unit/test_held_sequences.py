@@ -74,3 +74,10 @@ def test_tokens_are_told_by_position_over_all_attempts() -> None:
     assert (unpack_tokens(on.tokens), on.generated) == ([5, 6, 7, 8, 9], 3)
     with pytest.raises(ValueError, match="no prompt"):
         _held(tokens=(5,), generated=1)
+
+
+def test_another_instance_goes_on_from_what_is_there() -> None:
+    held = _held(tokens=(5, 6, 7), generated=1)
+    news = held.hand_to("decode-1")
+    assert (news.request_id, news.epoch, news.offset, news.tokens, news.decode) == ("a", 1, 1, (), "decode-1")
+    assert held.so_far().decode == "decode-1"

@@ -45,10 +45,10 @@ def test_prefills_that_take_twice_as_long_are_taken_for_that_from_then_on() -> N
     first = route(dispatch, "first", 200, 10.0)
     second = route(dispatch, "second", 100, 11.0)
     dispatch.handle(ChatPrefilled("first", first.epoch), 14.0)
-    assert dispatch.by.prefills.factor == pytest.approx(2.0)
+    assert dispatch.rule.prefills.factor == pytest.approx(2.0)
     # The second began when the first was done.
     dispatch.handle(ChatPrefilled("second", second.epoch), 16.0)
-    assert dispatch.by.prefills.factor == pytest.approx(2.0)
+    assert dispatch.rule.prefills.factor == pytest.approx(2.0)
     assert "least cost: 2.000 s" in route(dispatch, "third", 100, 20.0).reason
 
 
@@ -57,7 +57,7 @@ def test_what_two_take_together_counts_and_not_who_of_them_seems_to() -> None:
     epochs = [route(dispatch, name, 100, 0.0).epoch for name in ("a", "b")]
     for name, epoch in zip("ab", epochs, strict=True):
         dispatch.handle(ChatPrefilled(name, epoch), 2.0)
-    assert dispatch.by.prefills.factor == pytest.approx(1.0, abs=0.05)
+    assert dispatch.rule.prefills.factor == pytest.approx(1.0, abs=0.05)
 
 
 def test_who_gives_up_teaches_nothing_and_leaves_the_one_at_work_its_time() -> None:
@@ -65,9 +65,9 @@ def test_who_gives_up_teaches_nothing_and_leaves_the_one_at_work_its_time() -> N
     first = route(dispatch, "first", 200, 0.0)
     route(dispatch, "second", 200, 0.5)
     dispatch.handle(ChatEnded("second", None), 1.0)
-    assert dispatch.by.prefills.factor == 1.0
+    assert dispatch.rule.prefills.factor == 1.0
     dispatch.handle(ChatPrefilled("first", first.epoch), 2.0)
-    assert dispatch.by.prefills.factor == pytest.approx(1.0)
+    assert dispatch.rule.prefills.factor == pytest.approx(1.0)
 
 
 def test_time_that_a_prefill_has_had_is_not_waited_for_any_more() -> None:
@@ -84,7 +84,7 @@ def test_pulls_that_take_long_are_given_up_for_a_while() -> None:
     one = route(dispatch, "one", 500, 0.0, f1=480)
     assert one.pull == Pull("f1", 0, 480) and one.prefill == "f0"
     dispatch.handle(PrefixPulled("one", one.epoch, 480), 8.48)
-    assert dispatch.by.pulls.delay_s(8.48) == pytest.approx(8.0)
+    assert dispatch.rule.pulls.delay_s(8.48) == pytest.approx(8.0)
     # 4.8 s of computing are less than 8.5 s of waiting. A minute later half of that is forgotten.
     assert route(dispatch, "two", 500, 9.0, f1=480).pull is None
     for name in ("one", "two"):
@@ -99,7 +99,7 @@ def test_what_an_instance_is_sent_after_its_loss_or_by_nobody_changes_nothing() 
     dispatch.handle(InstanceLost("f1"), 0.1)
     dispatch.handle(PrefixPulled("pulling", pulling.epoch, 0), 0.2)
     dispatch.handle(PrefixPulled("unknown", 7, 16), 0.2)
-    assert dispatch.by.pulls.delay_s(0.2) == 0.0
+    assert dispatch.rule.pulls.delay_s(0.2) == 0.0
 
 
 def test_who_is_cheaper_fused_is_not_taken_apart_and_who_is_not_is() -> None:

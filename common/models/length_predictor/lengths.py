@@ -39,11 +39,11 @@ class AnswerLengths:
         """For a packed prompt. Raises: ValueError: it has no tokens."""
         if self.predictor is not None:
             return self.predictor.range(prompt)
-        return self.counted(prompt)
+        return self.counted(tokens_in(prompt))
 
-    def counted(self, prompt: bytes) -> LengthRange:
+    def counted(self, prompt_tokens: int) -> LengthRange:
         """What the histogram says, whether there is a predictor or not."""
-        return self.histogram.predict(prompt_class(tokens_in(prompt)))
+        return self.histogram.predict(prompt_class(prompt_tokens))
 
     def ended(self, prompt: bytes, answer_tokens: int) -> None:
         """The answer to a prompt has come to its end."""

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from common.messages.cluster import LanguageRole
+from common.policies.batching_rules import BatchingRules
 from common.policies.continuous_batching import ContinuousBatching
 from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
 from common.policies.decode_dispatch import DecodeDispatch, DelayCost, DispatchRule, RatioMode
 from common.policies.flip import FlipPolicy
 from common.policies.least_delay import DelayModel
 from common.policies.length_prediction import LengthBuckets
-from common.policies.prefill_schedule import PrefillOrder, PrefillSchedule
+from common.policies.prefill_schedule import PrefillOrder
 from loadgen.arrivals import generator
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.cluster import FUSED, Cluster
@@ -37,7 +38,7 @@ class Setup:
 
     Attributes:
         fused, prefill, decode: how many instances of each kind.
-        chunk_tokens, most_sequences, alone_tokens: see ``ContinuousBatching``.
+        chunk_tokens, most_sequences, alone_tokens, fixed: see ``ContinuousBatching``.
         order, batch, ageing, merges_batches: see ``PrefillSchedule``.
         admission, victim, past_tokens: see ``DecodeAdmission``.
         dispatch, ratio_mode, counts_pending: see ``DecodeDispatch``.
@@ -58,6 +59,7 @@ class Setup:
     chunk_tokens: int = CHUNK_TOKENS
     most_sequences: int = 256
     alone_tokens: int = 0
+    fixed: bool = False
     order: PrefillOrder = PrefillOrder.FCFS
     batch: int = 16
     ageing: float = 0.0
@@ -141,15 +143,16 @@ def build(
 
 def batching(setup: Setup, machine: Machine) -> ContinuousBatching:
     """The policies inside an instance."""
-    return ContinuousBatching(
-        machine.blocks,
-        machine.block_tokens,
-        setup.chunk_tokens,
-        setup.most_sequences,
-        setup.alone_tokens,
-        PrefillSchedule(setup.order, setup.batch, setup.ageing, setup.merges_batches),
-        DecodeAdmission(setup.admission, setup.victim, setup.past_tokens),
+    rules = BatchingRules(
+        alone_tokens=setup.alone_tokens,
+        order=setup.order,
+        batch=setup.batch,
+        ageing=setup.ageing,
+        merges_batches=setup.merges_batches,
+        admission=DecodeAdmission(setup.admission, setup.victim, setup.past_tokens),
+        fixed=setup.fixed,
     )
+    return rules.batching(machine.blocks, machine.block_tokens, setup.chunk_tokens, setup.most_sequences)
 
 
 def predictor_of(setup: Setup, requests: list[ChatRequest], seed: int) -> Predictor | None:
