@@ -16,6 +16,8 @@ _SMALLEST, _LARGEST = 16, 16384
 _PROMPT_TOKENS = 512
 # Throughput has stopped rising where two doublings gained less than this.
 _GAIN = 1.02
+# No larger chunks where one takes so long: all that decode beside it would wait.
+_LONG_S = 1.0
 
 
 def measured(model: CausalLM, pool: KVPool, repeats: int, warm_up: int) -> dict[int, float]:
@@ -28,7 +30,7 @@ def measured(model: CausalLM, pool: KVPool, repeats: int, warm_up: int) -> dict[
         seconds = [_timed(model, chunks, pool) for _ in range(warm_up + repeats)][warm_up:]
         rates[size] = size / statistics.median(seconds)
         *_, third, second, last = [0.0, 0.0, *rates.values()]
-        if max(second, last) < _GAIN * third:
+        if max(second, last) < _GAIN * third or statistics.median(seconds) > _LONG_S:
             break
     return rates
 

@@ -40,7 +40,8 @@ class Timed:
 
 def chunk_works(longest: int, chunk_tokens: int) -> list[Work]:
     """Single passes to fit to."""
-    sizes = [size for size in _doubled(_SMALLEST, chunk_tokens) if size < chunk_tokens] + [chunk_tokens]
+    most = min(chunk_tokens, longest)
+    sizes = [size for size in _doubled(_SMALLEST, most) if size < most] + [most]
     found = {
         Work(cached + size, cached)
         for size in sizes

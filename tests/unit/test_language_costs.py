@@ -70,7 +70,7 @@ def test_no_constant_is_below_zero() -> None:
 
 
 def test_what_is_measured_fits_the_model_and_its_memory() -> None:
-    for longest, chunk in ((64, 16), (2048, 100), (2048, 512)):
+    for longest, chunk in ((64, 16), (64, 100), (2048, 100), (2048, 512)):
         for work in (*chunk_works(longest, chunk), *prompt_works(longest)):
             assert 0 <= work.cached < work.tokens <= longest
         assert max(work.tokens - work.cached for work in chunk_works(longest, chunk)) <= chunk
