@@ -58,9 +58,9 @@ async def running_gateway(bus: Bus, settings: GatewaySettings, listener: socket.
     The address answers when the block starts; at its end everything is drained and the socket closed.
     """
     await bus.prepare(queues=VIDEO_QUEUES, buckets=VIDEO_BUCKETS, object_buckets=VIDEO_OBJECTS)
-    catalogue = Catalogue()
+    catalogue, metrics = Catalogue(), Metrics()
 
-    board = Switchboard(bus, settings.instance_of(Service.GATEWAY))
+    board = Switchboard(bus, settings.instance_of(Service.GATEWAY), metrics.language)
 
     def members_changed(change: MemberChange) -> None:
         catalogue.update(view.members)
@@ -75,7 +75,7 @@ async def running_gateway(bus: Bus, settings: GatewaySettings, listener: socket.
         await stack.enter_async_context(ledger.running(_VIEWS_DEADLINE_S))
         if tokenizer is not None:
             await stack.enter_async_context(board.running())
-        metrics, work = Metrics(), OwnedWork()
+        work = OwnedWork()
         served = await bus.subscribe(PROMPTS_SERVED, metrics.prompts_served)
         stack.push_async_callback(served.stop)
         patience = Patience(settings.route_s, settings.silence_s)

@@ -19,7 +19,7 @@ from common.language.loading import LoadedModel
 from common.language.prefixes import SendingPrefixes, prefix_at
 from common.language.sendback import SendingBack
 from common.language.settings import LanguageSettings
-from common.language.speaker import Speaker
+from common.language.speaker import Crowd, Speaker
 from common.language.stepper import Stepper
 from common.language.takeover import Receiving
 from common.mempool.address import BLOCK_TOKENS, TOKEN_BYTES
@@ -70,7 +70,7 @@ class LanguageInstance:
         self._engine = model.engine
         self._sequences = Sequences(_MOST_HELD)
         self._handed_on = HandedOn()
-        self._speaker = Speaker(equipment.bus, equipment.instance)
+        self._speaker = Speaker(equipment.bus, equipment.instance, self._crowd)
         self._stepper = Stepper(model.engine, equipment.compute, self._absorb, self._lose)
         self.hand_over = HandOver(
             equipment.instance, equipment.bus, equipment.tensors, model.engine, self._stepper, settings, self._spawn
@@ -117,6 +117,7 @@ class LanguageInstance:
                 prefilled_tokens=self._engine.counts.prefilled,
                 found_tokens=self._engine.counts.found,
                 preemptions=self._engine.counts.preempted,
+                lengths_told_by=dict(self.foretelling.sources),
                 handed_over_bytes=self.hand_over.sent_bytes + self._ahead.sent_bytes,
                 moved_bytes=self.transfers.sent_bytes,
             )
@@ -283,6 +284,9 @@ class LanguageInstance:
             news.setdefault(held.request.gateway, []).append(held.failed(failure))
             self._remove(held)
         await self._speaker.tell(news)
+
+    def _crowd(self) -> Crowd:
+        return Crowd(self._engine.waiting + self.receiving.waiting, self._engine.counts.preempted)
 
     def _remove(self, held: Held) -> None:
         """It is at its end here."""

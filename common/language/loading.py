@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib.resources import files
 
+import structlog
 import torch
 
 from common.engine import Engine
@@ -15,6 +16,8 @@ from common.models.causal_lm import CausalLM, KVPool, ModelLoadError, load
 from common.models.length_predictor import AnswerLengths, PredictorLoadError
 from common.policies.length_prediction import LengthBuckets
 from common.runtime.process import CannotServe
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def load_model(settings: LanguageSettings, device: torch.device, dtype: torch.dt
     except PredictorLoadError as error:
         raise CannotServe(f"TRIPTYCH_LANGUAGE_MODEL: {error}") from error
     name = model_name(settings.language_model)
+    log.info("lengths of answers", model=name, by="histogram" if lengths.predictor is None else "predictor")
     room = memory.hbm.allocator.blocks * BLOCK_TOKENS
     return LoadedModel(engine, lengths, LanguageModelInfo(name=name, context_tokens=engine.context, kv_tokens=room))
 

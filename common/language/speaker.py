@@ -1,5 +1,8 @@
 """Tells gateways what came of their sequences: one message for each step and gateway, not one for each token."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import structlog
 
 from common.bus.errors import BusError
@@ -10,17 +13,28 @@ from common.messages.subjects import TOKENS_GENERATED
 log = structlog.get_logger()
 
 
+class Crowd(NamedTuple):
+    """How many wait for blocks now, and how many have had to give theirs up so far."""
+
+    waiting: int
+    preemptions: int
+
+
 class Speaker:
     """What is heard at most once: a gateway finds out by itself what it missed."""
 
-    def __init__(self, bus: Bus, instance: str) -> None:
+    def __init__(self, bus: Bus, instance: str, crowd: Callable[[], Crowd]) -> None:
         self._bus = bus
         self._instance = instance
+        self._crowd = crowd
 
     async def tell(self, news: dict[str, list[SequenceTokens]]) -> None:
         """``news`` by gateway."""
+        waiting, preemptions = self._crowd()
         for gateway, sequences in news.items():
-            message = TokensGenerated(instance=self._instance, sequences=tuple(sequences))
+            message = TokensGenerated(
+                instance=self._instance, sequences=tuple(sequences), waiting=waiting, preemptions=preemptions
+            )
             try:
                 await self._bus.publish(TOKENS_GENERATED, message, gateway)
             except BusError as error:

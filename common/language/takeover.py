@@ -30,7 +30,10 @@ log = structlog.get_logger()
 
 
 class Receiving:
-    """Takes sequences over, any number at once. ``outcomes`` counts how transfers ended, ``offers`` what came ahead."""
+    """Takes sequences over, any number at once. ``outcomes`` counts how transfers ended, ``offers`` what came ahead.
+
+    ``waiting``: so many are to come and have no blocks yet.
+    """
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class Receiving:
         self._settings = settings
         self._foretelling = foretelling
         self._ahead: dict[str, Arriving] = {}
+        self.waiting = 0
         self.outcomes: Counter[str] = Counter()
         self.offers: Counter[str] = Counter()
 
@@ -157,7 +161,11 @@ class Receiving:
 
     async def _reserve(self, held: Held, expected_tokens: int, known: bytes, deadline_s: float) -> Arriving | None:
         """Blocks as soon as it may have them; None once nobody wants the sequence. Raises: NotTransferred."""
-        reserved = await self._stepper.until(partial(self._allocate, held, expected_tokens, known), deadline_s)
+        self.waiting += 1
+        try:
+            reserved = await self._stepper.until(partial(self._allocate, held, expected_tokens, known), deadline_s)
+        finally:
+            self.waiting -= 1
         if reserved is None:
             raise NotTransferred(f"blocks for {held.kv_tokens} tokens were not free in time")
         if reserved is Lack.EVICTED:

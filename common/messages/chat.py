@@ -190,10 +190,17 @@ class SequenceTokens(Message):
 
 
 class TokensGenerated(Message):
-    """All that one step of ``instance`` brought for sequences of one gateway: one message, not one per token."""
+    """All that one step of ``instance`` brought for sequences of one gateway: one message, not one per token.
+
+    ``waiting`` sequences wait there for blocks; ``preemptions``: how many were made to give theirs up, since it began.
+    """
+
+    version: ClassVar[int] = 2
 
     instance: str
     sequences: tuple[SequenceTokens, ...]
+    waiting: int = Field(default=0, ge=0)
+    preemptions: int = Field(default=0, ge=0)
 
 
 class CancelGeneration(Message):

@@ -29,7 +29,7 @@ How near this comes to its goal, no worse than any other policy in mean and p99,
 """
 
 import math
-from heapq import heappop, heappush
+from heapq import heappop
 from typing import ClassVar
 
 from common.policies.decisions import Decision
@@ -38,7 +38,7 @@ from common.policies.elastic_books import ElasticBooks
 from common.policies.events import JobArrived
 from common.policies.job_queue import Rank
 from common.policies.placement import Placement, bits
-from common.policies.rib import NOISE, Rib, VideoKind
+from common.policies.rib import NOISE, Rib
 from common.policies.state import Job, Phase
 
 # The part of all videos that may be late, and how many of the last ones the reference's tail is taken from.
@@ -67,7 +67,6 @@ MOST_LOAD = 0.98
 MARGIN_STEPS = 4.0
 
 _WAITS = frozenset((Phase.WAITING, Phase.ENCODING, Phase.ENCODED, Phase.PARKED))
-_BEGINS_TO_WAIT = frozenset((Phase.WAITING, Phase.PARKED))
 
 
 class Elastic(ElasticBooks):
@@ -82,14 +81,8 @@ class Elastic(ElasticBooks):
         self._tail = ReferenceTail(LATE_SHARE, WINDOW)
         self._price = 0.0
         self._expected = 0.0
-        # Latest starts of those that are pressing; and those that wait and are not, by kind, first due first.
-        self._pressing: dict[str, float] = {}
-        self._in_time: dict[tuple[VideoKind, bool, bool], list[tuple[float, str, Job]]] = {}
-        # Those passed over, and how many more may be.
-        self._passed_over: set[str] = set()
+        # How many more may be passed over.
         self._may_be_late = 0.0
-        # GPU-seconds of those that are pressing and wait.
-        self._pressing_work = 0.0
 
     def schedule(self, now_s: float) -> list[Decision]:
         placement = self.state.placement
@@ -119,21 +112,21 @@ class Elastic(ElasticBooks):
 
     def rank(self, job: Job) -> float:
         start_s = self._pressing.get(job.job_id)
-        return self._work_s(job, job.steps - job.step) if start_s is None else start_s
+        return self._work_of[job.job_id] if start_s is None else start_s
 
     def _queue_rank(self, job: Job) -> Rank:
         return (-job.priority, float(job.job_id not in self._pressing), self.rank(job))
 
     def _press(self, now_s: float) -> None:
         """Whose latest start has come is pressing from now on, or passed over."""
-        gpus = max(1, len(self.state.slots))
+        jobs, pressing = self.state.jobs, self._pressing
         for queue in list(self._in_time.values()):
             while queue:
                 _, job_id, job = queue[0]
-                if self.state.jobs.get(job_id) is not job or job_id in self._pressing or job.phase not in _WAITS:
+                if jobs.get(job_id) is not job or job_id in pressing or job.phase not in _WAITS:
                     heappop(queue)
                     continue
-                soon_s = now_s + BEFORE_PART * self._pressing_work / gpus
+                soon_s = now_s + BEFORE_PART * self._pressing_work / self._gpus
                 # On one GPU it takes longest; that is known already.
                 if self._due_s(job) - self._work_of[job_id] > soon_s:
                     break
@@ -144,7 +137,7 @@ class Elastic(ElasticBooks):
                 if self._pass_over(job):
                     continue
                 self._leave(job)
-                self._pressing[job_id] = start_s
+                pressing[job_id] = start_s
                 self._enter(job)
 
     def _pass_over(self, job: Job) -> bool:
@@ -160,12 +153,6 @@ class Elastic(ElasticBooks):
         self._passed_over.add(job.job_id)
         self._to_watch(job)
         return True
-
-    def _to_watch(self, job: Job) -> None:
-        """Have it become pressing in time."""
-        key = (job.kind, job.deadline_s is not None, job.job_id in self._passed_over)
-        due_s = job.arrival_s if job.deadline_s is None else job.deadline_s
-        heappush(self._in_time.setdefault(key, []), (due_s, job.job_id, job))
 
     def _due_s(self, job: Job) -> float:
         if job.deadline_s is not None:
@@ -192,15 +179,14 @@ class Elastic(ElasticBooks):
         """Seconds of delay, summed over all videos, that a GPU-second spent now causes while so many others wait."""
         if not waiting and self.state.placement.free:
             return 0.0
-        return (WAITING_WEIGHT * waiting + self._expected) / max(1, len(self.state.slots))
+        return (WAITING_WEIGHT * waiting + self._expected) / self._gpus
 
     def _expected_to_wait(self, now_s: float) -> float:
         """Of the videos that will come until the work at hand is done, those that a GPU-second spent now delays."""
-        gpus = max(1, len(self.state.slots))
         videos_per_s, work_per_s = self._rate.per_second(now_s)
         # Those that run are half done, taken together.
-        backlog_s = (self._waiting_work + 0.5 * self._running_work) / gpus
-        return DELAYED_PART * videos_per_s * backlog_s / (1.0 - min(MOST_LOAD, work_per_s / gpus))
+        backlog_s = (self._waiting_work + 0.5 * self._running_work) / self._gpus
+        return DELAYED_PART * videos_per_s * backlog_s / (1.0 - min(MOST_LOAD, work_per_s / self._gpus))
 
     # --- giving ---------------------------------------------------------------------------------------------------
 
@@ -208,8 +194,10 @@ class Elastic(ElasticBooks):
         """Waiting videos in their order, each on as many free GPUs as the price allows, but not on servers kept."""
         placement = self.state.placement
         ready = self.lanes[None].ready
+        others = len(ready) + self._to_encode
         while placement.free and (job := ready.first()) is not None:
-            price = self._price_of(len(ready) + self._to_encode - 1)
+            others -= 1
+            price = self._price_of(others)
             wanted = self._degree(job.kind, price)
             pressing = job.job_id in self._pressing
             if pressing and self._lateness(job, job.steps - job.step, wanted, now_s) > 0.0:
@@ -245,14 +233,15 @@ class Elastic(ElasticBooks):
         if self._price >= BUSY_PRICE:
             return None
         plain_s = DUE_PART * self._tail.seconds
+        profile_of, passed_over = self.rib.profile, self._passed_over
         for job in self._on_server.get(server, {}).values():
             if job.settled_epoch != job.epoch or job.parking:
                 continue
             # All at once, as this is asked most often: what ``_lateness`` gives does not change while steps go on.
-            profile = self.rib.profile(job.kind)
+            profile = profile_of(job.kind)
             degree = len(job.lease)
             end_s = job.step_at_s + (job.steps - job.step - 1) * profile.step_s[degree] + profile.decode_s
-            plain = job.deadline_s is None and job.job_id not in self._passed_over
+            plain = job.deadline_s is None and job.job_id not in passed_over
             late_s = end_s - (job.arrival_s + plain_s if plain else self._due_s(job))
             if late_s <= most_s or self._degree(job.kind, self._price / URGENT) <= degree:
                 continue
@@ -263,7 +252,9 @@ class Elastic(ElasticBooks):
     def _make_room(self, late: Job, missing: int, now_s: float, decisions: list[Decision]) -> bool:
         """Have videos of the server that are in time give up ``missing`` slots; whether they will."""
         jobs = self._on_server[self.state.placement.server_of[late.lease[0]].index]
-        missing -= sum(self._to_come.get(job_id, 0) for job_id in jobs)
+        missing -= sum([self._to_come.get(job_id, 0) for job_id in jobs])
+        if missing <= 0:
+            return True
         able = []
         for job in jobs.values():
             left = self._steps_left(job, now_s) - 1.0
@@ -330,26 +321,6 @@ class Elastic(ElasticBooks):
             degree = min(best, max(best // 2, self._degree(job.kind, self._price)))
             own_s = (job.steps - job.step) * profile.step_s[degree] + profile.decode_s
             self._rate.arrived(work_s, now_s)
-            self._tail.arrived(work_s, OWN_TIMES * own_s, max(1, len(self.state.slots)), now_s)
+            self._tail.arrived(work_s, OWN_TIMES * own_s, self._gpus, now_s)
             self._may_be_late += LATE_SHARE
         return decisions
-
-    def _enter(self, job: Job) -> None:
-        super()._enter(job)
-        if job.job_id in self._pressing:
-            if job.phase in _WAITS:
-                self._pressing_work += self._work_of[job.job_id]
-        elif job.phase in _BEGINS_TO_WAIT:
-            self._to_watch(job)
-
-    def _leave(self, job: Job) -> None:
-        if job.job_id in self._pressing and job.phase in _WAITS:
-            self._pressing_work -= self._work_of[job.job_id]
-        super()._leave(job)
-        if job.phase is Phase.DENOISING:
-            self._pressing.pop(job.job_id, None)
-
-    def _remove(self, job: Job) -> None:
-        super()._remove(job)
-        self._pressing.pop(job.job_id, None)
-        self._passed_over.discard(job.job_id)

@@ -1,8 +1,9 @@
-"""What the policy ``elastic`` keeps books of, work and the running videos that GPUs may be taken from; its moves."""
+"""What the policy ``elastic`` keeps books of: work, who is pressing, whom GPUs may be taken from; and its moves."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from heapq import heappush
 
 from common.policies.decisions import Decision, GrantLease, ParkJob
 from common.policies.events import WorkerJoined
@@ -15,6 +16,7 @@ from common.policies.state import Job, Phase
 # Looking a member of an enumeration up costs more than a name.
 _DENOISING = Phase.DENOISING
 _DENOISED = frozenset((Phase.DENOISED, Phase.DECODING))
+_BEGINS_TO_WAIT = frozenset((Phase.WAITING, Phase.PARKED))
 
 
 @dataclass(slots=True)
@@ -33,9 +35,17 @@ class ElasticBooks(Policy):
 
     def __init__(self, first_epoch: int = 1, rib: Rib | None = None, placement: Placement | None = None) -> None:
         super().__init__(first_epoch, rib, placement)
+        self._gpus = 1
         self._waiting_work = 0.0
         self._running_work = 0.0
         self._work_of: dict[str, float] = {}
+        # Latest starts of those that are pressing, the work of those of them that wait, and who was passed over.
+        self._pressing: dict[str, float] = {}
+        self._pressing_work = 0.0
+        self._passed_over: set[str] = set()
+        # Those that wait and are not pressing, by kind, whether they have a deadline and whether they were passed over;
+        # first due first.
+        self._in_time: dict[tuple[VideoKind, bool, bool], list[tuple[float, str, Job]]] = {}
         self._price_limits: dict[VideoKind, tuple[float, ...]] = {}
         # Slots that will be free at the next step boundary of their job.
         self._to_come: dict[str, int] = {}
@@ -141,7 +151,9 @@ class ElasticBooks(Policy):
 
     def _worker_joined(self, event: WorkerJoined, now_s: float) -> list[Decision] | None:
         self._price_limits.clear()
-        return super()._worker_joined(event, now_s)
+        decisions = super()._worker_joined(event, now_s)
+        self._gpus = max(1, len(self.state.slots))
+        return decisions
 
     def grant_lease(self, job: Job, slots: tuple[int, ...], now_s: float, reason: str) -> GrantLease:
         grant = super().grant_lease(job, slots, now_s, reason)
@@ -194,28 +206,49 @@ class ElasticBooks(Policy):
         if slots_to_come:
             self._to_come[job.job_id] = slots_to_come
 
+    def _to_watch(self, job: Job) -> None:
+        """Have it become pressing in time."""
+        key = (job.kind, job.deadline_s is not None, job.job_id in self._passed_over)
+        due_s = job.arrival_s if job.deadline_s is None else job.deadline_s
+        heappush(self._in_time.setdefault(key, []), (due_s, job.job_id, job))
+
     def _enter(self, job: Job) -> None:
-        super()._enter(job)
         phase = job.phase
         if phase in _DENOISED:
             return
         work_s = self._work_of[job.job_id] = self._work_s(job, job.steps - job.step)
+        super()._enter(job)
         if phase is _DENOISING:
             self._running_work += work_s
             server = self.state.placement.server_of[job.slots[0]].index
             self._on_server.setdefault(server, {})[job.job_id] = job
-        else:
-            self._waiting_work += work_s
+            return
+        self._waiting_work += work_s
+        if job.job_id in self._pressing:
+            self._pressing_work += work_s
+        elif phase in _BEGINS_TO_WAIT:
+            self._to_watch(job)
 
     def _leave(self, job: Job) -> None:
+        phase = job.phase
+        if phase in _DENOISED:
+            return
         super()._leave(job)
-        work_s = self._work_of.pop(job.job_id, 0.0)
-        if job.phase is _DENOISING:
+        work_s = self._work_of.pop(job.job_id)
+        if phase is _DENOISING:
             self._running_work -= work_s
             del self._on_server[self.state.placement.server_of[job.lease[0]].index][job.job_id]
             self._not_to_be_taken_from(job, 0)
-        else:
-            self._waiting_work -= work_s
+            self._pressing.pop(job.job_id, None)
+            return
+        self._waiting_work -= work_s
+        if job.job_id in self._pressing:
+            self._pressing_work -= work_s
+
+    def _remove(self, job: Job) -> None:
+        super()._remove(job)
+        self._pressing.pop(job.job_id, None)
+        self._passed_over.discard(job.job_id)
 
 
 def price_limits(step_s: Mapping[int, float]) -> tuple[float, ...]:

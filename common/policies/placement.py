@@ -8,8 +8,9 @@ A server's free slots are the bits of one integer, so that every question below 
 by the largest block they have, also as bits, so that none has to be searched for.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(slots=True, eq=False)
@@ -23,36 +24,10 @@ class Server:
     free: int = 0
     aligned_order: int = -1
     count_order: int = -1
-    aligned_bits: list[int] = field(default_factory=list)
 
     def resize(self, first: int, span: int) -> None:
         self.free <<= self.first - first
         self.first, self.span = first, span
-        self.aligned_bits = [
-            sum(1 << start for start in range(0, span, 1 << order)) for order in range(span.bit_length() + 1)
-        ]
-
-    def starts(self) -> list[int]:
-        """By order: the bits at which a free aligned block of two to the power of that order starts."""
-        found = []
-        starts = self.free
-        order = 0
-        while starts:
-            found.append(starts)
-            starts &= (starts >> (1 << order)) & self.aligned_bits[order + 1]
-            order += 1
-        return found
-
-    def fragments(self) -> Iterator[tuple[int, int]]:
-        """(order, start bit) of the free aligned blocks that are not part of a larger free one, smallest first."""
-        starts = [*self.starts(), 0]
-        for order in range(len(starts) - 1):
-            whole = starts[order + 1]
-            alone = starts[order] & ~(whole | whole << (1 << order))
-            while alone:
-                lowest = alone & -alone
-                yield order, lowest.bit_length() - 1
-                alone ^= lowest
 
 
 class Placement:
@@ -93,9 +68,9 @@ class Placement:
     def put(self, numbers: Sequence[int]) -> None:
         """These slots, all of one server, are free now."""
         server = self.server_of[numbers[0]]
-        for number in numbers:
-            self.free |= 1 << number
-            server.free |= 1 << (number - server.first)
+        mask = mask_of(numbers)
+        self.free |= mask
+        server.free |= mask >> server.first
         self.free_count += len(numbers)
         self.freed_servers |= 1 << server.index
         self._refile(server)
@@ -103,9 +78,9 @@ class Placement:
     def take(self, numbers: Sequence[int]) -> None:
         """These slots, all of one server, are free no longer."""
         server = self.server_of[numbers[0]]
-        for number in numbers:
-            self.free &= ~(1 << number)
-            server.free &= ~(1 << (number - server.first))
+        mask = mask_of(numbers)
+        self.free &= ~mask
+        server.free &= ~(mask >> server.first)
         self.free_count -= len(numbers)
         self._refile(server)
 
@@ -136,7 +111,7 @@ class Placement:
         for at in range(order, len(self._by_aligned)):
             if self._by_aligned[at]:
                 server = self.servers[_lowest_bit(self._by_aligned[at])]
-                start = server.first + next(start for had, start in server.fragments() if had >= order)
+                start = server.first + next(start for had, start in fragments(server.free) if had >= order)
                 return tuple(range(start, start + size))
         for at in range(order, len(self._by_count)):
             if self._by_count[at]:
@@ -152,9 +127,7 @@ class Placement:
         size = power_of_two_within(min(limit, len(held) + server.free.bit_count()))
         if size <= len(held):
             return ()
-        own = 0
-        for number in held:
-            own |= 1 << (number - server.first)
+        own = mask_of(held) >> server.first
         position = (held[0] - server.first) & -size
         block = ((1 << size) - 1) << position
         if not own & ~block and not block & ~(own | server.free):
@@ -164,7 +137,7 @@ class Placement:
 
     def _pieces(self, server: Server, count: int) -> tuple[int, ...]:
         """Any ``count`` free slots of the server: out of the smallest gap that has enough, else the largest gaps."""
-        gaps = list(server.fragments())
+        gaps = list(fragments(server.free))
         pieces: list[int] = []
         while len(pieces) < count:
             missing = count - len(pieces)
@@ -176,10 +149,8 @@ class Placement:
     def _refile(self, server: Server) -> None:
         bit = 1 << server.index
         count_order = server.free.bit_count().bit_length() - 1
-        starts, order = server.free, -1
-        while starts:
-            order += 1
-            starts &= (starts >> (1 << order)) & server.aligned_bits[order + 1]
+        gaps = fragments(server.free)
+        order = gaps[-1][0] if gaps else -1
         if count_order != server.count_order:
             if server.count_order >= 0:
                 self._by_count[server.count_order] ^= bit
@@ -194,6 +165,23 @@ class Placement:
             server.aligned_order = order
 
 
+@lru_cache(maxsize=4096)
+def fragments(free: int) -> tuple[tuple[int, int], ...]:
+    """(order, start bit) of the free aligned blocks that are not part of a larger free one, smallest first.
+
+    Servers of few slots come to the same few sets of free ones again and again, so that the answers are kept.
+    """
+    found = []
+    order, starts = 0, free
+    while starts:
+        size = 1 << order
+        # Two blocks side by side make a larger one if the first starts at a multiple of its size.
+        whole = sum(1 << start for start in bits(starts & starts >> size) if start % (2 * size) == 0)
+        found += [(order, start) for start in bits(starts & ~(whole | whole << size))]
+        order, starts = order + 1, whole
+    return tuple(found)
+
+
 def power_of_two_within(most: int) -> int:
     """The largest power of two that is at most ``most``; 0 below 1."""
     return 1 << (most.bit_length() - 1) if most > 0 else 0
@@ -205,6 +193,14 @@ def bits(mask: int) -> Iterable[int]:
         lowest = mask & -mask
         yield lowest.bit_length() - 1
         mask ^= lowest
+
+
+def mask_of(positions: Iterable[int]) -> int:
+    """The bits at these positions."""
+    mask = 0
+    for position in positions:
+        mask |= 1 << position
+    return mask
 
 
 def _lowest_bit(mask: int) -> int:

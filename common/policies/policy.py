@@ -47,7 +47,8 @@ MAX_ATTEMPTS = 5
 
 # Looking a member of an enumeration up costs more than a name.
 _READY = frozenset((Phase.ENCODED, Phase.PARKED))
-_WAITING, _ENCODING, _ENCODED, _DENOISED = Phase.WAITING, Phase.ENCODING, Phase.ENCODED, Phase.DENOISED
+_WAITING, _ENCODING, _ENCODED, _PARKED = Phase.WAITING, Phase.ENCODING, Phase.ENCODED, Phase.PARKED
+_DENOISING, _DENOISED, _DECODING = Phase.DENOISING, Phase.DENOISED, Phase.DECODING
 
 
 class Lane:
@@ -145,7 +146,7 @@ class Policy(ABC):
         phases are not decoupled, the rest of the group stays held.
         """
         decisions: list[Decision] = []
-        for job in self.state.in_phase(Phase.DENOISED):
+        for job in self.state.in_phase(_DENOISED):
             own = [self.state.slots[number] for number in job.slots if self.state.slots[number].vae]
             if not own:
                 self._hold(job, ())
@@ -157,7 +158,7 @@ class Policy(ABC):
     def queue_places(self) -> dict[str, int]:
         """The jobs that have no GPU yet, by id: 1 for the one that starts denoising next. Sorts all of them."""
         order = [job for lane in self.lanes.values() for job in lane.ready]
-        order += sorted(self.state.by_phase[Phase.ENCODING].values(), key=self._queue_rank)
+        order += sorted(self.state.by_phase[_ENCODING].values(), key=self._queue_rank)
         order += [job for lane in self.lanes.values() for job in lane.to_encode]
         return {job.job_id: place for place, job in enumerate(order, 1)}
 
@@ -172,7 +173,7 @@ class Policy(ABC):
     # --- the steps of a job's life, for ``schedule`` to choose from -----------------------------------------------
 
     def start_encoding(self, job: Job, encoder: str, reason: str) -> StartEncoding:
-        self._move(job, Phase.ENCODING)
+        self._move(job, _ENCODING)
         job.attempt += 1
         job.encoder = encoder
         self.state.encoders[encoder] += 1
@@ -186,7 +187,7 @@ class Policy(ABC):
         """
         members = self._members(slots)
         self._hold(job, slots)
-        self._move(job, Phase.DENOISING)
+        self._move(job, _DENOISING)
         job.members = members
         job.lease = job.active = slots
         job.epoch = job.first_epoch = job.settled_epoch = self._take_epoch()
@@ -200,12 +201,12 @@ class Policy(ABC):
         Raises:
             ValueError: the job does not run, is about to be parked, would lose its master, or a slot is not to be had.
         """
-        if job.phase is not Phase.DENOISING or job.parking or slots[0] != job.slots[0]:
+        if job.phase is not _DENOISING or job.parking or slots[0] != job.slots[0]:
             raise ValueError(f"{job.job_id} ({job.phase}) cannot change from {job.slots} to {slots}")
         members = self._members(slots, job)
-        leaving = tuple(number for number in job.slots if number not in slots)
+        leaving = tuple([number for number in job.slots if number not in slots])
         self._hold(job, slots + leaving)
-        job.leaving = tuple(name for name in job.members + job.leaving if name not in members)
+        job.leaving = tuple([name for name in job.members + job.leaving if name not in members])
         job.members = members
         job.lease = slots
         job.epoch = self._take_epoch()
@@ -217,7 +218,7 @@ class Policy(ABC):
         Raises:
             ValueError: the job does not run or is being parked already.
         """
-        if job.phase is not Phase.DENOISING or job.parking:
+        if job.phase is not _DENOISING or job.parking:
             raise ValueError(f"{job.job_id} ({job.phase}) cannot be parked")
         job.parking = True
         return ParkJob(job.job_id, job.epoch, job.members + job.leaving, reason)
@@ -227,7 +228,7 @@ class Policy(ABC):
             raise ValueError(f"slot {slot.number} has no VAE worker")
         if self.decoupled or slot.number not in job.slots:
             self._hold(job, (slot.number,))
-        self._move(job, Phase.DECODING)
+        self._move(job, _DECODING)
         job.decoder = slot.vae
         return StartDecoding(job.job_id, job.epoch, slot.vae, slot.number, reason)
 
@@ -262,7 +263,7 @@ class Policy(ABC):
         The largest power of two of them goes on. It is led by the old master if that is one of them, else by one that
         has the latent already; they go on too if they were to be parked. Nothing if nobody has the latent.
         """
-        if job.phase is not Phase.DENOISING or job.step <= job.from_step:
+        if job.phase is not _DENOISING or job.step <= job.from_step:
             return []
         known = dict(zip(job.lease, job.members, strict=True))
         alive = [
@@ -310,9 +311,9 @@ class Policy(ABC):
 
     def _prompt_encoded(self, event: PromptEncoded, now_s: float) -> list[Decision] | None:
         job = self.state.jobs.get(event.job_id)
-        if job is not None and job.phase is Phase.ENCODING and event.attempt == job.attempt:
+        if job is not None and job.phase is _ENCODING and event.attempt == job.attempt:
             # The embeddings stay at the encoder until a DiT worker has fetched them, so it is still needed.
-            self._move(job, Phase.ENCODED)
+            self._move(job, _ENCODED)
         return []
 
     def _step_finished(self, event: StepFinished, now_s: float) -> list[Decision] | None:
@@ -331,7 +332,7 @@ class Policy(ABC):
         self._settle(job)
         # Who joins has the latent once a step was done together, and who leaves drops it.
         here = job.active if event.epoch == job.epoch else job.holders
-        job.holders = tuple(number for number in here if number in job.active)
+        job.holders = tuple([number for number in here if number in job.active])
         return [] if frees else None
 
     def _settle(self, job: Job) -> None:
@@ -357,7 +358,7 @@ class Policy(ABC):
         self._hold(job, ())
         job.members = ()
         job.step = job.checkpoint = event.step
-        self._move(job, Phase.PARKED)
+        self._move(job, _PARKED)
         return decisions
 
     def _checkpoint_stored(self, event: CheckpointStored, now_s: float) -> list[Decision] | None:
@@ -376,7 +377,7 @@ class Policy(ABC):
         job.step = job.steps
         job.members = job.members[:1]
         self._hold(job, job.slots[:1] if self.decoupled else job.lease)
-        self._move(job, Phase.DENOISED)
+        self._move(job, _DENOISED)
         return []
 
     def _end_of_denoising(self, job: Job) -> None:
@@ -388,14 +389,14 @@ class Policy(ABC):
 
     def _decoding_finished(self, event: DecodingFinished, now_s: float) -> list[Decision] | None:
         job = self.state.jobs.get(event.job_id)
-        if job is None or job.phase is not Phase.DECODING or event.epoch != job.epoch:
+        if job is None or job.phase is not _DECODING or event.epoch != job.epoch:
             return []
         self._remove(job)
         return [CompleteJob(job.job_id, "decoded")]
 
     def _attempt_failed(self, event: AttemptFailed, now_s: float) -> list[Decision] | None:
         job = self.state.jobs.get(event.job_id)
-        if job is None or job.attempt != event.attempt or job.phase is Phase.WAITING:
+        if job is None or job.attempt != event.attempt or job.phase is _WAITING:
             return []
         return self._retry(job, event.reason) if event.retryable else self._give_up(job, event.reason)
 
@@ -406,7 +407,7 @@ class Policy(ABC):
     def _running(self, job_id: str, epoch: int) -> Job | None:
         """The job, if it is denoising and ``epoch`` is a lease of this run of it."""
         job = self.state.jobs.get(job_id)
-        if job is None or job.phase is not Phase.DENOISING or not job.first_epoch <= epoch <= job.epoch:
+        if job is None or job.phase is not _DENOISING or not job.first_epoch <= epoch <= job.epoch:
             return None
         return job
 
@@ -418,7 +419,7 @@ class Policy(ABC):
             return self._give_up(job, f"{reason}, after {MAX_ATTEMPTS} attempts without progress")
         decisions = self._release(job, reason)
         job.step = job.checkpoint
-        self._move(job, Phase.WAITING)
+        self._move(job, _WAITING)
         return [*decisions, RequeueJob(job.job_id, reason)]
 
     def _give_up(self, job: Job, reason: str) -> list[Decision]:
@@ -507,11 +508,13 @@ class Policy(ABC):
         """The workers on these slots; those that ``job`` has already may be draining."""
         every = self.state.slots
         known = dict(zip(job.lease, job.members, strict=True)) if job else {}
-        names = [known.get(number) or every[number].dit for number in slots]
-        members = tuple([name for name in names if name is not None])
-        if len(members) != len(slots):
-            raise ValueError("a lease needs a DiT worker on every slot")
-        return members
+        members = []
+        for number in slots:
+            name = known.get(number) or every[number].dit
+            if name is None:
+                raise ValueError("a lease needs a DiT worker on every slot")
+            members.append(name)
+        return tuple(members)
 
     def _take_epoch(self) -> int:
         epoch = self._next_epoch

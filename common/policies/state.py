@@ -135,21 +135,25 @@ class ClusterState:
         if slots == before:
             return
         every = self.slots
-        # Mostly a job gets its first slots or gives up all it has.
-        left = [every[number] for number in before if number not in slots] if before else []
-        come = [every[number] for number in slots if number not in before] if slots else []
-        for slot in come:
-            if slot.job_id is not None:
-                raise ValueError(f"slot {slot.number} is held by {slot.job_id}, it cannot go to {job.job_id}")
-        for slot in left:
-            slot.job_id = None
-        for slot in come:
-            slot.job_id = job.job_id
+        for number in slots:
+            if number not in before and every[number].job_id is not None:
+                raise ValueError(f"slot {number} is held by {every[number].job_id}, it cannot go to {job.job_id}")
+        freed, taken = [], []
+        for number in before:
+            if number not in slots:
+                slot = every[number]
+                slot.job_id = None
+                if slot.dit is not None:
+                    freed.append(number)
+        for number in slots:
+            if number not in before:
+                slot = every[number]
+                slot.job_id = job.job_id
+                if slot.dit is not None:
+                    taken.append(number)
         job.slots = slots
-        freed = [slot.number for slot in left if slot.dit is not None]
         if freed:
             self.placement.put(freed)
-        taken = [slot.number for slot in come if slot.dit is not None]
         if taken:
             self.placement.take(taken)
 

@@ -29,6 +29,19 @@ class LanguageMetrics:
             buckets=_FIRST_TOKEN_BUCKETS_S,
             registry=registry,
         )
+        self._waiting = Gauge(
+            "triptych_sequences_waiting",
+            "Sequences that waited for memory when the instance last spoke.",
+            ("instance",),
+            registry=registry,
+        )
+        self._preemptions = Counter(
+            "triptych_preemptions",
+            "Sequences that had to give their memory up and are computed again.",
+            ("instance",),
+            registry=registry,
+        )
+        self._preempted: dict[str, int] = {}
         self._active = Gauge("triptych_sequences_active", "Answers being generated.", registry=registry)
 
     def begun(self, prompt_tokens: int) -> None:
@@ -44,6 +57,18 @@ class LanguageMetrics:
 
     def routed(self, best_cached_tokens: int) -> None:
         self._best_cached_tokens.inc(best_cached_tokens)
+
+    def spoke(self, instance: str, waiting: int, preemptions: int) -> None:
+        """``preemptions``: since the instance began; fewer than before, and it has begun anew."""
+        before = self._preempted.get(instance, 0)
+        self._preempted[instance] = preemptions
+        self._waiting.labels(instance).set(waiting)
+        self._preemptions.labels(instance).inc(preemptions - before if preemptions >= before else preemptions)
+
+    def lost(self, instance: str) -> None:
+        """Nobody waits at an instance that is gone."""
+        if self._preempted.pop(instance, None) is not None:
+            self._waiting.remove(instance)
 
     def rerouted(self, why: str) -> None:
         self._reroutes.labels(why).inc()

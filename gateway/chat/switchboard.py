@@ -7,6 +7,7 @@ from common.bus.port import Bus
 from common.messages.chat import CancelGeneration, ChatRoute, TokensGenerated
 from common.messages.subjects import CANCEL_GENERATION, TOKENS_GENERATED
 from gateway.chat.line import Line
+from gateway.chat.metrics import LanguageMetrics
 
 # Steps of all instances that may wait for this process; what is beyond is dropped, and missed by its offset.
 _MAX_PENDING = 65536
@@ -15,9 +16,10 @@ _MAX_PENDING = 65536
 class Switchboard:
     """``instance`` is the gateway's own, at which workers' tokens arrive."""
 
-    def __init__(self, bus: Bus, instance: str) -> None:
+    def __init__(self, bus: Bus, instance: str, metrics: LanguageMetrics) -> None:
         self._bus = bus
         self.instance = instance
+        self._metrics = metrics
         self._lines: dict[str, Line] = {}
 
     @contextlib.asynccontextmanager
@@ -41,6 +43,7 @@ class Switchboard:
 
     def lose(self, instance: str) -> None:
         """A member is gone, with every sequence it had."""
+        self._metrics.lost(instance)
         for line in self._lines.values():
             line.lose(instance)
 
@@ -50,6 +53,7 @@ class Switchboard:
             await self._bus.publish(CANCEL_GENERATION, CancelGeneration(request_id=request_id, epoch=epoch), instance)
 
     async def _heard(self, news: TokensGenerated) -> None:
+        self._metrics.spoke(news.instance, news.waiting, news.preemptions)
         for sequence in news.sequences:
             line = self._lines.get(sequence.request_id)
             if line is not None and line.route.epoch == sequence.epoch:

@@ -42,19 +42,15 @@ class Noise:
 
 
 class CostModel:
-    """Times by kind and degree, looked up once each."""
+    """Times by kind and degree, what a changed lease costs, and how the videos' own times differ."""
 
     def __init__(self, rib: Rib, overheads: Overheads | None = None, noise: Noise | None = None) -> None:
         self.rib = rib
         self.overheads = overheads or Overheads()
         self.noise = noise or Noise()
-        self._steps: dict[tuple[VideoKind, int], float] = {}
 
     def step_s(self, kind: VideoKind, degree: int) -> float:
-        key = (kind, degree)
-        if key not in self._steps:
-            self._steps[key] = self.rib.step_s(kind, degree)
-        return self._steps[key]
+        return self.rib.step_s(kind, degree)
 
     def request_s(self, kind: VideoKind, steps: int, degree: int) -> float:
         """Denoising at one degree and decoding, without any waiting: the "execution time" of section 7.2."""

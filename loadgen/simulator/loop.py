@@ -8,9 +8,9 @@ decisions are the same, which a test holds.
 """
 
 import gc
-import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any
 
 from common.messages.cluster import Service
@@ -144,9 +144,9 @@ class Simulation:
         self._arrivals: list[float] = self._workload.arrival_s.tolist()
         self._kinds: list[int] = self._workload.kind.tolist()
         self._push(self._arrivals[0], _OTHER, self._arrive, 0, 0)
-        heap, pop = self._heap, heapq.heappop
+        heap = self._heap
         while heap:
-            now_s, _, _, what, subject, version = pop(heap)
+            now_s, _, _, what, subject, version = heappop(heap)
             if type(subject) is Video and subject.version != version:
                 continue  # overtaken by a change of the video's lease
             what(now_s, subject)
@@ -158,7 +158,7 @@ class Simulation:
 
     def _push(self, time_s: float, rank: int, what: Callable[[float, Any], None], subject: Any, version: int) -> None:
         self._sequence += 1
-        heapq.heappush(self._heap, (time_s, rank, self._sequence, what, subject, version))
+        heappush(self._heap, (time_s, rank, self._sequence, what, subject, version))
 
     # --- the policy -----------------------------------------------------------------------------------------------
 
@@ -173,7 +173,9 @@ class Simulation:
         if video is not None:
             self._book(video, now_s)
         for decision in decisions:
-            self._book(self._videos[decision.job_id], now_s)
+            other = self._videos[decision.job_id]
+            if other is not video:
+                self._book(other, now_s)
 
     def _hand_over(self, event: Event, now_s: float) -> list[Decision]:
         self._told += 1

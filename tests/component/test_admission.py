@@ -39,6 +39,9 @@ async def test_what_is_handed_over_waits_until_the_rule_lets_it_in(
         await prefill.settled()
         await decode.settled()
         assert sum(decode.instance.receiving.outcomes.values()) == 2 * len(prompts)
+        counted = stack.gateway.edge.metrics.render({}, 0, (), 0, True).decode()
+        assert 'triptych_sequences_waiting{instance="decode-0"} 0.0' in counted
+        assert f'triptych_preemptions_total{{instance="decode-0"}} {decode.model.engine.counts.preempted}.0' in counted
         engine = decode.model.engine
         assert engine.refusal(1, 10_000) is None and not engine.waiting
 

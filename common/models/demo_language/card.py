@@ -10,6 +10,7 @@ from safetensors import safe_open
 from common.models.demo.export import folder_bytes
 from common.models.demo_language.evaluate import Figures
 from common.models.demo_language.settings import NAME, TRAINED_TOKENS, llama_config
+from common.models.length_predictor.predictor import FOLDER as PREDICTOR
 
 FIGURES, CARD = "figures.json", "MODEL_CARD.md"
 
@@ -27,7 +28,8 @@ model that the whole of Triptych can be run and tested with on any machine. It k
 
 `LlamaForCausalLM`, {parameters:,} parameters in bfloat16: {layers} layers of width {width}, {heads} query and
 {kv_heads} key-value heads, rotary positions, embeddings shared with the head. Byte-level byte-pair tokenizer of
-{vocabulary:,} tokens with a chat template. All files together: {megabytes:.1f} MB. `AutoModelForCausalLM` and
+{vocabulary:,} tokens with a chat template. All files together: {megabytes:.1f} MB, without those of its
+length predictor in `{predictor}/`, which has a card of its own. `AutoModelForCausalLM` and
 `AutoTokenizer` load the folder.
 
 The chat template lower-cases what users say and leaves out system messages. Decode greedily: one idea then has one
@@ -109,7 +111,8 @@ def write_card(folder: Path, figures: Figures, facts: Facts, answers: int) -> No
         vocabulary=config.vocab_size,
         positions=config.max_position_embeddings,
         trained_tokens=TRAINED_TOKENS,
-        megabytes=folder_bytes(folder) / 1e6,
+        megabytes=(folder_bytes(folder) - folder_bytes(folder / PREDICTOR)) / 1e6,
+        predictor=PREDICTOR,
         answers=answers,
         ideas=figures["ideas"],
         well_typed_ideas=figures["well_typed_ideas"],
