@@ -1,11 +1,13 @@
 """A chat's instances by one of ``routing_rules`` (MemServe, section 6), by costs that what is seen corrects."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from common.policies.chat_events import ChatArrived
+from common.policies.least_delay import LeastDelay
 from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
 from common.policies.routing import Ask, Choice, Costs, Pull, RequestArrived, Rule
+from common.policies.routing_rules import RULES
 from common.policies.seen_costs import SeenDelay, SeenRatio
 from common.policies.sites import InstanceKind, Site
 
@@ -37,6 +39,9 @@ class FewestTokens:
         if cached := prompt - lacking(prefill):
             load += f"; {cached} of its {prompt} tokens are there"
         return Choice(prefill, decode, None, f"{what}: {load}")
+
+
+CHAT_RULES: dict[str, Callable[[], Rule]] = {"fewest_tokens": FewestTokens, **RULES, "least_delay": LeastDelay}
 
 
 def guessed_costs(prefill_tokens_s: float, transfer_tokens_s: float) -> Costs:
@@ -74,10 +79,14 @@ class Chosen:
 
 @dataclass(slots=True)
 class ChatRule:
-    """A rule, what it is told of the machines, all alike, and how much longer things have taken there of late."""
+    """A rule, what it is told of the machines, all alike, and how much longer things have taken there of late.
+
+    ``corrects``: whether the latter counts.
+    """
 
     rule: Rule
     costs: Costs
+    corrects: bool = True
     prefills: SeenRatio = field(default_factory=SeenRatio)
     pulls: SeenDelay = field(default_factory=SeenDelay)
 
@@ -89,7 +98,8 @@ class ChatRule:
         request = RequestArrived(
             arrived.request_id, conversation, b"", arrived.prompt_tokens, answer_tokens=arrived.max_tokens
         )
-        ask = Ask(request, self.costs.corrected(self.prefills.factor, self.pulls.delay_s(now_s)))
+        factor, delay_s = (self.prefills.factor, self.pulls.delay_s(now_s)) if self.corrects else (1.0, 0.0)
+        ask = Ask(request, self.costs.corrected(factor, delay_s))
         choice = self.rule.choose(ask, prefills, decodes)
         cached, pull_s = choice.prefill.cached_tokens, 0.0
         if choice.pull is not None:
@@ -97,4 +107,4 @@ class ChatRule:
             pull_s = ask.costs.send_s(choice.pull.to_token - choice.pull.from_token)
         cached = min(cached, arrived.prompt_tokens - 1)
         exec_s = ask.exec_s(cached)
-        return Chosen(choice, cached, exec_s + choice.wait_s, exec_s / self.prefills.factor, pull_s)
+        return Chosen(choice, cached, exec_s + choice.wait_s, exec_s / factor, pull_s)

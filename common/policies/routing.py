@@ -96,13 +96,24 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What is known of the machines, all alike."""
+    """What is known of the machines, all alike. ``chunk_tokens``: how much of prompts a pass computes at most."""
 
     prefill: PrefillCost
     decode: DecodeCost
     link: LinkCost
     kv_token_bytes: int
     block_tokens: int
+    chunk_tokens: int = 512
+
+    @property
+    def chunk_s(self) -> float:
+        """Of one pass over a full chunk."""
+        return self.prefill.exec_s(self.chunk_tokens, 0)
+
+    @property
+    def prompt_token_s(self) -> float:
+        """Of one token of it."""
+        return self.chunk_s / self.chunk_tokens
 
     def whole_blocks(self, tokens: int) -> int:
         """So many tokens, rounded up."""

@@ -3,8 +3,12 @@
 A request bears on its prefill instance until its first token is there, and on its decode instance until its last.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+_REMEMBERS_S = 10.0  # over which time the share of prefill is averaged
+_MOST_SHARE = 0.9
 
 
 class InstanceKind(StrEnum):
@@ -48,6 +52,8 @@ class Site:
         unfinished: the prefills that are not done, in order; ``first_began_s``: since when the first of them has been
             computed, as far as can be told.
         link_until_s: until when its pulls will take.
+        prefill_share: of its time, lately given to prompts; a little less than all of it at most. ``spent_s``: on them,
+            weighted by age, at the time ``spent_at_s``.
     """
 
     name: str
@@ -66,6 +72,9 @@ class Site:
     unfinished: dict[str, Prefill] = field(default_factory=dict)
     first_began_s: float = 0.0
     link_until_s: float = 0.0
+    prefill_share: float = 0.0
+    spent_s: float = 0.0
+    spent_at_s: float = 0.0
 
     @property
     def sequences(self) -> int:
@@ -86,6 +95,7 @@ class Site:
         self.link_s = max(0.0, self.link_until_s - now_s)
         first_s = next((prefill.exec_s for prefill in self.unfinished.values()), 0.0)
         self.left_s = self.queue_s - min(first_s, now_s - self.first_began_s)
+        self.prefill_share = min(_MOST_SHARE, self._spent_s(now_s) / _REMEMBERS_S)
 
     def take_prefill(self, request_id: str, exec_s: float, tokens: int, now_s: float) -> None:
         """It is prefilled here, after those that are."""
@@ -94,6 +104,10 @@ class Site:
         self.unfinished[request_id] = Prefill(exec_s, tokens)
         self.queue_s += exec_s
         self.prefill_tokens += tokens
+        self.spent_s, self.spent_at_s = self._spent_s(now_s) + exec_s, now_s
+
+    def _spent_s(self, now_s: float) -> float:
+        return self.spent_s * math.exp((self.spent_at_s - now_s) / _REMEMBERS_S)
 
     def end_prefill(self, request_id: str, now_s: float, done: bool = True) -> float | None:
         """It is ``done``, or given up.

@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 import aiohttp
 import numpy as np
 
-from common.policies.routing_rules import RULES, UnknownRule, make_rule
+from common.policies.chat_rule import CHAT_RULES
+from common.policies.routing_rules import UnknownRule, make_rule
 from loadgen.bench.language_stack import Replay, Told, language_stack, profiled
 from loadgen.bench.process import BenchmarkError
 from loadgen.bench.rounds import MEASURES, Readings, comparison
@@ -41,7 +42,7 @@ class WrongArgument(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
     parser.add_argument("trace", type=Path, metavar="FILE", help="in Mooncake's format")
-    parser.add_argument("--rule", nargs="+", default=list(_RULES), metavar="NAME", help=f"of {', '.join(RULES)}")
+    parser.add_argument("--rule", nargs="+", default=list(_RULES), metavar="NAME", help=f"of {', '.join(CHAT_RULES)}")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default %(default)s)")
     parser.add_argument("--requests", type=int, default=100, metavar="N", help="of a round (default %(default)s)")
     parser.add_argument("--rate", type=float, default=4.0, help="requests a second (default %(default)s)")
@@ -189,4 +190,4 @@ def _check(options: argparse.Namespace) -> None:
     if options.profile is not None and not options.profile.is_file():
         raise WrongArgument(f"--profile {options.profile}: there is no such file; triptych profile writes one")
     for name in options.rule:
-        make_rule(name)
+        make_rule(name, CHAT_RULES)

@@ -5,12 +5,12 @@ import contextlib
 import structlog
 
 from common.mempool.address import BLOCK_TOKENS
-from common.policies.chat_rule import ChatRule, FewestTokens, guessed_costs
+from common.policies.chat_rule import CHAT_RULES, ChatRule, guessed_costs
 from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
 from common.policies.policy import Policy
 from common.policies.registry import UnknownPolicy, make_policy
 from common.policies.rib import Rib, WrongRib
-from common.policies.routing import Costs, Rule
+from common.policies.routing import Costs
 from common.policies.routing_rules import UnknownRule, make_rule
 from common.runtime.process import CannotServe
 from services.scheduler.config import SchedulerSettings
@@ -40,18 +40,16 @@ def choose_rule(settings: SchedulerSettings) -> ChatRule:
     Raises:
         CannotServe: there is no such rule, or the file has no costs of a language model.
     """
-    rule: Rule = FewestTokens()
-    if settings.routing:
-        try:
-            rule = make_rule(settings.routing)
-        except UnknownRule as error:
-            raise CannotServe(f"TRIPTYCH_ROUTING: {error}") from error
+    try:
+        rule = make_rule(settings.routing or "fewest_tokens", CHAT_RULES)
+    except UnknownRule as error:
+        raise CannotServe(f"TRIPTYCH_ROUTING: {error}") from error
     return ChatRule(rule, _costs(settings))
 
 
 def log_rule(settings: SchedulerSettings) -> None:
     """Say what chats are routed by."""
-    rule = settings.routing or "fewest tokens to prefill"
+    rule = settings.routing or "fewest_tokens"
     if settings.costs is not None:
         log.info("chats are routed", rule=rule, costs=str(settings.costs))
     else:
@@ -68,7 +66,9 @@ def _costs(settings: SchedulerSettings) -> Costs:
         raise CannotServe(f"TRIPTYCH_COSTS: {settings.costs} cannot be used: {error}") from error
     if found is None:
         raise CannotServe(f"TRIPTYCH_COSTS: {settings.costs} has no costs of a language model; triptych profile does")
-    return Costs(found.prefill, found.decode, found.link, found.kv_token_bytes, BLOCK_TOKENS)
+    return Costs(
+        found.prefill, found.decode, found.link, found.kv_token_bytes, BLOCK_TOKENS, found.prefill.chunk_tokens
+    )
 
 
 def open_record(settings: SchedulerSettings) -> contextlib.AbstractContextManager[EventRecord | None]:

@@ -22,10 +22,10 @@ class SchedulerSettings(ServiceSettings):
     ``policy``: by the name it has in the registry. ``rib``: the file with the profile that it decides by (without one,
     the paper's table). ``record``: the file to which all events go, to be played again in the simulator.
 
-    ``routing``: the rule of ``common.policies.routing_rules`` by which chats find their instances; empty: the fewest
-    tokens to prefill. ``costs``: the file with the profile of the language model, for rules that weigh times. Without
-    one they take an instance to prefill ``prefill_tokens_s`` tokens a second, and to send the keys and values of
-    ``transfer_tokens_s`` of them.
+    ``routing``: the rule, of ``common.policies.chat_rule.CHAT_RULES``, by which chats find their instances; empty: the
+    fewest tokens to prefill. ``costs``: the file with the profile of the language model, for rules that weigh times.
+    Without one they take an instance to prefill ``prefill_tokens_s`` tokens a second, and to send the keys and values
+    of ``transfer_tokens_s`` of them.
     """
 
     policy: str = "ddit"
