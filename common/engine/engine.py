@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from common.engine.blocks import Prefixes, SequenceBlocks
 from common.engine.request import Output, Request
 from common.engine.sequence import Computed
-from common.mempool.address import Address
+from common.mempool.address import TOKEN_BYTES, Address
 from common.mempool.allocator import BlockAllocator
 from common.mempool.caching import Caching
 from common.mempool.pool import MemPool
@@ -18,9 +18,7 @@ from common.mempool.tiers import Tier
 from common.messages.chat import tokens_in, unpack_tokens
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, CausalLM, Chunk, KVPool
 from common.models.causal_lm.sampling import sample
-from common.policies.batching_rules import BatchingRules
-from common.policies.continuous_batching import (
-    ContinuousBatching,
+from common.policies.batching_events import (
     LengthPredicted,
     Piece,
     PreemptSequence,
@@ -32,6 +30,8 @@ from common.policies.continuous_batching import (
     StepDue,
     StepFinished,
 )
+from common.policies.batching_rules import BatchingRules
+from common.policies.continuous_batching import ContinuousBatching
 
 
 class RequestRefused(ValueError):
@@ -230,6 +230,17 @@ class Engine:
         """The blocks of a sequence, of which the engine is to stay the only writer; None: there is no such sequence."""
         sequence = self._sequences.get(name)
         return None if sequence is None else sequence.blocks.table
+
+    def computed_tokens(self, name: str) -> int:
+        """Of how many tokens of a sequence there are keys and values; 0: there is no such sequence."""
+        sequence = self._sequences.get(name)
+        return 0 if sequence is None else sequence.computed
+
+    @property
+    def waiting_blocks(self) -> int:
+        """How many blocks those will take, to begin with, that wait for them."""
+        waiting = [len(one.tokens) // TOKEN_BYTES for one in self._sequences.values() if not one.blocks.addresses]
+        return sum(self._pool.layout.blocks_for(tokens) for tokens in waiting)
 
     def cancel(self, name: str, now_s: float) -> None:
         """Give an answer up, or what is parked of it; nothing if it is at its end."""

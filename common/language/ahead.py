@@ -25,7 +25,7 @@ from common.language.stepper import Stepper
 from common.mempool.allocator import Access
 from common.messages.chat import CancelGeneration, OfferKV
 from common.messages.subjects import CANCEL_GENERATION, OFFER_KV
-from common.models.causal_lm import BLOCK_TOKENS, Chunk
+from common.models.causal_lm import BLOCK_TOKENS, BlockTable, Chunk
 from common.tensors.errors import TensorError
 from common.tensors.port import Tensors
 
@@ -88,11 +88,26 @@ class SendingAhead:
             engine.layer_stored = self._layer_stored
 
     def begin(self, held: Held) -> None:
-        """From now on, send of this sequence what is computed. Nothing where its first token will be its last."""
+        """From now on, send of this sequence what is computed, and what is already. Between two steps, or before it is
+        the engine's. Nothing where its first token will be its last.
+        """
         last = held.generated + 1 >= held.request.sampling.max_tokens
-        if self._settings.transfer_mode is not TransferMode.BY_REQUEST and not last:
-            layers = self._engine.pool.layout.layers
-            self._under_way[held.key] = _Ahead(held, held.kv_tokens + 1, [0] * layers)
+        if self._settings.transfer_mode is TransferMode.BY_REQUEST or last:
+            return
+        table = self._engine.table(held.key)
+        computed = self._engine.computed_tokens(held.key)
+        ahead = _Ahead(held, held.kv_tokens + 1, [0] * self._engine.pool.layout.layers)
+        self._under_way[held.key] = ahead
+        if table is None or not computed:
+            return
+        if self._settings.transfer_mode is TransferMode.BY_CHUNK:
+            self._add_blocks(ahead, table, computed)
+        else:
+            part = blocks_part(self._engine.pool, table, 0, computed)
+            # A copy: its last block is written to again, before it may have left.
+            part.kv = [tensor.clone() for tensor in part.kv]
+            ahead.until = [computed] * len(ahead.until)
+            self._add(ahead, part)
 
     def step_done(self) -> None:
         """A step is over: what it computed may leave."""
@@ -104,15 +119,19 @@ class SendingAhead:
             # After the last piece the sequence is handed over, with what is left of it.
             if ahead is None or table is None or piece.last:
                 continue
-            first = ahead.until[0]
-            end = (piece.start + piece.count) // BLOCK_TOKENS * BLOCK_TOKENS
-            if piece.start < first:
+            if piece.start < ahead.until[0]:
                 self._break(ahead, "it was preempted")
-            elif end > first and not ahead.broken:
-                ahead.until = [end] * len(ahead.until)
-                blocks = table.blocks[first // BLOCK_TOKENS : end // BLOCK_TOKENS]
-                ahead.accesses.append(self._engine.allocator.begin_access(blocks))
-                self._add(ahead, blocks_part(self._engine.pool, table, first, end))
+            else:
+                self._add_blocks(ahead, table, piece.start + piece.count)
+
+    def _add_blocks(self, ahead: _Ahead, table: BlockTable, computed: int) -> None:
+        """Those that are full now, in place."""
+        first, end = ahead.until[0], computed // BLOCK_TOKENS * BLOCK_TOKENS
+        if end > first and not ahead.broken:
+            ahead.until = [end] * len(ahead.until)
+            blocks = table.blocks[first // BLOCK_TOKENS : end // BLOCK_TOKENS]
+            ahead.accesses.append(self._engine.allocator.begin_access(blocks))
+            self._add(ahead, blocks_part(self._engine.pool, table, first, end))
 
     def _layer_stored(self, chunks: Sequence[Chunk], layer: int) -> None:
         """Within a step, in the compute thread: copied there, the layer needs no block to stay as it is."""

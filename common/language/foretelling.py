@@ -58,6 +58,15 @@ class Foretelling:
         if self._mode is not LengthPrediction.OFF:
             self.sources["histogram" if told is None else "predictor"] += 1
 
+    def answer(self, held: Held, told: ExpectedAnswer | None = None) -> LengthRange:
+        """How many tokens the whole answer will have: as was told, as is predicted here, or as answers were so far."""
+        if told is not None:
+            return LengthRange(told.low, told.high, told.source)
+        predicted = held.expected
+        if predicted is not None and predicted.done() and not predicted.cancelled() and predicted.exception() is None:
+            return predicted.result()
+        return self._lengths.counted(tokens_in(held.prompt))
+
     def ended(self, held: Held) -> None:
         """An answer has come to its end here."""
         self._lengths.ended(held.prompt, held.generated)

@@ -20,7 +20,8 @@ class Held:
 
     ``answered`` is what of the answer there is, over all attempts; ``prefill`` who handed it over, if anybody did;
     ``known`` the answer of who will decode it, of how many tokens it has keys and values; ``expected`` what is
-    predicted of the answer's length, where anything is.
+    predicted of the answer's length, where anything is; ``heavy`` whether that is much, of one that is decoded here;
+    ``unsaid`` who goes on with it, as long as the gateway has not been told.
     """
 
     request: GenerateTokens
@@ -29,6 +30,8 @@ class Held:
     prefill: str = ""
     known: asyncio.Future[int] | None = None
     expected: asyncio.Future[LengthRange] | None = None
+    heavy: bool = False
+    unsaid: str = ""
 
     async def known_there(self) -> int:
         """Of how many of its tokens who decodes it has keys and values already."""
@@ -99,16 +102,26 @@ class Held:
             logprobs=told,
             finish=None if output.finish is None else _REASONS[output.finish],
             cached_tokens=output.cached_tokens,
+            decode=self._said(),
         )
         self.answered += pack_tokens((sampled.token,))
         return news
 
+    def goes_to(self, instance: str) -> None:
+        """Have another instance go on with it, which its next tokens will say, or ``hand_to``."""
+        self.request = self.request.model_copy(update={"decode": instance})
+        self.unsaid = instance
+
     def hand_to(self, instance: str) -> SequenceTokens:
         """Have another instance go on with it, and say so."""
-        self.request = self.request.model_copy(update={"decode": instance})
+        self.goes_to(instance)
         return SequenceTokens(
-            request_id=self.request.request_id, epoch=self.request.epoch, offset=self.generated, decode=instance
+            request_id=self.request.request_id, epoch=self.request.epoch, offset=self.generated, decode=self._said()
         )
+
+    def _said(self) -> str:
+        said, self.unsaid = self.unsaid, ""
+        return said
 
     def failed(self, failure: Failure) -> SequenceTokens:
         return SequenceTokens(

@@ -11,12 +11,14 @@ from common.bus.errors import BusError, Refusal
 from common.bus.port import Subscription
 from common.engine import Output, Request, RequestRefused
 from common.language.foretelling import Foretelling, told, told_already
+from common.language.giving import Giving
 from common.language.handed_on import HandedOn
 from common.language.handover import HandOver
 from common.language.held import Held, Sequences
 from common.language.index_teller import IndexTeller
+from common.language.load_reporter import LoadReporter
 from common.language.loading import LoadedModel
-from common.language.prefixes import SendingPrefixes, prefix_at
+from common.language.prefixes import SendingPrefixes
 from common.language.sendback import SendingBack
 from common.language.settings import LanguageSettings
 from common.language.speaker import Crowd, Speaker
@@ -26,6 +28,7 @@ from common.mempool.address import BLOCK_TOKENS, TOKEN_BYTES
 from common.mempool.transfer import BlockTransfer
 from common.messages.chat import (
     CancelGeneration,
+    ExpectedAnswer,
     FindGeneration,
     GenerateTokens,
     GenerationFound,
@@ -46,6 +49,7 @@ from common.messages.subjects import (
     TAKE_OVER,
     TELL_INDEX,
 )
+from common.policies.decode_dispatch import HEAVY_ABOVE
 from common.policies.fence import StaleEpoch
 from common.runtime.worker import Equipment
 from common.tensors.errors import TensorError
@@ -80,14 +84,29 @@ class LanguageInstance:
         self.receiving = Receiving(
             equipment.tensors, model.engine, self._stepper, self._sequences, settings, self.foretelling
         )
+        self._reporter = LoadReporter(
+            equipment.bus, equipment.instance, model.engine, self._stepper, self._sequences, self.receiving
+        )
         memory = model.engine.memory
         self._teller = IndexTeller(equipment.bus, equipment.instance, memory, self._stepper)
         self.transfers = BlockTransfer(
             memory, equipment.bus, equipment.tensors, self._stepper.between, settings.transfer_s
         )
+        self._giving = Giving(
+            equipment.bus,
+            self.foretelling,
+            self.hand_over,
+            self._handed_on,
+            self._sequences,
+            self._speaker,
+            model.engine,
+            self._stepper,
+            settings,
+            self._spawn,
+        )
+        self.dispatching = self._giving.dispatching
         self._prefixes = SendingPrefixes(equipment.bus, model.engine, self._stepper, self.transfers, settings)
         self.sending_back = SendingBack(self._prefixes)
-        self._ask_s = settings.transfer_s
         self._tasks = asyncio.TaskGroup()
 
     async def listen(self) -> Sequence[Subscription]:
@@ -102,6 +121,7 @@ class LanguageInstance:
             await self._bus.serve(TAKE_OVER, self._take_over, self._instance, max_in_flight=_MOST_TAKE_OVERS),
             await self._bus.serve(TELL_INDEX, self._teller.tell, self._instance),
             await self._bus.subscribe(CANCEL_GENERATION, self._cancel, self._instance),
+            await self.dispatching.listen(),
         )
 
     async def run(self) -> None:
@@ -109,6 +129,7 @@ class LanguageInstance:
         try:
             async with self._tasks:
                 self._spawn(self._teller.run(), "tell of the index")
+                self._spawn(self._reporter.run(), "report load")
                 self._spawn(self.sending_back.run(), "send back")
                 await self._stepper.run()
         finally:
@@ -120,6 +141,7 @@ class LanguageInstance:
                 lengths_told_by=dict(self.foretelling.sources),
                 handed_over_bytes=self.hand_over.sent_bytes + self._ahead.sent_bytes,
                 moved_bytes=self.transfers.sent_bytes,
+                dispatched=dict(self.dispatching.choices),
             )
             self._ahead.stop()
             self.foretelling.close()
@@ -142,10 +164,9 @@ class LanguageInstance:
             if not self._sequences.has(held):
                 return Acknowledged()  # cancelled meanwhile
         if asked.park:
-            if self._engine.caching.keeps_received:
-                held.known = asyncio.get_running_loop().create_future()
-                self._stepper.soon(partial(self._ask, held, held.known))
-            self._ahead.begin(held)
+            self._giving.begin(held)
+        else:
+            held.heavy = self._is_heavy(held)
         now_s = asyncio.get_running_loop().time()
         self._stepper.soon(partial(self._add, held, asked, now_s))
         return Acknowledged()
@@ -157,6 +178,7 @@ class LanguageInstance:
     async def _take_over(self, handed: TakeOver) -> Acknowledged:
         held, _ = self._take_in(handed.request, park=False)
         held.prefill = handed.prefill
+        held.heavy = self._is_heavy(held, handed.expected)
         await self.receiving.run(held, handed)
         return Acknowledged()
 
@@ -206,6 +228,9 @@ class LanguageInstance:
             self._drop(former)
         return held, asked
 
+    def _is_heavy(self, held: Held, told: ExpectedAnswer | None = None) -> bool:
+        return self.foretelling.answer(held, told).low > HEAVY_ABOVE
+
     # --- between two steps ---------------------------------------------------------------------------------------
 
     def _add(self, held: Held, asked: Request, now_s: float) -> None:
@@ -228,21 +253,12 @@ class LanguageInstance:
         expected, now_s = self.foretelling.expected_tokens(held, said), asyncio.get_running_loop().time()
         self._stepper.soon(partial(self._engine.expect, held.key, expected, now_s))
 
-    def _ask(self, held: Held, known: asyncio.Future[int]) -> None:
-        """Ask who will decode it what it has of it: now, so that no answer is waited for when it is handed over."""
-        tokens = held.tokens
-
-        async def ask() -> None:
-            known.set_result(await prefix_at(self._bus, held.request.decode, tokens, self._ask_s))
-
-        self._spawn(ask(), f"ask of {held.key}")
-
     def _drop(self, held: Held) -> None:
-        self._ahead.forget(held.key)
+        self._giving.forget(held)
         self._stepper.soon(partial(self._engine.cancel, held.key, asyncio.get_running_loop().time()))
 
     async def _absorb(self, outputs: list[Output]) -> None:
-        self._ahead.step_done()
+        self._giving.step_done()
         news: dict[str, list[SequenceTokens]] = {}
         handing_over = []
         for output in outputs:
@@ -264,9 +280,7 @@ class LanguageInstance:
             self._spawn(self._hand(held), f"hand over {held.key}")
 
     async def _hand(self, held: Held) -> None:
-        # Noted before: from now on it may be there.
-        self._handed_on.note(held.request.request_id, held.request.epoch, held.request.decode)
-        failure = await self.hand_over.run(held)
+        failure = await self._giving.run(held)
         if failure is not None:
             if self._sequences.has(held):
                 log.warning("not taken over", sequence=held.key, decode=held.request.decode, reason=failure.message)
@@ -291,7 +305,7 @@ class LanguageInstance:
     def _remove(self, held: Held) -> None:
         """It is at its end here."""
         self._sequences.remove(held)
-        self._ahead.forget(held.key)
+        self._giving.forget(held)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         return self._tasks.create_task(work, name=name)

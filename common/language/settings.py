@@ -3,12 +3,14 @@
 import tempfile
 from enum import StrEnum
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from common.mempool.caching import Caching
 from common.policies.batching_rules import BatchingRules
 from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
+from common.policies.decode_dispatch import DispatchRule
 from common.policies.prefill_schedule import PrefillOrder
 from common.runtime.settings import ComputeSettings
 
@@ -55,6 +57,11 @@ class LanguageSettings(ComputeSettings):
     answers are predicted, ``victim_rule`` who leaves where there are too few blocks for all: who came last, or who is
     predicted to have most tokens yet to come.
 
+    ``dispatch`` says by which rule a prefill instance chooses who decodes (TetriInfer, section 3.3.4); ``scheduler``:
+    it does not, the scheduler does. ``least_delay`` reckons with ``delay_sequence_ms`` for a sequence more in a step,
+    ``delay_heavy_ms`` beyond that for one with many tokens, and a link for the keys and values of ``transfer_tokens_s``
+    tokens a second; the defaults are the paper's machine's (OPT-13B on two V100).
+
     How a pass is put together: ``prefill_order`` says whose prompt comes next, sorted ``prefill_sched_batch`` at a time
     (TetriInfer, section 3.3.1); with ``srf``, which has no batches, a second of waiting counts as
     ``prefill_ageing_tokens_s`` tokens less. Of a prompt that waits alone a pass may compute ``alone_tokens`` (0:
@@ -75,6 +82,10 @@ class LanguageSettings(ComputeSettings):
     kv_disk_folder: Path = Path(tempfile.gettempdir())
     length_prediction: LengthPrediction = LengthPrediction.PARALLEL
     victim_rule: VictimRule = VictimRule.LATEST
+    dispatch: Literal["scheduler"] | DispatchRule = "scheduler"
+    delay_sequence_ms: float = Field(default=0.54, ge=0)
+    delay_heavy_ms: float = Field(default=0.29, ge=0)
+    transfer_tokens_s: float = Field(default=20_000.0, gt=0)
     prefill_order: PrefillOrder = PrefillOrder.FCFS
     prefill_sched_batch: int = Field(default=16, ge=1)
     prefill_ageing_tokens_s: float = Field(default=100.0, ge=0)
@@ -98,6 +109,11 @@ class LanguageSettings(ComputeSettings):
             admission=DecodeAdmission(self.decode_admission, self.victim_rule),
             fixed=self.batching is Batching.FIXED,
         )
+
+    @property
+    def dispatch_rule(self) -> DispatchRule:
+        """By which to choose where a route names nobody."""
+        return DispatchRule.POWER_OF_TWO if self.dispatch == "scheduler" else self.dispatch
 
 
 def model_name(location: str) -> str:

@@ -32,7 +32,7 @@ log = structlog.get_logger()
 class Receiving:
     """Takes sequences over, any number at once. ``outcomes`` counts how transfers ended, ``offers`` what came ahead.
 
-    ``waiting``: so many are to come and have no blocks yet.
+    ``waiting``: so many are to come and have no blocks yet; ``waiting_blocks``: so many they want.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Receiving:
         self._foretelling = foretelling
         self._ahead: dict[str, Arriving] = {}
         self.waiting = 0
+        self.waiting_blocks = 0
         self.outcomes: Counter[str] = Counter()
         self.offers: Counter[str] = Counter()
 
@@ -161,11 +162,14 @@ class Receiving:
 
     async def _reserve(self, held: Held, expected_tokens: int, known: bytes, deadline_s: float) -> Arriving | None:
         """Blocks as soon as it may have them; None once nobody wants the sequence. Raises: NotTransferred."""
+        blocks = self._engine.pool.layout.blocks_for(held.kv_tokens + 1)
         self.waiting += 1
+        self.waiting_blocks += blocks
         try:
             reserved = await self._stepper.until(partial(self._allocate, held, expected_tokens, known), deadline_s)
         finally:
             self.waiting -= 1
+            self.waiting_blocks -= blocks
         if reserved is None:
             raise NotTransferred(f"blocks for {held.kv_tokens} tokens were not free in time")
         if reserved is Lack.EVICTED:

@@ -107,7 +107,9 @@ class RouteChat(Message):
 class ChatRoute(Message):
     """``prefill`` computes the first token and hands over to ``decode``. If both are the same, it does both.
 
-    ``best_cached_tokens``: so many of the prompt's keys and values the instance had that had the most of them.
+    ``decode`` empty: ``prefill`` chooses (TetriInfer, section 3.3.4); ``cached`` is then what instances that decode
+    have of the prompt, in tokens. ``best_cached_tokens``: so many of the prompt's keys and values the instance had that
+    had the most of them.
     """
 
     request_id: str
@@ -116,6 +118,7 @@ class ChatRoute(Message):
     decode: str
     reason: str
     best_cached_tokens: int = Field(default=0, ge=0)
+    cached: tuple[tuple[str, int], ...] = ()
 
 
 class ChatPrefilled(Message):
@@ -143,7 +146,8 @@ class GenerateTokens(Message):
     """Go on with this sequence. ``tokens`` (``pack_tokens``) are the prompt and then ``generated`` of the answer.
 
     The latter count as answer in penalties, positions and ``max_tokens``. Tokens go to ``gateway`` as they come, the
-    first at position ``generated``. ``created_at_s`` (Unix) is when the client's request came.
+    first at position ``generated``. ``created_at_s`` (Unix) is when the client's request came. ``decode``, ``cached``:
+    see ``ChatRoute``.
     """
 
     request_id: str
@@ -154,6 +158,7 @@ class GenerateTokens(Message):
     gateway: str
     decode: str
     created_at_s: float
+    cached: tuple[tuple[str, int], ...] = ()
 
 
 class FinishReason(StrEnum):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from common.messages import cache, chat, cluster, failures, kv_index, mempool, video
+from common.messages import cache, chat, cluster, dispatch, failures, kv_index, mempool, video
 from common.messages.base import Message
 
 Request = TypeVar("Request", bound=Message)
@@ -127,6 +127,10 @@ MOVE_BLOCKS = RequestSubject("triptych.language.{}.move", mempool.MoveBlocks, me
 # Heard at most once: what is missed is found out by FIND_GENERATION, or by the next tokens' offset.
 CANCEL_GENERATION = EventSubject("triptych.language.{}.cancel", chat.CancelGeneration)
 TOKENS_GENERATED = EventSubject("triptych.gateway.{}.tokens", chat.TokensGenerated)
+
+# How decode instances are, said by each and told to all. Heard at most once: the next one says it again.
+LOAD_REPORTED = EventSubject("triptych.scheduler.load_reported", dispatch.DecodeLoad)
+DECODE_LOADS = EventSubject("triptych.language.decode_loads", dispatch.DecodeLoads)
 
 # What language instances have cached. Heard at most once: what is missed shows with the next change.
 INDEX_CHANGED = EventSubject("triptych.scheduler.index_changed", kv_index.IndexChanged)

@@ -5,8 +5,8 @@ until the first token is there, answers, as long as they may become, at the deco
 is known here without asking anybody, and is forgotten with the gateway that holds the sequence. What an instance has
 cached of a prompt it need not compute (MemServe, section 6). An instance that does both (fused) bears both.
 
-Departure from TetriInfer: there the global scheduler never picks the decode instance. Here it does, as long as there is
-no prediction of the answer's length by which the prefill instance would do better.
+Departure from TetriInfer: there the global scheduler never picks the decode instance. Here it does, unless prefill
+instances choose (``dispatched``), who may know more of the answer's length.
 """
 
 from collections.abc import Collection, Sequence
@@ -38,8 +38,8 @@ class _Routed:
     prefill: str
     decode: str
     answer_tokens: int
+    context_tokens: int
     chosen: Chosen
-    context_tokens: int = 0
     link_from_s: float = 0.0
     link_until_s: float = 0.0
 
@@ -55,10 +55,13 @@ class ChatDispatch:
     Attributes:
         next_epoch: of the first route; each later one is higher.
         rule: by which to choose, and what it knows.
+        dispatched: whether prefill instances choose who decodes (TetriInfer, section 3.3.4): then nobody is named here,
+            and what is to be generated counts nowhere before it is known who generates it.
     """
 
     next_epoch: int = 1
     rule: ChatRule = field(default_factory=_fewest_tokens)
+    dispatched: bool = False
     _sites: dict[str, Site] = field(default_factory=dict)
     _routed: dict[str, _Routed] = field(default_factory=dict)
     _waiting: dict[str, ChatArrived] = field(default_factory=dict)
@@ -128,18 +131,28 @@ class ChatDispatch:
         self, arrived: ChatArrived, prefills: Sequence[Site], decodes: Sequence[Site], now_s: float
     ) -> RouteSequence:
         chosen = self.rule.choose(arrived, prefills, decodes, now_s)
-        prefill, decode, pull = chosen.choice.prefill, chosen.choice.decode, chosen.pull
+        prefill, pull = chosen.choice.prefill, chosen.pull
+        # Who decodes too keeps what it prefills.
+        decode = None if self.dispatched and prefill is not chosen.choice.decode else chosen.choice.decode
         request_id, answer_tokens = arrived.request_id, arrived.max_tokens
-        routed = _Routed(arrived.gateway, self.next_epoch, prefill.name, decode.name, answer_tokens, chosen)
+        routed = _Routed(
+            arrived.gateway,
+            self.next_epoch,
+            prefill.name,
+            decode.name if decode is not None else "",
+            answer_tokens,
+            self.rule.costs.whole_blocks(arrived.prompt_tokens + answer_tokens),
+            chosen,
+        )
         self.next_epoch += 1
         if pull is not None:
             routed.link_until_s = occupy_links(self._sites[pull.source], prefill, chosen.pull_s, now_s)
             routed.link_from_s = routed.link_until_s - chosen.pull_s
         prefill.take_prefill(request_id, chosen.exec_s, arrived.prompt_tokens - chosen.cached_tokens, now_s)
-        routed.context_tokens = self.rule.costs.whole_blocks(arrived.prompt_tokens + answer_tokens)
-        decode.take_decode(request_id, routed.context_tokens, answer_tokens)
+        if decode is not None:
+            decode.take_decode(request_id, routed.context_tokens, answer_tokens)
         self._routed[request_id] = routed
-        return RouteSequence(request_id, routed.epoch, prefill.name, decode.name, chosen.choice.reason, pull)
+        return RouteSequence(request_id, routed.epoch, prefill.name, routed.decode, chosen.choice.reason, pull)
 
     def _pulled(self, routed: _Routed, tokens: int, now_s: float) -> None:
         if (pull := routed.chosen.pull) is None:

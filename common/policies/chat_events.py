@@ -100,7 +100,10 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class RouteSequence:
-    """Have the sequence prefilled at ``prefill`` and decoded at ``decode``, once ``prefill`` has what it is to pull."""
+    """Have the sequence prefilled at ``prefill`` and decoded at ``decode``, once ``prefill`` has what it is to pull.
+
+    ``decode`` empty: ``prefill`` chooses.
+    """
 
     request_id: str
     epoch: int

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from common.policies.decode_dispatch import DecodeLoad, LoadsBroadcast
 
 PERIOD_S = 0.1
+# What does not change is said again after so long: of an instance that says nothing for ten periods nothing is known.
+REPEAT_S = 5 * PERIOD_S
 
 
 @dataclass(frozen=True, slots=True)

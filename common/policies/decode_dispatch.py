@@ -16,6 +16,9 @@ from enum import StrEnum
 
 from common.policies.length_prediction import LengthRange
 
+# An answer of which more tokens are predicted is heavy (TetriInfer, section 5.1).
+HEAVY_ABOVE = 128
+
 
 class DispatchRule(StrEnum):
     """``RANDOM`` and ``IMBALANCE`` (all heavy ones to one instance) are what the paper compares with."""
@@ -80,6 +83,7 @@ class SequenceBegan:
     Attributes:
         draws: two numbers in [0, 1), by chance.
         prefix_tokens: how many of the prompt's tokens an instance has already; 0 where it is not named.
+        avoid: who did not take it; chosen only where there is no other.
     """
 
     sequence: str
@@ -87,6 +91,14 @@ class SequenceBegan:
     predicted: LengthRange
     draws: tuple[float, float]
     prefix_tokens: Mapping[str, int] = field(default_factory=dict)
+    avoid: Collection[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HeldLongEnough:
+    """It has waited for an instance with room for as long as it may: now it goes to whoever has most."""
+
+    sequence: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +115,14 @@ class SequenceGone:
     sequence: str
 
 
-Event = LoadsBroadcast | SequenceBegan | SequenceHandedOver | SequenceGone
+@dataclass(frozen=True, slots=True)
+class InstanceGone:
+    """Whom it chose is gone: nothing for it, unless the next broadcast names it."""
+
+    instance: str
+
+
+Event = LoadsBroadcast | SequenceBegan | HeldLongEnough | SequenceHandedOver | SequenceGone | InstanceGone
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +176,7 @@ class DecodeDispatch:
     def __init__(
         self,
         rule: DispatchRule = DispatchRule.POWER_OF_TWO,
-        heavy_above: int = 128,
+        heavy_above: int = HEAVY_ABOVE,
         counts_pending: bool = True,
         ratio_mode: RatioMode = RatioMode.BY_KIND,
         room_for_high: bool = False,
@@ -193,19 +212,24 @@ class DecodeDispatch:
                 return self._choose(list(self._held.values()))
             case SequenceBegan():
                 return self._choose([event])
+            case HeldLongEnough(name):
+                held = self._held.get(name)
+                return self._choose([held], holds=False) if held is not None else []
             case SequenceHandedOver(name):
                 if (sent := self._sent.get(name)) is not None:
                     sent.handed_over = True
             case SequenceGone(name):
                 self._sent.pop(name, None)
                 self._held.pop(name, None)
+            case InstanceGone(instance):
+                self._loads = tuple(load for load in self._loads if load.instance != instance)
         return []
 
-    def _choose(self, sequences: Sequence[SequenceBegan]) -> list[ChooseDecode]:
+    def _choose(self, sequences: Sequence[SequenceBegan], holds: bool | None = None) -> list[ChooseDecode]:
         chosen = []
         for began in sequences:
             self._held.pop(began.sequence, None)
-            choice = self._choose_one(began)
+            choice = self._choose_one(began, self._holds if holds is None else holds)
             if choice is None:
                 self._held[began.sequence] = began
                 continue
@@ -213,8 +237,9 @@ class DecodeDispatch:
             chosen.append(choice)
         return chosen
 
-    def _choose_one(self, began: SequenceBegan) -> ChooseDecode | None:
-        views = self._views()
+    def _choose_one(self, began: SequenceBegan, holds: bool) -> ChooseDecode | None:
+        there = self._views()
+        views = [view for view in there if view.instance not in began.avoid] or there
         if not views:
             return None
         heavy = self._is_heavy(began)
@@ -228,7 +253,7 @@ class DecodeDispatch:
         need = self._need(began)
         alpha = [view for view in views if view.free_blocks >= need]
         if not alpha:
-            if self._holds:
+            if holds:
                 return None
             view = max(views, key=lambda other: other.free_blocks)
             return ChooseDecode(began.sequence, view.instance, f"{kind}; nobody has {need} blocks, this the most")

@@ -129,6 +129,8 @@ class Generation:
                     step = await self._next(line)
                     if line.decode != told and (step.tokens or told is not None):
                         told = line.decode
+                        if told:
+                            self._metrics.goes_on(told)
                         report = ChatPrefilled(request_id=request_id, epoch=route.epoch, decode=told)
                         await self._bus.publish(CHAT_PREFILLED, report)
                     finished = step.finish is not None
@@ -196,6 +198,7 @@ class Generation:
             update={
                 "epoch": route.epoch,
                 "decode": route.decode,
+                "cached": route.cached,
                 "tokens": self._prompt + pack_tokens(self._generated),
                 "generated": len(self._generated),
             }

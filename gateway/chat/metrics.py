@@ -23,6 +23,12 @@ class LanguageMetrics:
         self._reroutes = Counter(
             "triptych_sequence_reroutes", "Sequences that went on elsewhere, by why.", ("why",), registry=registry
         )
+        self._decodes = Counter(
+            "triptych_sequence_decodes",
+            "Attempts at answers by who went on after the first token, or after another.",
+            ("instance",),
+            registry=registry,
+        )
         self._first_token = Histogram(
             "triptych_time_to_first_token_seconds",
             "From a request's arrival to the first token of each answer.",
@@ -72,6 +78,9 @@ class LanguageMetrics:
 
     def rerouted(self, why: str) -> None:
         self._reroutes.labels(why).inc()
+
+    def goes_on(self, instance: str) -> None:
+        self._decodes.labels(instance).inc()
 
     def ended(self, outcome: str) -> None:
         """``outcome``: ``stop``, ``length``, ``cancelled`` or ``failed``."""

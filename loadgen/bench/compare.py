@@ -8,7 +8,7 @@ median of the pairs' ratios with its quartiles.
 import json
 import statistics
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,6 +142,17 @@ async def compare_async(
 def write_json(path: Path, result: dict[str, object]) -> None:
     """Write what a benchmark's ``run`` returned."""
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def keep_rows(result: dict[str, object], rows: Iterable[dict[str, object]], path: Path | None) -> dict[str, object]:
+    """The result with its rows; written after each, so that a run that is cut off leaves what it has."""
+    runs: list[dict[str, object]] = []
+    result["runs"] = runs
+    for row in rows:
+        runs.append(row)
+        if path is not None:
+            write_json(path, result)
+    return result
 
 
 def _order(pair: int) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from loadgen.random_model import save_random_model
 from loadgen.simulator.outcome import summary
 from loadgen.workloads import MIXES, UnknownMix, Workload, WrongMix, mix_named
 
-_PROFILE = ("--in-stack", "--repeats", "10")
+_PROFILE = ("--language-model", "none", "--in-stack", "--repeats", "10")
 _POLICIES = ("sdop:1", "sdop:2", "ddit", "elastic")
 
 

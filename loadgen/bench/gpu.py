@@ -7,12 +7,9 @@ the models are and compiled. What the card could do at best is measured in the s
 
 import argparse
 import contextlib
-import gc
 import itertools
-import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,8 +17,9 @@ from torch._inductor.utils import fresh_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.models.opensora.gpu.graphs import CapturedSTDiT3
-from loadgen.bench.compare import write_json
-from loadgen.gpu.measure import Failed, Reading, measure
+from loadgen.bench.compare import keep_rows
+from loadgen.gpu.measure import Failed, Reading, free_memory, measure
+from loadgen.gpu.options import DTYPES, WrongArgument, add_measuring_arguments, check_counts, chosen_device
 from loadgen.gpu.rates import data_sheet_flops, matrix_flops
 from loadgen.gpu.setups import (
     PUBLISHED,
@@ -35,9 +33,8 @@ from loadgen.gpu.setups import (
     random_transformer,
     random_vae,
 )
-from loadgen.gpu.table import Decode, Rates, Step
+from loadgen.gpu.table import Decode, Rates, Step, device_name, name_of
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _ATTENTION = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -45,17 +42,10 @@ _ATTENTION = {
 }
 
 
-class WrongArgument(ValueError):
-    """An argument that makes no sense here; the message says what to change."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
     parser.add_argument("--size", nargs="+", metavar="NAME", help=f"of {', '.join(PUBLISHED.sizes)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="readings of each (default %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="calls before them (default %(default)s)")
-    parser.add_argument("--device", default="cuda", metavar="NAME", help="(default %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default %(default)s)")
+    add_measuring_arguments(parser)
     parser.add_argument("--attention", choices=("auto", *_ATTENTION), default="auto", help="torch's kernel to prefer")
     parser.add_argument("--not-compiled", action="store_true", help="leave the compiled half out")
     parser.add_argument("--compile-vae", action="store_true", help="compile the autoencoder too: minutes for each size")
@@ -91,9 +81,7 @@ class _Bench:
     def of(cls, options: argparse.Namespace) -> "_Bench":
         """Raises WrongArgument."""
         setup = TINY if options.tiny else PUBLISHED
-        for name, least in (("repeats", 1), ("warm_up", 0)):
-            if getattr(options, name) < least:
-                raise WrongArgument(f"--{name.replace('_', '-')} {getattr(options, name)}: give {least} or more")
+        check_counts(options)
         for size in options.size or ():
             if size not in setup.sizes:
                 raise WrongArgument(f"--size {size}: give some of {', '.join(setup.sizes)}")
@@ -194,56 +182,6 @@ class _Bench:
             yield size, outcome
         # What was compiled holds on to weights, which would count as memory of what is measured next.
         torch.compiler.reset()
-
-
-def keep_rows(result: dict[str, object], rows: Iterable[dict[str, object]], path: Path | None) -> dict[str, object]:
-    """The result with its rows; written after each, so that a run that is cut off leaves what it has."""
-    runs: list[dict[str, object]] = []
-    result["runs"] = runs
-    for row in rows:
-        runs.append(row)
-        if path is not None:
-            write_json(path, result)
-    return result
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """As people write it."""
-    return str(dtype).removeprefix("torch.")
-
-
-def device_name(device: torch.device) -> str:
-    """For people."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-
-
-def free_memory(device: torch.device) -> None:
-    """Nothing that is left of what was measured before shall count as the next one's memory."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device of that name. Raises WrongArgument."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise WrongArgument(f"--device {name}: give cuda, cuda:1, ... or cpu") from None
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda":
-        raise WrongArgument(f"--device {name}: give cuda, cuda:1, ... or cpu")
-    if not torch.cuda.is_available():
-        raise WrongArgument(
-            "torch sees no GPU here, so that nothing was measured; on a machine with one, install a torch that is "
-            "built for it (--device cpu --tiny takes the same way on a CPU)"
-        )
-    device = torch.device("cuda", device.index or 0)
-    if device.index >= torch.cuda.device_count():
-        raise WrongArgument(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
-    torch.cuda.set_device(device)
-    return device
 
 
 def _preferring(attention: str) -> contextlib.AbstractContextManager[object]:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from common.models.causal_lm import CausalLM
-from loadgen.bench.gpu import DTYPES, WrongArgument, chosen_device, device_name, free_memory, keep_rows, name_of
+from loadgen.bench.compare import keep_rows
 from loadgen.gpu.language import PUBLISHED, TINY, Decoding, LanguageSetup, Prefill, Work, random_language_model
-from loadgen.gpu.measure import Failed, Reading, measure
+from loadgen.gpu.measure import Failed, Reading, free_memory, measure
+from loadgen.gpu.options import DTYPES, WrongArgument, add_measuring_arguments, check_counts, chosen_device
 from loadgen.gpu.rates import copy_bytes, matrix_flops
-from loadgen.gpu.table import duration, memory
+from loadgen.gpu.table import device_name, duration, memory, name_of
 
 _PREFILL_HEAD = f"{'chunk':>6} {'passes':>6} {'prompt':>10} {'tokens/s':>9} {'TFLOP/s':>8} {'of rate':>8} {'peak':>10}"
 _DECODE_HEAD = (
@@ -28,10 +29,7 @@ _DECODE_HEAD = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
     parser.add_argument("--model", nargs="+", metavar="NAME", help=f"of {', '.join(PUBLISHED.configs)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="readings of each (default %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="calls before them (default %(default)s)")
-    parser.add_argument("--device", default="cuda", metavar="NAME", help="(default %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default %(default)s)")
+    add_measuring_arguments(parser)
     parser.add_argument("--tiny", action="store_true", help="a tiny likeness instead of the published sizes")
 
 
@@ -59,9 +57,7 @@ class _Bench:
     def of(cls, options: argparse.Namespace) -> "_Bench":
         """Raises WrongArgument."""
         setup = TINY if options.tiny else PUBLISHED
-        for name, least in (("repeats", 1), ("warm_up", 0)):
-            if getattr(options, name) < least:
-                raise WrongArgument(f"--{name.replace('_', '-')} {getattr(options, name)}: give {least} or more")
+        check_counts(options)
         for model in options.model or ():
             if model not in setup.configs:
                 raise WrongArgument(f"--model {model}: give some of {', '.join(setup.configs)}")

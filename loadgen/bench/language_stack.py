@@ -1,4 +1,4 @@
-"""A stack of fused language instances under one routing rule, and requests that are asked of it at their times."""
+"""A stack of language instances, and requests that are asked of it at their times."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,10 @@ class Answer:
 
     asked_s: float
     first_s: float | None = None
+    last_s: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    answer_tokens: int = 0
     done: bool = False
 
     @property
@@ -49,6 +51,11 @@ class Answer:
         if self.first_s is None or not self.done:
             raise BenchmarkError("an answer ended before its end")
         return self.first_s - self.asked_s
+
+    @property
+    def jct_s(self) -> float:
+        """Until its last token. Raises BenchmarkError: there was none."""
+        return self.ttft_s + self.last_s - (self.first_s or 0.0)
 
     def take(self, line: bytes, now_s: float) -> None:
         """One line of the stream. Raises BenchmarkError: it tells of a failure."""
@@ -61,10 +68,12 @@ class Answer:
         told: dict[str, Any] = json.loads(data)
         if "error" in told:
             raise BenchmarkError(f"an answer failed: {told['error']['message']}")
-        if told["choices"] and self.first_s is None:
-            self.first_s = now_s
+        if told["choices"]:
+            self.first_s = now_s if self.first_s is None else self.first_s
+            self.last_s = now_s
         if (usage := told.get("usage")) is not None:
             self.prompt_tokens = usage["prompt_tokens"]
+            self.answer_tokens = usage["completion_tokens"]
             self.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
 
 
@@ -80,9 +89,10 @@ class Replay:
 
 
 class LanguageStack:
-    """A running stack, by its address."""
+    """A running stack, by its address. ``pid``: of the process that runs it."""
 
-    def __init__(self, session: aiohttp.ClientSession, vocabulary: int) -> None:
+    def __init__(self, session: aiohttp.ClientSession, vocabulary: int, pid: int) -> None:
+        self.pid = pid
         self._session = session
         self._vocabulary = vocabulary
         self._warmed = 0
@@ -104,7 +114,7 @@ class LanguageStack:
             if after is not None:
                 await asyncio.wait([after])
             await asyncio.sleep(max(0.0, begin_s + request.due_s - time.monotonic()))
-            return await self._ask(request)
+            return await self.ask(request)
 
         async with asyncio.TaskGroup() as group:
             for request in requests:
@@ -123,9 +133,10 @@ class LanguageStack:
         self._warmed += 1
         name = f"warming up {self._warmed}"
         tokens = random_tokens(_WARM_UP_SEED + self._warmed, _WARM_UP_TOKENS, self._vocabulary)
-        return await self._ask(SmallRequest(0.0, name, tuple(tokens), 2))
+        return await self.ask(SmallRequest(0.0, name, tuple(tokens), 2))
 
-    async def _ask(self, request: SmallRequest) -> Answer:
+    async def ask(self, request: SmallRequest) -> Answer:
+        """Ask at once, and read the answer to its end. Raises BenchmarkError: it was refused, or failed."""
         fields = {
             "prompt": list(request.tokens),
             "max_tokens": request.answer_tokens,
@@ -176,21 +187,33 @@ async def language_stack(
     rule: str, model: str, instances: int, vocabulary: int, told: Told
 ) -> AsyncIterator[LanguageStack]:
     """A stack under ``rule`` with so many fused instances of one thread each; stopped at the end."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TRIPTYCH_THREADS": "1",
+    settings = {
         "TRIPTYCH_ROLE": "fused",
         "TRIPTYCH_ROUTING": rule,
         "TRIPTYCH_PREFILL_TOKENS_S": str(told.prefill_tokens_s),
         "TRIPTYCH_TRANSFER_TOKENS_S": str(told.transfer_tokens_s),
     }
+    async with stack_of(model, {"decode": instances}, settings, vocabulary, told.profile) as stack:
+        yield stack
+
+
+@contextlib.asynccontextmanager
+async def stack_of(
+    model: str, counts: Mapping[str, int], settings: Mapping[str, str], vocabulary: int, profile: str = ""
+) -> AsyncIterator[LanguageStack]:
+    """A stack with so many of each service, of one thread each, under these settings; stopped at the end.
+
+    ``profile``: a file of ``triptych profile`` to go by, if any.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRIPTYCH_THREADS": "1", **settings}
     command = [sys.executable, "-m", "compose.cli", "up", "--port", "0", "--log-level", "warning"]
-    command += ["--language-model", model, "--set", f"decode={instances}"]
-    command += ["--rib", told.profile] if told.profile else []
+    command += ["--language-model", model]
+    command += ["--rib", profile] if profile else []
+    for service, count in counts.items():
+        command += ["--set", f"{service}={count}"]
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=_ANSWER_TIMEOUT_S)
     async with (
-        started(command, environment) as (_, ready),
+        started(command, environment) as (process, ready),
         aiohttp.ClientSession(ready.split()[1], timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session,
     ):
-        yield LanguageStack(session, vocabulary)
+        yield LanguageStack(session, vocabulary, process.pid)

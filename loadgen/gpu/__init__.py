@@ -1,1 +1,1 @@
-"""What ``loadgen bench gpu`` is made of: models of published size, their work in operations, clocks, rates."""
+"""What ``loadgen bench gpu`` and ``gpu-llm`` are made of: models of published size, their work, clocks, rates."""

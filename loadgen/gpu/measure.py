@@ -1,5 +1,6 @@
 """One piece of work, timed on the device that does it, and the most memory it held."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -86,3 +87,10 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 def _first_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
+
+
+def free_memory(device: torch.device) -> None:
+    """Nothing that is left of what was measured before shall count as the next one's memory."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -1,6 +1,9 @@
 """What was measured, as lines of a table and as JSON values."""
 
+import platform
 from dataclasses import dataclass
+
+import torch
 
 from loadgen.gpu.flops import StepFlops, step_flops
 from loadgen.gpu.measure import Failed, Reading
@@ -151,3 +154,13 @@ def _about(phase: str, setup: Setup, size: str, compiled: bool) -> dict[str, obj
         "frames": setup.frames,
         "compiled": compiled,
     }
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As people write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def device_name(device: torch.device) -> str:
+    """For people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"

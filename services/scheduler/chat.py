@@ -5,7 +5,7 @@ Nothing here is kept: a scheduler that starts anew counts no load of what runs a
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 
 import structlog
 
@@ -13,7 +13,7 @@ from common.bus.errors import BusError, Refusal
 from common.bus.port import Bus
 from common.mempool.address import TOKEN_BYTES
 from common.messages.chat import ChatEnded, ChatPrefilled, ChatRoute, RouteChat
-from common.messages.cluster import Member, Service
+from common.messages.cluster import LanguageRole, Member, Service
 from common.messages.failures import Failure, Stage
 from common.messages.mempool import SendPrefix
 from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, ROUTE_CHAT, SEND_PREFIX
@@ -21,6 +21,7 @@ from common.policies import chat_events as event
 from common.policies.chat_dispatch import ChatDispatch
 from common.policies.chat_rule import ChatRule
 from common.runtime.membership import MemberChange, MemberDraining, MemberJoined, MemberLost
+from services.scheduler.decode_loads import DecodeLoadMonitor
 from services.scheduler.prompt_view import PromptView
 
 log = structlog.get_logger()
@@ -30,11 +31,22 @@ _LEAST_PULL_S = 0.1
 
 
 class ChatRouter:
-    """Answers gateways. ``doubt`` is told of instances at which a gateway found nobody."""
+    """Answers gateways. ``doubt`` is told of instances at which a gateway found nobody.
 
-    def __init__(self, bus: Bus, first_epoch: int, doubt: Callable[[str], None], rule: ChatRule) -> None:
+    ``dispatched``: prefill instances choose who decodes, and are told how those are.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        first_epoch: int,
+        doubt: Callable[[str], None],
+        rule: ChatRule,
+        dispatched: bool = False,
+    ) -> None:
         self._bus = bus
-        self._policy = ChatDispatch(first_epoch, rule)
+        self._policy = ChatDispatch(first_epoch, rule, dispatched)
+        self._loads = DecodeLoadMonitor(bus) if dispatched else None
         self._doubt = doubt
         self._asked: dict[str, asyncio.Future[event.RouteSequence]] = {}
         self._prompts = PromptView(bus)
@@ -48,7 +60,7 @@ class ChatRouter:
             await self._bus.subscribe(CHAT_ENDED, self._ended),
         ]
         try:
-            async with self._prompts.running():
+            async with self._prompts.running(), self._loads.running() if self._loads else contextlib.nullcontext():
                 yield
         finally:
             for answer in self._asked.values():
@@ -63,15 +75,22 @@ class ChatRouter:
             case MemberJoined() if member.roles:
                 self._prompts.follow(member.instance)
                 self._tell(event.InstanceJoined(member.instance, member.roles, _room(member)))
+                self._have_roles(member.instance, member.roles)
             case MemberDraining() if member.roles:
                 self._tell(event.InstanceDraining(member.instance))
+                self._have_roles(member.instance, ())
             case MemberLost() if member.roles:
                 self._prompts.forget(member.instance)
                 self._tell(event.InstanceLost(member.instance))
+                self._have_roles(member.instance, ())
             case MemberLost() if member.service is Service.GATEWAY:
                 self._tell(event.GatewayLost(member.instance))
             case _:
                 pass
+
+    def _have_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
+        if self._loads is not None:
+            self._loads.has_roles(instance, roles)
 
     async def _route(self, asked: RouteChat) -> ChatRoute:
         for instance in asked.gone:
@@ -83,6 +102,7 @@ class ChatRouter:
         if former is not None:
             _refuse(former, "overtaken", "the sequence was asked for again")
         self._asked[asked.request_id] = answer
+        cached = self._prompts.cached(asked.tokens)
         self._tell(
             event.ChatArrived(
                 asked.request_id,
@@ -91,7 +111,7 @@ class ChatRouter:
                 asked.prompt_tokens,
                 asked.max_tokens,
                 (*asked.avoid, *asked.gone),
-                self._prompts.cached(asked.tokens),
+                cached,
                 asked.conversation,
             )
         )
@@ -108,6 +128,7 @@ class ChatRouter:
                 decode=route.decode,
                 reason=route.reason,
                 best_cached_tokens=best,
+                cached=() if route.decode else tuple(cached.items()),
             )
         except TimeoutError:
             raise _refusal("no_instance", f"no prefill and decode instance within {asked.wait_s:g} s") from None

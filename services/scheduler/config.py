@@ -1,10 +1,11 @@
 """The scheduler's settings."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from common.policies.decode_dispatch import DispatchRule
 from common.runtime.settings import ServiceSettings
 
 
@@ -25,7 +26,8 @@ class SchedulerSettings(ServiceSettings):
     ``routing``: the rule, of ``common.policies.chat_rule.CHAT_RULES``, by which chats find their instances; empty: the
     fewest tokens to prefill. ``costs``: the file with the profile of the language model, for rules that weigh times.
     Without one they take an instance to prefill ``prefill_tokens_s`` tokens a second, and to send the keys and values
-    of ``transfer_tokens_s`` of them.
+    of ``transfer_tokens_s`` of them. ``dispatch``: who decodes is chosen here with ``scheduler``; with any of the
+    rules, by the prefill instances (TetriInfer, section 3.3.4).
     """
 
     policy: str = "ddit"
@@ -35,5 +37,6 @@ class SchedulerSettings(ServiceSettings):
     costs: OptionalPath = None
     prefill_tokens_s: float = Field(default=2000.0, gt=0)
     transfer_tokens_s: float = Field(default=20_000.0, gt=0)
+    dispatch: Literal["scheduler"] | DispatchRule = "scheduler"
     max_admitted: int = Field(default=64, ge=1)
     drain_s: float = Field(default=10.0, ge=0)

@@ -75,11 +75,11 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, An
 
 
 @contextlib.asynccontextmanager
-async def scheduler(url: str) -> AsyncIterator[None]:
+async def scheduler(url: str, **settings: Any) -> AsyncIterator[None]:
     """A real scheduler, in this process."""
     stop = asyncio.Event()
-    settings = SchedulerSettings(nats_url=url, instance="scheduler-0", drain_s=0.0)
-    running = asyncio.create_task(serve_scheduler(settings, stop))
+    own = SchedulerSettings(nats_url=url, instance="scheduler-0", drain_s=0.0, **settings)
+    running = asyncio.create_task(serve_scheduler(own, stop))
     try:
         yield
     finally:

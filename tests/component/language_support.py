@@ -64,10 +64,12 @@ class LanguageStack:
 
 
 @contextlib.asynccontextmanager
-async def language_stack(url: str, folder: Path, **settings: Any) -> AsyncIterator[LanguageStack]:
-    """``folder`` holds the model."""
+async def language_stack(
+    url: str, folder: Path, dispatch: str = "scheduler", **settings: Any
+) -> AsyncIterator[LanguageStack]:
+    """``folder`` holds the model; ``dispatch`` is the scheduler's, ``settings`` are the gateway's."""
     async with contextlib.AsyncExitStack() as opened:
-        await opened.enter_async_context(scheduler(url))
+        await opened.enter_async_context(scheduler(url, dispatch=dispatch))
         bus = await opened.enter_async_context(await NatsBus.connect(url, name="gateway-0"))
         own = GatewaySettings(
             nats_url=url, port=0, instance="gateway-0", language_model=str(folder), route_s=60.0, **settings

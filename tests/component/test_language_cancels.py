@@ -15,6 +15,7 @@ import pytest
 
 from common.language.settings import TransferMode
 from common.policies.decode_admission import AdmissionRule
+from common.policies.decode_dispatch import DispatchRule
 from common.policies.prefill_schedule import PrefillOrder
 from tests.component.chat_support import DECODE, PREFILL
 from tests.component.gateway_support import until
@@ -37,12 +38,22 @@ _RULES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", ["fused", *TransferMode])
-async def test_the_books_balance_whoever_leaves(nats_server: NatsServer, language_model: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "dispatch"),
+    [
+        ("fused", "scheduler"),
+        (TransferMode.BY_CHUNK, "scheduler"),
+        (TransferMode.BY_REQUEST, DispatchRule.POWER_OF_TWO),
+        (TransferMode.BY_LAYER, DispatchRule.POWER_OF_TWO),
+    ],
+)
+async def test_the_books_balance_whoever_leaves(
+    nats_server: NatsServer, language_model: Path, mode: str, dispatch: str
+) -> None:
     url, folder = nats_server.url, language_model
     rules = _RULES.get(mode, {})
     async with contextlib.AsyncExitStack() as opened:
-        stack = await opened.enter_async_context(language_stack(url, folder))
+        stack = await opened.enter_async_context(language_stack(url, folder, dispatch))
         if mode == "fused":
             only = language_instance(url, "decode-0", folder, chunk_tokens=32, kv_bytes=POOL)
             instances = [await opened.enter_async_context(only)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.language.settings import TransferMode
+from common.policies.decode_dispatch import DispatchRule
 from tests.component.language_support import known_prompts, language_stack, shown
 from tests.support.language_processes import language_processes
 from tests.support.nats_server import NatsServer
@@ -23,22 +24,32 @@ FUSED = ("decode-0", "decode-1")
 APART = ("prefill-0", "decode-0", "prefill-1", "decode-1")
 
 
-@pytest.mark.parametrize("mode", ["fused", *TransferMode])
+@pytest.mark.parametrize(
+    ("mode", "dispatch"),
+    [
+        ("fused", "scheduler"),
+        (TransferMode.BY_CHUNK, "scheduler"),
+        *((mode, DispatchRule.POWER_OF_TWO) for mode in TransferMode),
+    ],
+)
 async def test_streams_outlive_their_instances(
-    nats_server: NatsServer, language_model: Path, tmp_path: Path, mode: str
+    nats_server: NatsServer, language_model: Path, tmp_path: Path, mode: str, dispatch: str
 ) -> None:
     if mode == "fused":
         prefills, role, victims, sending = 0, "fused", FUSED, TransferMode.BY_REQUEST
     else:
         prefills, role, victims, sending = 2, "decode", APART, TransferMode(mode)
     chance = random.Random(KILLS)
+    url = nats_server.url
     prompts = known_prompts(language_model)
     killed = asyncio.Event()
     answered = 0
 
     async with (
-        language_processes(nats_server.url, language_model, tmp_path, prefills, 2, role, sending) as processes,
-        language_stack(nats_server.url, language_model, silence_s=0.5) as stack,
+        language_processes(
+            nats_server.url, language_model, tmp_path, prefills, 2, role, sending, dispatch
+        ) as processes,
+        language_stack(url, language_model, dispatch, silence_s=0.5) as stack,
     ):
         await stack.served(*victims)
 

@@ -144,6 +144,8 @@ class PlayedLanguageWorker:
         return Acknowledged()
 
     async def _take_over(self, handed: TakeOver) -> Acknowledged:
+        if self.faults.refuse is not None:
+            raise Refusal(self.faults.refuse)
         self._begin(handed.request, handed, False)
         return Acknowledged()
 

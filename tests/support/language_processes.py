@@ -39,7 +39,14 @@ class Processes:
 
 @contextlib.asynccontextmanager
 async def language_processes(
-    url: str, model: Path, folder: Path, prefills: int, decodes: int, role: str, mode: str = "by_request"
+    url: str,
+    model: Path,
+    folder: Path,
+    prefills: int,
+    decodes: int,
+    role: str,
+    mode: str = "by_request",
+    dispatch: str = "scheduler",
 ) -> AsyncIterator[Processes]:
     """``folder`` takes logs; ``role`` is the decode instances', ``mode`` how keys and values are sent."""
     services = _SERVICE.format(name="prefill", role=role, replicas=prefills)
@@ -53,6 +60,7 @@ async def language_processes(
         "TRIPTYCH_KV_BYTES": str(4 << 20),
         "TRIPTYCH_CHUNK_TOKENS": "32",
         "TRIPTYCH_TRANSFER_MODE": mode,
+        "TRIPTYCH_DISPATCH": dispatch,
         "OMP_NUM_THREADS": "1",
         "UCX_NET_DEVICES": "lo",
         "UCX_WARN_UNUSED_ENV_VARS": "n",

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.policies.batching_rules import BatchingRules
-from common.policies.continuous_batching import (
+from common.policies.batching_events import (
     LengthPredicted,
     PreemptSequence,
     RunStep,
@@ -18,6 +17,7 @@ from common.policies.continuous_batching import (
     StepDue,
     StepFinished,
 )
+from common.policies.batching_rules import BatchingRules
 from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
 from common.policies.prefill_schedule import PrefillOrder
 

@@ -102,6 +102,26 @@ def test_what_is_to_be_generated_counts_where_it_is_generated_now() -> None:
     assert (dispatch.load("d0"), dispatch.load("d2")) == ((0, 0), (0, 0))
 
 
+def test_where_prefill_instances_choose_nobody_is_named() -> None:
+    for rule in (None, "cost"):
+        dispatch = cluster(rule, p0=PREFILL, d0=DECODE)
+        dispatch.dispatched = True
+        assert route(dispatch, arrived("a")) == ("p0", "")
+        assert dispatch.load("d0") == (0, 0)
+        dispatch.handle(ChatPrefilled("a", 100), 0.0)
+        assert (dispatch.load("p0"), dispatch.load("d0")) == ((0, 0), (0, 0))
+        dispatch.handle(ChatPrefilled("a", 100, "d0"), 0.0)
+        assert dispatch.load("d0") == (0, 100)
+        # Who does both keeps what it prefills.
+        dispatch.handle(InstanceLost("p0"), 0.0)
+        dispatch.handle(InstanceJoined("f0", FUSED), 0.0)
+        assert route(dispatch, arrived("b")) == ("f0", "f0")
+        # Somebody must be there all the same.
+    nobody = cluster(p0=PREFILL)
+    nobody.dispatched = True
+    assert nobody.handle(arrived("c"), 0.0) == []
+
+
 def test_what_is_avoided_or_draining_is_taken_only_where_there_is_no_other() -> None:
     dispatch = cluster(f0=FUSED, f1=FUSED)
     assert route(dispatch, arrived("a", avoid=("f0",))) == ("f1", "f1")

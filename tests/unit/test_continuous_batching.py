@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.policies.continuous_batching import (
+from common.policies.batching_events import (
     CachedPrefix,
-    ContinuousBatching,
     Piece,
     PreemptSequence,
     RefuseSequence,
@@ -16,6 +15,7 @@ from common.policies.continuous_batching import (
     StepDue,
     StepFinished,
 )
+from common.policies.continuous_batching import ContinuousBatching
 from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
 from common.policies.prefill_schedule import PrefillOrder, PrefillSchedule
 

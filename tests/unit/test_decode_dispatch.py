@@ -10,6 +10,8 @@ from common.policies.decode_dispatch import (
     DecodeLoad,
     DelayCost,
     DispatchRule,
+    HeldLongEnough,
+    InstanceGone,
     LoadsBroadcast,
     RatioMode,
     SequenceBegan,
@@ -142,3 +144,28 @@ def test_nobody_is_sent_where_there_is_no_room(
             free[choice.instance] -= 35 if heavy else 10
         held += not choices
     assert all(blocks >= 0 for blocks in free.values()) and dispatch.held == held
+
+
+def test_what_was_held_long_enough_goes_to_the_freest() -> None:
+    dispatch = _told(("d0", 3, 0, 0), ("d1", 9, 5, 5))
+    assert dispatch.handle(_began("a")) == [] and dispatch.held == 1
+    (choice,) = dispatch.handle(HeldLongEnough("a"))
+    assert (choice.sequence, choice.instance, dispatch.held) == ("a", "d1", 0)
+    assert dispatch.handle(HeldLongEnough("a")) == []
+    # Where nobody is known, it is held for as long as it is wanted.
+    unknown = DecodeDispatch()
+    assert unknown.handle(_began("b")) == unknown.handle(HeldLongEnough("b")) == [] and unknown.held == 1
+
+
+def test_who_did_not_take_it_is_avoided_where_there_is_another() -> None:
+    loads = (("d0", 900, 0, 0), ("d1", 900, 9, 1))
+    assert _chosen(_told(*loads), _began("a", avoid=("d0",))) == "d1"
+    assert _chosen(_told(*loads), _began("a", avoid=("d0", "d1"))) == "d0"
+
+
+def test_who_is_gone_gets_nothing_until_it_is_told_of_anew() -> None:
+    dispatch = _told(("d0", 900, 0, 0), ("d1", 900, 9, 1))
+    dispatch.handle(InstanceGone("d0"))
+    assert _chosen(dispatch, _began("a")) == "d1"
+    dispatch.handle(LoadsBroadcast((DecodeLoad("d0", 900, 0, 0), DecodeLoad("d1", 900, 9, 1))))
+    assert _chosen(dispatch, _began("b")) == "d0"

@@ -80,4 +80,8 @@ def test_another_instance_goes_on_from_what_is_there() -> None:
     held = _held(tokens=(5, 6, 7), generated=1)
     news = held.hand_to("decode-1")
     assert (news.request_id, news.epoch, news.offset, news.tokens, news.decode) == ("a", 1, 1, (), "decode-1")
-    assert held.so_far().decode == "decode-1"
+    assert held.so_far().decode == "decode-1" and not held.unsaid
+    held.goes_to("decode-2")
+    assert held.so_far().decode == held.unsaid == "decode-2"
+    told = [held.take(Output(held.key, Sampled(token), "", None)) for token in (8, 9)]
+    assert [news.decode for news in told] == ["decode-2", ""]

@@ -74,7 +74,8 @@ def test_an_answer_is_read_line_by_line() -> None:
         answer.take(said(choices=[{"index": 0, "text": ""}], usage=None), now_s)
     with pytest.raises(BenchmarkError, match="before its end"):
         _ = answer.ttft_s
-    answer.take(said(choices=[], usage={"prompt_tokens": 40, "prompt_tokens_details": {"cached_tokens": 32}}), 11.0)
+    usage = {"prompt_tokens": 40, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 32}}
+    answer.take(said(choices=[], usage=usage), 11.0)
     answer.take(b"data: [DONE]\n", 11.0)
     assert (answer.ttft_s, answer.prompt_tokens, answer.cached_tokens) == (0.5, 40, 32)
     with pytest.raises(BenchmarkError, match="failed: too long"):

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from common.policies.continuous_batching import (
-    ContinuousBatching,
+from common.policies.batching_events import (
     Piece,
     PreemptSequence,
     RefuseSequence,
@@ -14,6 +13,7 @@ from common.policies.continuous_batching import (
     StepDue,
     StepFinished,
 )
+from common.policies.continuous_batching import ContinuousBatching
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.cost import Machine, StepWork
 from loadgen.simulator.language.requests import ChatRequest
