@@ -15,7 +15,7 @@ _STATE_STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow"}
 def run_status(base_url: str) -> int:
     """Print the members of the cluster and the jobs by state; 0 if the stack is ready, 1 if something is missing."""
     cluster = asyncio.run(_get(base_url, "/v1/cluster"))
-    table = Table("instance", "state", "slot", "device", "model", "up", box=None, pad_edge=False)
+    table = Table("instance", "state", "slot", "device", "model", "roles", "up", box=None, pad_edge=False)
     for member in cluster["members"]:
         state = str(member["state"])
         table.add_row(
@@ -24,6 +24,7 @@ def run_status(base_url: str) -> int:
             "" if member["slot"] is None else str(member["slot"]),
             member["device"],
             member["model"] or "",
+            ", ".join(member["roles"]),
             _age(time.time() - member["started_at_s"]),
         )
     console = Console()

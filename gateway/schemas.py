@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from common.messages.cluster import MemberState, Service
+from common.messages.cluster import LanguageRole, MemberState, Service
 from common.messages.video import VideoState
 
 # The largest integer that every reader of JSON keeps exactly.
@@ -229,6 +229,7 @@ class ClusterMember(Schema):
     device: str
     model: str | None
     started_at_s: float
+    roles: list[LanguageRole]
 
 
 class ClusterSlot(Schema):

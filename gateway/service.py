@@ -12,7 +12,7 @@ from aiohttp import web
 from common.bus.nats_bus import NatsBus
 from common.bus.port import Bus
 from common.messages.cluster import Service
-from common.messages.subjects import PROMPTS_SERVED, VIDEO_BUCKETS, VIDEO_OBJECTS, VIDEO_QUEUES
+from common.messages.subjects import PROMPTS_SERVED, ROLE_FLIPPED, VIDEO_BUCKETS, VIDEO_OBJECTS, VIDEO_QUEUES
 from common.runtime.membership import MemberChange, MemberLost, MembershipView, Registration
 from common.runtime.process import CannotServe
 from gateway.app import make_app
@@ -78,6 +78,8 @@ async def running_gateway(bus: Bus, settings: GatewaySettings, listener: socket.
         work = OwnedWork()
         served = await bus.subscribe(PROMPTS_SERVED, metrics.prompts_served)
         stack.push_async_callback(served.stop)
+        flips = await bus.subscribe(ROLE_FLIPPED, metrics.language.role_flipped)
+        stack.push_async_callback(flips.stop)
         patience = Patience(settings.route_s, settings.silence_s)
         edge = Edge(
             settings=settings,

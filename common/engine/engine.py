@@ -176,6 +176,8 @@ class Engine:
 
     def expect(self, name: str, expected_tokens: int, now_s: float) -> None:
         """It is predicted only now how many tokens a sequence will come to have; nothing if it is at its end."""
+        if (sequence := self._sequences.get(name)) is not None:
+            sequence.expected_tokens = expected_tokens
         self._batching.handle(LengthPredicted(name, expected_tokens), now_s)
 
     def refusal(self, tokens: int, expected_tokens: int, held_blocks: int = 0) -> str | None:
@@ -219,12 +221,50 @@ class Engine:
         keeps = self.caching.keeps_received if addresses else self.caching.keeps_computed
         sequence = Computed.of(request, self._tokenizer, SequenceBlocks(self.memory, addresses), keeps)
         sequence.computed, sequence.prefilled = computed, bool(addresses)
+        sequence.expected_tokens = expected_tokens
         self._sequences[name] = sequence
 
     def parked(self, name: str) -> BlockTable | None:
         """The blocks of a parked sequence, the last token's keys and values not in them; None: it is not parked."""
         sequence = self._sequences.get(name)
         return sequence.blocks.table if sequence is not None and sequence.parked else None
+
+    def park(self, name: str, now_s: float) -> BlockTable | None:
+        """Have an answer stand still, its blocks as they are, for somebody who goes on from there.
+
+        Returns:
+            Its blocks; None: there is no such answer, or it is not at a point from which one can go on: it is parked
+            already, waits, or has tokens to be computed before the next one.
+        """
+        sequence = self._sequences.get(name)
+        if sequence is None or sequence.parked or not sequence.decoding:
+            return None
+        sequence.parked = True
+        self._parked += 1
+        self._batching.handle(SequenceLeft(name), now_s)
+        return sequence.blocks.table
+
+    def resume(self, name: str, now_s: float) -> None:
+        """Go on with what ``park`` has stopped; nothing if it was given up meanwhile."""
+        sequence = self._sequences.get(name)
+        if sequence is None or not sequence.parked:
+            return
+        sequence.parked = False
+        self._parked -= 1
+        arrival = SequenceArrived(
+            name,
+            tokens_in(sequence.tokens),
+            sequence.request.computed_tokens,
+            sequence.computed,
+            len(sequence.blocks.addresses),
+            sequence.expected_tokens,
+        )
+        self._batching.handle(arrival, now_s)
+
+    def waits(self, name: str) -> bool:
+        """Whether it holds no blocks yet, or was made to give them up."""
+        sequence = self._sequences.get(name)
+        return sequence is not None and not sequence.blocks.addresses
 
     def table(self, name: str) -> BlockTable | None:
         """The blocks of a sequence, of which the engine is to stay the only writer; None: there is no such sequence."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from common.engine.blocks import SequenceBlocks
 from common.engine.request import Finish, Output, Request
 from common.mempool.address import TOKEN_BYTES
-from common.messages.chat import pack_tokens, unpack_tokens
+from common.messages.chat import pack_tokens, tokens_in, unpack_tokens
 from common.models.causal_lm.sampling import History, Sampled
 from common.models.causal_lm.text import Detokenizer, StopStrings
 
@@ -24,7 +24,8 @@ class Computed:
         computed: of so many tokens there are any.
         prefilled: whether all of them were computed that it had when it came in.
         cached: how many of those were not computed but found, when it first came in; None: it never has.
-        parked: whether it is done here, and somebody goes on from its blocks.
+        parked: whether it stands still here, and somebody goes on from its blocks.
+        expected_tokens: how many it is predicted to come to have; 0: nothing is predicted.
     """
 
     request: Request
@@ -38,6 +39,7 @@ class Computed:
     prefilled: bool = False
     cached: int | None = None
     parked: bool = False
+    expected_tokens: int = 0
 
     @classmethod
     def of(
@@ -55,6 +57,11 @@ class Computed:
             blocks,
             keeps,
         )
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all of its tokens but the last are computed, so that one token is computed a step."""
+        return self.prefilled and self.computed == tokens_in(self.tokens) - 1
 
     @property
     def known(self) -> bytes:

@@ -48,8 +48,14 @@ class Dispatching:
     """
 
     def __init__(
-        self, bus: Bus, settings: LanguageSettings, foretelling: Foretelling, chosen: Callable[[Held], None]
+        self,
+        instance: str,
+        bus: Bus,
+        settings: LanguageSettings,
+        foretelling: Foretelling,
+        chosen: Callable[[Held], None],
     ) -> None:
+        self._instance = instance
         self._bus = bus
         self._foretelling = foretelling
         self._chosen = chosen
@@ -154,7 +160,9 @@ class Dispatching:
         self._carry_out(self._policy.handle(event))
 
     def _heard(self, told: DecodeLoads) -> None:
-        loads = tuple(policy.DecodeLoad(one.instance, one.free_blocks, one.heavy, one.light) for one in told.loads)
+        # An instance that has come to decode hands over what it has yet to prefill like any other.
+        others = [one for one in told.loads if one.instance != self._instance]
+        loads = tuple(policy.DecodeLoad(one.instance, one.free_blocks, one.heavy, one.light) for one in others)
         self._carry_out(self._policy.handle(policy.LoadsBroadcast(loads)))
 
     def _carry_out(self, choices: Iterable[policy.ChooseDecode]) -> None:

@@ -27,6 +27,7 @@ class Giving:
 
     def __init__(
         self,
+        instance: str,
         bus: Bus,
         foretelling: Foretelling,
         hand_over: HandOver,
@@ -48,7 +49,7 @@ class Giving:
         self._stepper = stepper
         self._ask_s = settings.transfer_s
         self._spawn = spawn
-        self.dispatching = Dispatching(bus, settings, foretelling, self._chosen)
+        self.dispatching = Dispatching(instance, bus, settings, foretelling, self._chosen)
 
     def begin(self, held: Held) -> None:
         """A sequence has come that another instance will go on with; it is not the engine's yet."""

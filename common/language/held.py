@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 from common.engine import Finish, Output, Request
 from common.mempool.address import TOKEN_BYTES
-from common.messages.chat import FinishReason, GenerateTokens, SequenceTokens, TokenLogprobs, pack_tokens, tokens_in
+from common.messages.chat import (
+    ExpectedAnswer,
+    FinishReason,
+    GenerateTokens,
+    SequenceTokens,
+    TokenLogprobs,
+    pack_tokens,
+    tokens_in,
+)
 from common.messages.failures import Failure
 from common.models.causal_lm.sampling import SamplingParameters
 from common.policies.fence import Fence, StaleEpoch
@@ -20,8 +28,9 @@ class Held:
 
     ``answered`` is what of the answer there is, over all attempts; ``prefill`` who handed it over, if anybody did;
     ``known`` the answer of who will decode it, of how many tokens it has keys and values; ``expected`` what is
-    predicted of the answer's length, where anything is; ``heavy`` whether that is much, of one that is decoded here;
-    ``unsaid`` who goes on with it, as long as the gateway has not been told.
+    predicted of the answer's length, where anything is, and ``told`` what who handed it over said of that; ``heavy``
+    whether that is much, of one that is decoded here; ``unsaid`` who goes on with it, as long as the gateway has not
+    been told.
     """
 
     request: GenerateTokens
@@ -30,6 +39,7 @@ class Held:
     prefill: str = ""
     known: asyncio.Future[int] | None = None
     expected: asyncio.Future[LengthRange] | None = None
+    told: ExpectedAnswer | None = None
     heavy: bool = False
     unsaid: str = ""
 

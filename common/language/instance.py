@@ -10,6 +10,7 @@ import structlog
 from common.bus.errors import BusError, Refusal
 from common.bus.port import Subscription
 from common.engine import Output, Request, RequestRefused
+from common.language.flipping import Roles
 from common.language.foretelling import Foretelling, told, told_already
 from common.language.giving import Giving
 from common.language.handed_on import HandedOn
@@ -18,15 +19,18 @@ from common.language.held import Held, Sequences
 from common.language.index_teller import IndexTeller
 from common.language.load_reporter import LoadReporter
 from common.language.loading import LoadedModel
+from common.language.moving import MovingOn
 from common.language.prefixes import SendingPrefixes
 from common.language.sendback import SendingBack
 from common.language.settings import LanguageSettings
 from common.language.speaker import Crowd, Speaker
 from common.language.stepper import Stepper
+from common.language.stored import StoredPrefixes
 from common.language.takeover import Receiving
 from common.mempool.address import BLOCK_TOKENS, TOKEN_BYTES
 from common.mempool.transfer import BlockTransfer
 from common.messages.chat import (
+    MOVED,
     CancelGeneration,
     ExpectedAnswer,
     FindGeneration,
@@ -36,11 +40,13 @@ from common.messages.chat import (
     SequenceTokens,
     TakeOver,
 )
+from common.messages.cluster import LanguageRole
 from common.messages.failures import Acknowledged, Failure, Stage
 from common.messages.mempool import MatchPrefix, PrefixMatched, SendPrefix
 from common.messages.subjects import (
     CANCEL_GENERATION,
     FIND_GENERATION,
+    FLIP_ROLE,
     GENERATE_TOKENS,
     MATCH_PREFIX,
     MOVE_BLOCKS,
@@ -65,12 +71,9 @@ _MOST_MOVES = 16
 class LanguageInstance:
     """The body of a language process; see ``common.runtime.worker.Worker``."""
 
-    def __init__(
-        self, equipment: Equipment, model: LoadedModel, settings: LanguageSettings, stage: Stage = Stage.DECODE
-    ) -> None:
+    def __init__(self, equipment: Equipment, model: LoadedModel, settings: LanguageSettings) -> None:
         self._bus = equipment.bus
         self._instance = equipment.instance
-        self._stage = stage
         self._engine = model.engine
         self._sequences = Sequences(_MOST_HELD)
         self._handed_on = HandedOn()
@@ -93,6 +96,7 @@ class LanguageInstance:
             memory, equipment.bus, equipment.tensors, self._stepper.between, settings.transfer_s
         )
         self._giving = Giving(
+            equipment.instance,
             equipment.bus,
             self.foretelling,
             self.hand_over,
@@ -107,6 +111,20 @@ class LanguageInstance:
         self.dispatching = self._giving.dispatching
         self._prefixes = SendingPrefixes(equipment.bus, model.engine, self._stepper, self.transfers, settings)
         self.sending_back = SendingBack(self._prefixes)
+        self.stored = StoredPrefixes(equipment, memory, self.transfers, self._stepper, settings, model.namespace)
+        self.moving = MovingOn(
+            equipment.instance,
+            equipment.bus,
+            model.engine,
+            self._stepper,
+            self._sequences,
+            self.hand_over,
+            self._handed_on,
+            self._speaker.tell,
+            settings,
+            self._spawn,
+        )
+        self.roles = Roles(equipment.instance, equipment.bus, self.moving, self._give_back, self._spawn)
         self._tasks = asyncio.TaskGroup()
 
     async def listen(self) -> Sequence[Subscription]:
@@ -120,6 +138,7 @@ class LanguageInstance:
             await self._bus.serve(MOVE_BLOCKS, self.transfers.receive, self._instance, max_in_flight=_MOST_MOVES),
             await self._bus.serve(TAKE_OVER, self._take_over, self._instance, max_in_flight=_MOST_TAKE_OVERS),
             await self._bus.serve(TELL_INDEX, self._teller.tell, self._instance),
+            await self._bus.serve(FLIP_ROLE, self.roles.flip, self._instance),
             await self._bus.subscribe(CANCEL_GENERATION, self._cancel, self._instance),
             await self.dispatching.listen(),
         )
@@ -131,6 +150,7 @@ class LanguageInstance:
                 self._spawn(self._teller.run(), "tell of the index")
                 self._spawn(self._reporter.run(), "report load")
                 self._spawn(self.sending_back.run(), "send back")
+                self._spawn(self.stored.storing.run(), "store")
                 await self._stepper.run()
         finally:
             log.info(
@@ -141,16 +161,22 @@ class LanguageInstance:
                 lengths_told_by=dict(self.foretelling.sources),
                 handed_over_bytes=self.hand_over.sent_bytes + self._ahead.sent_bytes,
                 moved_bytes=self.transfers.sent_bytes,
+                stored_blocks=self.stored.storing.stored_blocks,
+                fetched_tokens=self.stored.finding.found_tokens,
                 dispatched=dict(self.dispatching.choices),
             )
             self._ahead.stop()
             self.foretelling.close()
-            failure = self._failure("draining", f"{self._instance} is leaving")
-            await self._tell_failed(self._sequences.all, failure)
+            await self._tell_failed(self._sequences.all, "draining", f"{self._instance} is leaving")
 
     def holds(self, request_id: str) -> bool:
         """Whether a sequence waits or runs here."""
         return self._sequences.holds(request_id)
+
+    @property
+    def sequences(self) -> int:
+        """How many wait or run here."""
+        return len(self._sequences)
 
     async def finish(self) -> None:
         await self._sequences.idle.wait()
@@ -158,6 +184,8 @@ class LanguageInstance:
     # --- messages ------------------------------------------------------------------------------------------------
 
     async def _generate(self, request: GenerateTokens) -> Acknowledged:
+        if LanguageRole.PREFILL not in self.roles.now:
+            raise Refusal(self._failure(request, MOVED, f"{self._instance} prefills no more"))
         held, asked = self._take_in(request, park=request.decode != self._instance)
         if asked.park or self._engine.goes_by_predictions:
             await self.foretelling.begin(held)
@@ -176,10 +204,16 @@ class LanguageInstance:
         return Acknowledged()
 
     async def _take_over(self, handed: TakeOver) -> Acknowledged:
+        if handed.running and LanguageRole.DECODE not in self.roles.now:
+            raise Refusal(self._failure(handed.request, MOVED, f"{self._instance} decodes no more"))
         held, _ = self._take_in(handed.request, park=False)
         held.prefill = handed.prefill
         held.heavy = self._is_heavy(held, handed.expected)
-        await self.receiving.run(held, handed)
+        try:
+            await self.receiving.run(held, handed)
+        except Refusal:
+            self._remove(held)
+            raise
         return Acknowledged()
 
     async def _find(self, asked: FindGeneration) -> GenerationFound:
@@ -200,7 +234,8 @@ class LanguageInstance:
         try:
             blocks = await self._prefixes.send(asked.to, asked.tokens)
         except (BusError, TensorError) as error:
-            raise Refusal(self._failure("not_sent", str(error))) from error
+            failure = Failure(stage=Stage.PREFILL, code="not_sent", message=str(error), retryable=True)
+            raise Refusal(failure) from error
         return PrefixMatched(tokens=blocks * BLOCK_TOKENS)
 
     async def _cancel(self, cancel: CancelGeneration) -> None:
@@ -214,16 +249,17 @@ class LanguageInstance:
     def _take_in(self, request: GenerateTokens, park: bool) -> tuple[Held, Request]:
         """Raises: Refusal."""
         if self._sequences.full:
-            raise Refusal(self._failure("overloaded", f"{self._instance} has {len(self._sequences)} sequences"))
+            held_here = f"{self._instance} has {len(self._sequences)} sequences"
+            raise Refusal(self._failure(request, "overloaded", held_here))
         try:
             held = Held.of(request)
             asked = held.asked(park)
             self._engine.check(held.key, asked)
             former = self._sequences.admit(held)
         except StaleEpoch as stale:
-            raise Refusal(self._failure("stale_epoch", str(stale))) from stale
+            raise Refusal(self._failure(request, "stale_epoch", str(stale))) from stale
         except (RequestRefused, ValueError) as error:
-            raise Refusal(self._failure("cannot_be_answered", str(error), retryable=False)) from error
+            raise Refusal(self._failure(request, "cannot_be_answered", str(error), retryable=False)) from error
         if former is not None:
             self._drop(former)
         return held, asked
@@ -233,8 +269,12 @@ class LanguageInstance:
 
     # --- between two steps ---------------------------------------------------------------------------------------
 
-    def _add(self, held: Held, asked: Request, now_s: float) -> None:
+    def _add(self, held: Held, asked: Request, now_s: float, looked: bool = False) -> None:
         if not self._sequences.has(held):
+            return
+        lacking = 0 if looked else self.stored.finding.lacking(held.tokens)
+        if lacking:
+            self._spawn(self._look(held, lacking, asked, now_s), f"look for {held.key}")
             return
         if asked.park:
             self._engine.add(held.key, asked, now_s)
@@ -253,9 +293,29 @@ class LanguageInstance:
         expected, now_s = self.foretelling.expected_tokens(held, said), asyncio.get_running_loop().time()
         self._stepper.soon(partial(self._engine.expect, held.key, expected, now_s))
 
+    async def _look(self, held: Held, lacking: int, asked: Request, now_s: float) -> None:
+        """Compute it only when what the cache stores have of it is here, or does not come."""
+        await self.stored.finding.bring(held.tokens, lacking)
+        self._stepper.soon(partial(self._add, held, asked, now_s, looked=True))
+
     def _drop(self, held: Held) -> None:
         self._giving.forget(held)
         self._stepper.soon(partial(self._engine.cancel, held.key, asyncio.get_running_loop().time()))
+
+    async def _give_back(self) -> None:
+        """Prompts that wait and are for others to decode: nothing of them is here, so they are routed anew."""
+
+        def waiting() -> list[Held]:
+            return [
+                held
+                for held in self._sequences.all
+                if held.request.decode != self._instance and self._engine.waits(held.key)
+            ]
+
+        held = await self._stepper.between(waiting)
+        await self._tell_failed(held, MOVED, f"{self._instance} prefills no more")
+        for one in held:
+            self._drop(one)
 
     async def _absorb(self, outputs: list[Output]) -> None:
         self._giving.step_done()
@@ -267,6 +327,7 @@ class LanguageInstance:
                 # Cancelled during the step; the engine hears of it before the next.
                 continue
             news.setdefault(held.request.gateway, []).append(held.take(output))
+            self.stored.told(held, last=output.finish is not None)
             if output.finish is not None:
                 self._remove(held)
                 if held.request.decode == self._instance:
@@ -275,6 +336,8 @@ class LanguageInstance:
                     self.sending_back.later(held.tokens[: TOKEN_BYTES * held.kv_tokens], held.prefill)
             elif held.request.decode != self._instance and self._engine.parked(held.key) is not None:
                 handing_over.append(held)
+            else:
+                self.moving.consider(held)
         await self._speaker.tell(news)
         for held in handing_over:
             self._spawn(self._hand(held), f"hand over {held.key}")
@@ -284,17 +347,18 @@ class LanguageInstance:
         if failure is not None:
             if self._sequences.has(held):
                 log.warning("not taken over", sequence=held.key, decode=held.request.decode, reason=failure.message)
-                await self._tell_failed([held], failure)
+                await self._speaker.tell({held.request.gateway: [held.failed(failure)]})
             self._drop(held)
         self._remove(held)
 
     async def _lose(self, keys: list[str], error: Exception) -> None:
         held = [one for key in keys if (one := self._sequences.named(key)) is not None]
-        await self._tell_failed(held, self._failure("step_failed", f"{type(error).__name__}: {error}"))
+        await self._tell_failed(held, "step_failed", f"{type(error).__name__}: {error}")
 
-    async def _tell_failed(self, lost: list[Held], failure: Failure) -> None:
+    async def _tell_failed(self, lost: list[Held], code: str, message: str) -> None:
         news: dict[str, list[SequenceTokens]] = {}
         for held in lost:
+            failure = self._failure(held.request, code, message)
             news.setdefault(held.request.gateway, []).append(held.failed(failure))
             self._remove(held)
         await self._speaker.tell(news)
@@ -310,5 +374,7 @@ class LanguageInstance:
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         return self._tasks.create_task(work, name=name)
 
-    def _failure(self, code: str, message: str, *, retryable: bool = True) -> Failure:
-        return Failure(stage=self._stage, code=code, message=message, retryable=retryable)
+    def _failure(self, request: GenerateTokens, code: str, message: str, *, retryable: bool = True) -> Failure:
+        """Of a sequence in the phase that it is in here."""
+        stage = Stage.DECODE if request.decode == self._instance else Stage.PREFILL
+        return Failure(stage=stage, code=code, message=message, retryable=retryable)

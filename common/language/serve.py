@@ -7,7 +7,6 @@ from common.language.instance import LanguageInstance
 from common.language.loading import LoadedModel, load_model
 from common.language.settings import Batching, LanguageSettings
 from common.messages.cluster import LanguageRole, Service
-from common.messages.failures import Stage
 from common.runtime.membership import Registration
 from common.runtime.process import CannotServe
 from common.runtime.worker import Equipment, run_worker
@@ -24,10 +23,14 @@ async def serve_language(
     if settings.batching is Batching.FIXED and len(roles) == 1:
         raise CannotServe("TRIPTYCH_BATCHING: a fixed batch is of whole answers; use it where no instance has one role")
 
+    made: list[LanguageInstance] = []
+
     def make(equipment: Equipment, model: LoadedModel) -> LanguageInstance:
-        return LanguageInstance(equipment, model, settings, Stage(service.value))
+        made.append(LanguageInstance(equipment, model, settings))
+        return made[0]
 
     async def announce(registration: Registration, model: LoadedModel) -> None:
         await registration.ready(language_model=model.info, roles=roles)
+        made[0].roles.announced(registration)
 
     await run_worker(settings, stop, service, partial(load_model, settings), make, announce)

@@ -1,7 +1,8 @@
 """The decode instance's end of a hand-over: it allocates blocks, fetches into them, compares checksums, and goes on.
 
-Every transfer ends in one of three ways, each before its deadline: ``taken``, ``recomputed`` here from the first token
-(the bytes did not come, came damaged, or there was no room for them), or ``dropped`` because nobody wants it any more.
+Every transfer ends in one of four ways, each before its deadline: ``taken``, ``recomputed`` here from the first token
+(the bytes did not come, came damaged, or there was no room for them), ``refused`` for the same reasons where the
+sequence can go on where it is, or ``dropped`` because nobody wants it any more.
 What came ahead is kept for ``transfer_s`` at most without news of it.
 """
 
@@ -129,11 +130,18 @@ class Receiving:
     # --- at the end ----------------------------------------------------------------------------------------------
 
     async def run(self, held: Held, handed: TakeOver) -> None:
-        """Have the sequence go on here, with the keys and values from there if that can be."""
+        """Have the sequence go on here, with the keys and values from there if that can be.
+
+        Raises:
+            Refusal: it cannot, and the sequence goes on where it is.
+        """
         outcome = "recomputed"
         try:
             outcome = await self._transfer(held, handed, self._deadline_s())
         except (NotTransferred, TensorError) as error:
+            if handed.running:
+                self.outcomes["refused"] += 1
+                raise _refusal(str(error)) from error
             log.warning("keys and values not taken", sequence=held.key, source=handed.prefill, reason=str(error))
             if not await self._stepper.between(partial(self._recompute, held, handed.expected)):
                 outcome = "dropped"
@@ -149,7 +157,9 @@ class Receiving:
             if arriving is None:
                 known = held.tokens[: handed.first_block * KEY_BYTES]
                 expected = self._foretelling.expected_tokens(held, handed.expected)
-                arriving = await self._reserve(held, expected, known, deadline_s)
+                # What can go on where it is does not wait for blocks.
+                until_s = self._clock() if handed.running else deadline_s
+                arriving = await self._reserve(held, expected, known, until_s)
             if arriving is None:
                 return "dropped"
             await arriving.fill(handed.parts, self._tensors, deadline_s, self._settings.kv_checksum)
@@ -188,6 +198,7 @@ class Receiving:
     def _adopt(self, held: Held, arriving: Arriving, told: ExpectedAnswer | None) -> bool:
         if not self._sequences.has(held):
             return False
+        held.told = told
         expected = self._foretelling.expected_tokens(held, told)
         self._foretelling.count(told)
         self._engine.adopt(held.key, held.asked(park=False), arriving.held, self._clock(), expected)

@@ -45,7 +45,7 @@ def unpack_tokens(data: bytes) -> list[int]:
     return packed.tolist()
 
 
-def tokens_in(data: bytes) -> int:
+def tokens_in(data: bytes | bytearray) -> int:
     """How many ids are packed in ``data``."""
     return len(data) // _TOKEN_BYTES
 
@@ -124,12 +124,14 @@ class ChatRoute(Message):
 class ChatPrefilled(Message):
     """The first token has come: the prefill instance is free of this sequence.
 
-    Said anew each time that another instance goes on. ``decode``: who does; empty: nobody has said yet.
+    Said anew each time that another instance goes on, and once the second token has come. ``decode``: who goes on;
+    empty: nobody has said yet. ``decoding``: whether tokens come from another instance than the first.
     """
 
     request_id: str
     epoch: int
     decode: str = ""
+    decoding: bool = False
 
 
 class ChatEnded(Message):
@@ -159,6 +161,10 @@ class GenerateTokens(Message):
     decode: str
     created_at_s: float
     cached: tuple[tuple[str, int], ...] = ()
+
+
+MOVED = "moved"
+"""The code of a failure that is none: the instance has another role now, and the sequence is to be routed anew."""
 
 
 class FinishReason(StrEnum):
@@ -294,9 +300,12 @@ class TakeOver(Message):
     ``kv_tokens`` tokens, without what the ``offers`` before have brought. A receiver that has the first blocks already
     is offered only the rest: the parts begin at block ``first_block``. ``expected`` is what the prefill instance's
     predictor says; None: it has none.
+
+    ``running``: it comes from another decode instance, where it can go on: whoever has no room for it now, or does not
+    get its keys and values, refuses it. ``prefill`` is still who prefilled it.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     request: GenerateTokens
     prefill: str
@@ -306,3 +315,4 @@ class TakeOver(Message):
     first_block: int = Field(default=0, ge=0)
     offers: int = Field(default=0, ge=0)
     expected: ExpectedAnswer | None = None
+    running: bool = False

@@ -93,6 +93,26 @@ class Member(Message):
     roles: tuple[LanguageRole, ...] = ()
 
 
+class FlipRole(Message):
+    """To a language instance: take these ``roles`` from now on (TetriInfer, section 3.5).
+
+    It loads nothing and drains by handing over: what it decodes and is not to decode any more goes to ``decode``, the
+    first of which is the best, as far as they take it; prompts that wait and that it is not to compute any more are
+    given back to be routed anew. What is left goes on here to its end. Answered when the roles are announced.
+    """
+
+    roles: tuple[LanguageRole, ...]
+    decode: tuple[str, ...] = ()
+
+
+class RoleFlipped(Message):
+    """An instance has other ``roles`` than before. It took ``flip_s``, from when it was told until it had said so."""
+
+    instance: str
+    roles: tuple[LanguageRole, ...]
+    flip_s: float
+
+
 class Ping(Message):
     """Are you there? Asked of a member that others could not go on with; a dead one is nobody to the broker at once."""
 

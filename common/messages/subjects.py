@@ -128,6 +128,9 @@ MOVE_BLOCKS = RequestSubject("triptych.language.{}.move", mempool.MoveBlocks, me
 CANCEL_GENERATION = EventSubject("triptych.language.{}.cancel", chat.CancelGeneration)
 TOKENS_GENERATED = EventSubject("triptych.gateway.{}.tokens", chat.TokensGenerated)
 
+FLIP_ROLE = RequestSubject("triptych.language.{}.flip", cluster.FlipRole, cluster.RoleFlipped)
+ROLE_FLIPPED = EventSubject("triptych.language.{}.flipped", cluster.RoleFlipped)
+
 # How decode instances are, said by each and told to all. Heard at most once: the next one says it again.
 LOAD_REPORTED = EventSubject("triptych.scheduler.load_reported", dispatch.DecodeLoad)
 DECODE_LOADS = EventSubject("triptych.language.decode_loads", dispatch.DecodeLoads)

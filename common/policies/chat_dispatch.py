@@ -23,15 +23,22 @@ from common.policies.chat_events import (
     InstanceJoined,
     InstanceLost,
     PrefixPulled,
+    RolesChanged,
     RouteSequence,
 )
+from common.policies.chat_loads import flip_loads
 from common.policies.chat_rule import ChatRule, Chosen, FewestTokens, guessed_costs
+from common.policies.flip import InstanceLoad
 from common.policies.sites import InstanceKind, Site, free_links, occupy_links
 
 
 @dataclass(slots=True)
 class _Routed:
-    """``link_from_s``, ``link_until_s``: when what it pulls was to be on its way."""
+    """A sequence that has its route.
+
+    ``decode``: where its answer counts; empty: nowhere. ``between``: its first token has come, and no other yet, so
+    that it waits to be decoded. ``link_from_s``, ``link_until_s``: when what it pulls was to be on its way.
+    """
 
     gateway: str
     epoch: int
@@ -40,6 +47,7 @@ class _Routed:
     answer_tokens: int
     context_tokens: int
     chosen: Chosen
+    between: bool = False
     link_from_s: float = 0.0
     link_until_s: float = 0.0
 
@@ -76,13 +84,25 @@ class ChatDispatch:
         site = self._sites[instance]
         return site.prefill_tokens, site.answer_tokens
 
+    def loads(self, flipping: str = "") -> list[InstanceLoad]:
+        """See ``chat_loads.flip_loads``."""
+        between = (routed.decode for routed in self._routed.values() if routed.between)
+        return flip_loads(self._sites.values(), between, flipping)
+
+    def decoding(self, but: str) -> list[str]:
+        """Who decodes, ``but`` one, the least to generate first."""
+        there = [site for site in self._sites.values() if site.decodes and not site.draining and site.name != but]
+        return [site.name for site in sorted(there, key=lambda site: (site.answer_tokens, site.name))]
+
     def handle(self, happened: Event, now_s: float) -> list[RouteSequence]:
         """Take in what happened; what follows from it, the oldest sequence first."""
         match happened:
             case InstanceJoined(name, roles, kv_tokens):
                 self._forget_instance(name)
-                kind = InstanceKind.of(LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles)
-                self._sites[name] = Site(name, kind, kv_tokens)
+                self._sites[name] = Site(name, _kind(roles), kv_tokens)
+            case RolesChanged(name, roles):
+                if (site := self._sites.get(name)) is not None:
+                    site.kind = _kind(roles)
             case InstanceDraining(name):
                 if (site := self._sites.get(name)) is not None:
                     site.draining = True
@@ -95,12 +115,13 @@ class ChatDispatch:
                 routed = self._routed.get(request_id)
                 if routed is not None and routed.epoch == epoch:
                     self._pulled(routed, tokens, now_s)
-            case ChatPrefilled(request_id, epoch, decode):
+            case ChatPrefilled(request_id, epoch, decode, decoding):
                 routed = self._routed.get(request_id)
                 if routed is not None and routed.epoch == epoch:
                     self._prefilled(request_id, routed, now_s)
                     if decode:
                         self._goes_on(request_id, routed, decode)
+                    routed.between = not decoding and routed.prefill != routed.decode
             case ChatEnded(request_id, epoch):
                 routed = self._routed.get(request_id)
                 if epoch is None or (routed is not None and routed.epoch == epoch):
@@ -175,8 +196,9 @@ class ChatDispatch:
         """Count what is to be generated where it is generated; nowhere, if that is nobody who is known."""
         if (before := self._sites.get(routed.decode)) is not None:
             before.end_decode(request_id, routed.answer_tokens)
-        routed.decode = decode
+        routed.decode = ""
         if (now := self._sites.get(decode)) is not None:
+            routed.decode = decode
             now.take_decode(request_id, routed.context_tokens, routed.answer_tokens)
             now.begin_decode(request_id)
 
@@ -192,7 +214,15 @@ class ChatDispatch:
 
     def _forget_instance(self, name: str) -> None:
         """What ran there bears on nobody any more; its gateways ask for new routes. The name may come back."""
-        self._sites.pop(name, None)
+        if self._sites.pop(name, None) is None:
+            return
+        for routed in self._routed.values():
+            if routed.decode == name:
+                routed.decode = ""
+
+
+def _kind(roles: Collection[LanguageRole]) -> InstanceKind:
+    return InstanceKind.of(LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles)
 
 
 def _without(sites: Sequence[Site], avoid: Collection[str]) -> Sequence[Site]:

@@ -19,6 +19,14 @@ class InstanceJoined:
 
 
 @dataclass(frozen=True, slots=True)
+class RolesChanged:
+    """It takes other sequences from now on; what it has, it has still."""
+
+    instance: str
+    roles: tuple[LanguageRole, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceDraining:
     """It takes no new ones; what it has goes on."""
 
@@ -62,11 +70,15 @@ class PrefixPulled:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrefilled:
-    """The sequence's first token has come. ``decode``: who goes on with it now; empty: that is not known."""
+    """The sequence's first token has come. ``decode``: who goes on with it now; empty: that is not known.
+
+    Said again when somebody else does, and once another than ``prefill`` has (``decoding``).
+    """
 
     request_id: str
     epoch: int
     decode: str = ""
+    decoding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +98,7 @@ class GatewayLost:
 
 Event = (
     InstanceJoined
+    | RolesChanged
     | InstanceDraining
     | InstanceLost
     | ChatArrived

@@ -6,7 +6,9 @@ long as the sequences of one role wait more than those of the other, for each in
 once it exceeds what a flip costs, one instance flips. A short queue must last long, a long one need not; and what the
 first has cost is paid back before a flip in the other direction is thought of. That is its hysteresis.
 
-Neither ever takes a role's last instance, and neither flips a second instance while one is on its way.
+Neither ever takes a role's last instance, and neither flips a second instance while one is on its way. A role may lose
+its last one all the same, by a death; who comes back has the role that it was started with. So a role that has had
+nobody for a while gets an instance whatever waits.
 """
 
 from collections.abc import Sequence
@@ -44,11 +46,34 @@ class FlipInstance:
     reason: str
 
 
+# Long enough for a process that died to be there again.
+_EMPTY_S = 2.0
+
+
 class FlipPolicy(Protocol):
     """Is asked at regular times."""
 
     def handle(self, loads: Sequence[InstanceLoad], now_s: float) -> list[FlipInstance]:
         """Who is to flip, given how everybody is."""
+
+
+class _EmptyRole:
+    """Gives a role that has had nobody for a while one of the other's instances, if that has two."""
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+
+    def handle(self, loads: Sequence[InstanceLoad], now_s: float) -> list[FlipInstance]:
+        empty = [role for role in LanguageRole if all(load.role is not role for load in loads)]
+        if len(empty) != 1 or len(loads) < 2:
+            self._since_s = None
+            return []
+        if self._since_s is None:
+            self._since_s = now_s
+        if now_s - self._since_s < _EMPTY_S or any(load.flipping for load in loads):
+            return []
+        self._since_s = None
+        return [FlipInstance(_least_busy(loads).instance, empty[0], f"nobody has been there for {empty[0].value}")]
 
 
 class IdleFlip:
@@ -57,6 +82,7 @@ class IdleFlip:
     def __init__(self, idle_s: float = 60.0) -> None:
         self._idle_s = idle_s
         self._idle_since: dict[str, float] = {}
+        self._empty = _EmptyRole()
 
     def handle(self, loads: Sequence[InstanceLoad], now_s: float) -> list[FlipInstance]:
         known = {load.instance for load in loads}
@@ -66,6 +92,8 @@ class IdleFlip:
                 self._idle_since.pop(load.instance, None)
             else:
                 self._idle_since.setdefault(load.instance, now_s)
+        if filling := self._empty.handle(loads, now_s):
+            return filling
         if any(load.flipping for load in loads):
             return []
         for load in sorted(loads, key=lambda load: load.instance):
@@ -92,14 +120,15 @@ class QueueFlip:
         self._asked_s: float | None = None
         # Above 0: those who wait for prefill have waited so much longer; below 0: those for decode.
         self._owed_s = 0.0
+        self._empty = _EmptyRole()
 
     def handle(self, loads: Sequence[InstanceLoad], now_s: float) -> list[FlipInstance]:
         passed_s = 0.0 if self._asked_s is None else now_s - self._asked_s
         self._asked_s = now_s
         prefill = [load for load in loads if load.role is LanguageRole.PREFILL]
         decode = [load for load in loads if load.role is LanguageRole.DECODE]
-        if not prefill or not decode:
-            return []
+        if (filling := self._empty.handle(loads, now_s)) or not prefill or not decode:
+            return filling
         difference = _queue(prefill) - _queue(decode)
         self._owed_s = max(-self._cost_s, min(self._cost_s, self._owed_s + passed_s * difference))
         if abs(self._owed_s) < self._cost_s or any(load.flipping for load in loads):
@@ -108,9 +137,13 @@ class QueueFlip:
         if len(gives) < 2 or not _still_gains(gains, gives):
             return []
         self._owed_s = 0.0
-        leaving = min(gives, key=lambda load: (load.busy, load.waiting, load.instance))
+        leaving = _least_busy(gives)
         reason = f"{_queue(gains):.1f} wait for {gains[0].role.value} at each instance, {_queue(gives):.1f} here"
         return [FlipInstance(leaving.instance, gains[0].role, reason)]
+
+
+def _least_busy(loads: Sequence[InstanceLoad]) -> InstanceLoad:
+    return min(loads, key=lambda load: (load.busy, load.waiting, load.instance))
 
 
 def _queue(loads: Sequence[InstanceLoad]) -> float:

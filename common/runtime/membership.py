@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import structlog
 
-from common.bus.errors import BusError
+from common.bus.errors import BusError, WrongRevision
 from common.bus.port import Bus, Change
 from common.messages.cluster import (
     Heartbeat,
@@ -51,10 +51,11 @@ class Registration:
             slot=settings.slot,
             device=device,
         )
+        self._revision = 0
         self._beating: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        await self._bus.put(MEMBERS, self.member.instance, self.member)
+        self._revision = await self._bus.put(MEMBERS, self.member.instance, self.member)
         self._beating = asyncio.create_task(self._beat(), name="heartbeat")
         return self
 
@@ -80,6 +81,25 @@ class Registration:
         self.member = self.member.model_copy(update=offers)
         await self._move(MemberState.READY, video_model)
 
+    async def change_roles(self, roles: tuple[LanguageRole, ...]) -> None:
+        """Announce that this process takes other work from now on; it is the same life of it.
+
+        Raises:
+            WrongRevision: the record is another life's by now.
+            BusError: it was not announced, as far as is known.
+        """
+        changed = self.member.model_copy(update={"roles": roles})
+        try:
+            self._revision = await self._bus.replace(MEMBERS, self.member.instance, changed, self._revision)
+        except WrongRevision:
+            entry = await self._bus.get(MEMBERS, self.member.instance)
+            if entry.value.incarnation != self.member.incarnation:
+                raise
+            # A write of ours of which we have not heard.
+            changed = entry.value.model_copy(update={"roles": roles})
+            self._revision = await self._bus.replace(MEMBERS, self.member.instance, changed, entry.revision)
+        self.member = self.member.model_copy(update={"roles": roles})
+
     async def draining(self) -> None:
         """Announce that this process takes no new work."""
         with contextlib.suppress(BusError):
@@ -87,7 +107,7 @@ class Registration:
 
     async def _move(self, state: MemberState, video_model: VideoModelInfo | None) -> None:
         self.member = self.member.model_copy(update={"state": state, "video_model": video_model})
-        await self._bus.put(MEMBERS, self.member.instance, self.member)
+        self._revision = await self._bus.put(MEMBERS, self.member.instance, self.member)
 
     async def _beat(self) -> None:
         life_sign = Heartbeat(instance=self.member.instance, incarnation=self.member.incarnation)
@@ -107,6 +127,13 @@ class MemberJoined:
 
 
 @dataclass(frozen=True)
+class MemberRolesChanged:
+    """A member goes on in other roles; it is the same life of it."""
+
+    member: Member
+
+
+@dataclass(frozen=True)
 class MemberDraining:
     """A member finishes what it has and takes nothing new."""
 
@@ -121,7 +148,7 @@ class MemberLost:
     reason: str
 
 
-MemberChange = MemberJoined | MemberDraining | MemberLost
+MemberChange = MemberJoined | MemberRolesChanged | MemberDraining | MemberLost
 
 
 class MembershipView:
@@ -211,9 +238,11 @@ class MembershipView:
             if reason or record is None:
                 del self._ready[name]
                 self._tell(MemberLost(member, reason))
-            elif record.state is not member.state:
+            elif record != member:
                 self._ready[name] = record
-                if record.state is MemberState.DRAINING:
+                if record.roles != member.roles:
+                    self._tell(MemberRolesChanged(record))
+                if record.state is MemberState.DRAINING and member.state is not MemberState.DRAINING:
                     self._tell(MemberDraining(record))
         for name, record in self._records.items():
             if name not in self._ready and record.state is MemberState.READY and self._alive(record, now_s):

@@ -14,6 +14,7 @@ import structlog
 from common.bus.errors import BusError, BusUnavailable, DeadlineExceeded, NobodyThere, RemoteFailure
 from common.bus.port import Bus
 from common.messages.chat import (
+    MOVED,
     ChatEnded,
     ChatPrefilled,
     ChatRoute,
@@ -35,6 +36,8 @@ log = structlog.get_logger()
 # In a row without a token: a sequence that gets on may change its instance as often as it has to.
 MAX_ATTEMPTS = 5
 _PAUSE_S = 0.1
+# Until the scheduler has heard of the other role too.
+_GIVEN_BACK_PAUSE_S = 0.01
 _RETRY_S = 0.1
 _ANSWER_DEADLINE_S = 5.0
 _ROUTE_WAIT_S = 3.0
@@ -107,7 +110,10 @@ class Generation:
                 log.warning("attempt broken", request=self._request.request_id, why=broken.why, reason=str(broken))
                 if not broken.retryable:
                     raise GenerationFailed(broken.why, str(broken), retryable=False) from broken
-                attempts = 1 if len(self._generated) > before else attempts + 1
+                # Whoever gives a sequence back has not failed at it.
+                given_back = broken.why == MOVED
+                if not given_back:
+                    attempts = 1 if len(self._generated) > before else attempts + 1
                 if attempts == MAX_ATTEMPTS:
                     message = f"given up after {attempts} attempts without a token; the last one: {broken}"
                     raise GenerationFailed(broken.why, message, retryable=True) from broken
@@ -115,7 +121,7 @@ class Generation:
                 self._avoid = (*self._avoid, *broken.avoid)[-MAX_ATTEMPTS:]
                 self._gone = broken.gone
             # The first time there most likely is another instance; after that, what is wrong needs time.
-            await asyncio.sleep(_PAUSE_S * (2 ** (attempts - 1) - 1))
+            await asyncio.sleep(_GIVEN_BACK_PAUSE_S if given_back else _PAUSE_S * (2 ** (attempts - 1) - 1))
 
     async def _attempt(self, deliver: Callable[[Step], Awaitable[bool]]) -> None:
         route = await self._route()
@@ -124,15 +130,20 @@ class Generation:
         with self._board.line(request_id, route, len(self._generated), max_tokens) as line:
             try:
                 await self._start(route, line)
-                told: str | None = None
+                told: tuple[str, bool] | None = None
                 while True:
                     step = await self._next(line)
-                    if line.decode != told and (step.tokens or told is not None):
-                        told = line.decode
-                        if told:
-                            self._metrics.goes_on(told)
-                        report = ChatPrefilled(request_id=request_id, epoch=route.epoch, decode=told)
-                        await self._bus.publish(CHAT_PREFILLED, report)
+                    now = line.decode, line.decoding
+                    if now != told and (step.tokens or told is not None):
+                        if line.decode and (told is None or told[0] != line.decode):
+                            self._metrics.goes_on(line.decode)
+                        told = now
+                        await self._bus.publish(
+                            CHAT_PREFILLED,
+                            ChatPrefilled(
+                                request_id=request_id, epoch=route.epoch, decode=line.decode, decoding=line.decoding
+                            ),
+                        )
                     finished = step.finish is not None
                     if not step.tokens and not finished:
                         continue

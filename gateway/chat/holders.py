@@ -9,6 +9,7 @@ class Holders:
     """Those of one attempt. ``prefill`` has it first; ``decode`` is whom the route names, empty: nobody."""
 
     def __init__(self, prefill: str, decode: str) -> None:
+        self._prefill = prefill
         self._chain = list(dict.fromkeys(name for name in (prefill, decode) if name))
         self.decode = decode
 
@@ -16,6 +17,11 @@ class Holders:
     def names(self) -> tuple[str, ...]:
         """Whoever may have it, each before the one that it hands over to."""
         return tuple(self._chain)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether another than the first has been heard."""
+        return self._chain[0] != self._prefill
 
     def after(self, instance: str) -> str:
         """To whom it hands over; itself, if that is not known."""

@@ -60,6 +60,11 @@ class Line:
         """Who goes on after the first token, as far as is known; empty: nobody has said."""
         return self._holders.decode
 
+    @property
+    def decoding(self) -> bool:
+        """Whether tokens come from another instance than the one that computed the first."""
+        return self._holders.decoding
+
     def hear(self, instance: str, news: SequenceTokens) -> None:
         """Take in what a step brought. What is known already is left out, what was missed breaks the line."""
         if self._waiting.finish is not None or self._broken is not None:

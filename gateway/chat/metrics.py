@@ -2,6 +2,9 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from common.messages.cluster import RoleFlipped
+
+_FLIP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 _FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -35,6 +38,13 @@ class LanguageMetrics:
             buckets=_FIRST_TOKEN_BUCKETS_S,
             registry=registry,
         )
+        self._flips = Histogram(
+            "triptych_role_flip_seconds",
+            "From when an instance was told to take another role until everybody could know, without draining.",
+            ("role",),
+            buckets=_FLIP_BUCKETS_S,
+            registry=registry,
+        )
         self._waiting = Gauge(
             "triptych_sequences_waiting",
             "Sequences that waited for memory when the instance last spoke.",
@@ -63,6 +73,9 @@ class LanguageMetrics:
 
     def routed(self, best_cached_tokens: int) -> None:
         self._best_cached_tokens.inc(best_cached_tokens)
+
+    def role_flipped(self, flipped: RoleFlipped) -> None:
+        self._flips.labels("+".join(flipped.roles)).observe(flipped.flip_s)
 
     def spoke(self, instance: str, waiting: int, preemptions: int) -> None:
         """``preemptions``: since the instance began; fewer than before, and it has begun anew."""

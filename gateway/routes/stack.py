@@ -146,6 +146,7 @@ def _member(member: Member) -> ClusterMember:
         device=member.device,
         model=model.name if model is not None else None,
         started_at_s=member.started_at_s,
+        roles=list(member.roles),
     )
 
 

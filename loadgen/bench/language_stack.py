@@ -154,9 +154,13 @@ class LanguageStack:
                 answer.take(line, time.monotonic())
         return answer
 
-    async def _best_tokens(self) -> int:
+    async def metrics(self) -> str:
+        """What the gateway counts, in Prometheus' text."""
         async with self._session.get("/metrics", raise_for_status=True) as response:
-            return counted(await response.text(), _BEST)
+            return await response.text()
+
+    async def _best_tokens(self) -> int:
+        return counted(await self.metrics(), _BEST)
 
 
 def counted(metrics: str, name: str) -> int:

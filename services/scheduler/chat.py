@@ -20,7 +20,8 @@ from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, ROUTE_CHAT, SEN
 from common.policies import chat_events as event
 from common.policies.chat_dispatch import ChatDispatch
 from common.policies.chat_rule import ChatRule
-from common.runtime.membership import MemberChange, MemberDraining, MemberJoined, MemberLost
+from common.policies.flip import InstanceLoad
+from common.runtime.membership import MemberChange, MemberDraining, MemberJoined, MemberLost, MemberRolesChanged
 from services.scheduler.decode_loads import DecodeLoadMonitor
 from services.scheduler.prompt_view import PromptView
 
@@ -76,6 +77,8 @@ class ChatRouter:
                 self._prompts.follow(member.instance)
                 self._tell(event.InstanceJoined(member.instance, member.roles, _room(member)))
                 self._have_roles(member.instance, member.roles)
+            case MemberRolesChanged():
+                self.roles_changed(member.instance, member.roles)
             case MemberDraining() if member.roles:
                 self._tell(event.InstanceDraining(member.instance))
                 self._have_roles(member.instance, ())
@@ -87,6 +90,19 @@ class ChatRouter:
                 self._tell(event.GatewayLost(member.instance))
             case _:
                 pass
+
+    def roles_changed(self, instance: str, roles: tuple[LanguageRole, ...]) -> None:
+        """Route by these roles from now on; what it has goes on counting."""
+        self._tell(event.RolesChanged(instance, roles))
+        self._have_roles(instance, roles)
+
+    def loads(self, flipping: str) -> list[InstanceLoad]:
+        """See ``ChatDispatch.loads``."""
+        return self._policy.loads(flipping)
+
+    def decoding(self, but: str) -> list[str]:
+        """See ``ChatDispatch.decoding``."""
+        return self._policy.decoding(but)
 
     def _have_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
         if self._loads is not None:
@@ -156,7 +172,7 @@ class ChatRouter:
             self._tell(event.PrefixPulled(route.request_id, route.epoch, moved))
 
     def _prefilled(self, report: ChatPrefilled) -> None:
-        self._tell(event.ChatPrefilled(report.request_id, report.epoch, report.decode))
+        self._tell(event.ChatPrefilled(report.request_id, report.epoch, report.decode, report.decoding))
 
     def _ended(self, report: ChatEnded) -> None:
         asked = self._asked.get(report.request_id)

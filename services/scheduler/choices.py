@@ -6,6 +6,7 @@ import structlog
 
 from common.mempool.address import BLOCK_TOKENS
 from common.policies.chat_rule import CHAT_RULES, ChatRule, guessed_costs
+from common.policies.flip import FlipPolicy, IdleFlip, QueueFlip
 from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
 from common.policies.policy import Policy
 from common.policies.registry import UnknownPolicy, make_policy
@@ -69,6 +70,17 @@ def _costs(settings: SchedulerSettings) -> Costs:
     return Costs(
         found.prefill, found.decode, found.link, found.kv_token_bytes, BLOCK_TOKENS, found.prefill.chunk_tokens
     )
+
+
+def choose_flips(settings: SchedulerSettings) -> FlipPolicy | None:
+    """The policy that is set for roles; None: they stay what they are."""
+    match settings.flip:
+        case "idle":
+            return IdleFlip(settings.flip_idle_s)
+        case "queue":
+            return QueueFlip(settings.flip_cost_s)
+        case "off":
+            return None
 
 
 def open_record(settings: SchedulerSettings) -> contextlib.AbstractContextManager[EventRecord | None]:

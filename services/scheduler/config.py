@@ -28,6 +28,10 @@ class SchedulerSettings(ServiceSettings):
     Without one they take an instance to prefill ``prefill_tokens_s`` tokens a second, and to send the keys and values
     of ``transfer_tokens_s`` of them. ``dispatch``: who decodes is chosen here with ``scheduler``; with any of the
     rules, by the prefill instances (TetriInfer, section 3.3.4).
+
+    ``flip``: by which policy of ``common.policies.flip`` language instances change their roles, if at all: ``idle``
+    after ``flip_idle_s`` without work, ``queue`` once sequences have waited longer for one role than for the other by
+    ``flip_cost_s`` for each instance.
     """
 
     policy: str = "ddit"
@@ -38,5 +42,8 @@ class SchedulerSettings(ServiceSettings):
     prefill_tokens_s: float = Field(default=2000.0, gt=0)
     transfer_tokens_s: float = Field(default=20_000.0, gt=0)
     dispatch: Literal["scheduler"] | DispatchRule = "scheduler"
+    flip: Literal["off", "idle", "queue"] = "off"
+    flip_cost_s: float = Field(default=5.0, gt=0)
+    flip_idle_s: float = Field(default=60.0, gt=0)
     max_admitted: int = Field(default=64, ge=1)
     drain_s: float = Field(default=10.0, ge=0)

@@ -37,8 +37,9 @@ from common.runtime.membership import (
 )
 from services.scheduler.chat import ChatRouter
 from services.scheduler.checkpoints import Checkpoints
-from services.scheduler.choices import choose_policy, choose_rule, log_rule, open_record
+from services.scheduler.choices import choose_flips, choose_policy, choose_rule, log_rule, open_record
 from services.scheduler.config import SchedulerSettings
+from services.scheduler.flips import Flips
 from services.scheduler.job import VideoJob
 from services.scheduler.progress import ProgressReporter
 from services.scheduler.record import EventRecord
@@ -78,6 +79,7 @@ class Scheduler:
         self._chats = ChatRouter(
             bus, first_epoch, self._view.doubt, choose_rule(settings), settings.dispatch != "scheduler"
         )
+        self._flips = Flips(bus, self._chats, self._view, choose_flips(settings))
         self._checkpoints = Checkpoints(bus, self._cache_store_expected)
         self._present: dict[str, str] = {}
         self._records_read = asyncio.Event()
@@ -95,7 +97,7 @@ class Scheduler:
                 tasks.create_task(self._watch_records(), name="watch-records"),
                 tasks.create_task(self._publish_progress(), name="publish-progress"),
             ]
-            async with self._view.running(), self._chats.running():
+            async with self._view.running(), self._chats.running(), self._flips.running():
                 await asyncio.wait_for(self._records_read.wait(), timeout=30.0)
                 await self._recover()
                 intake = [

@@ -242,3 +242,59 @@ def test_steps_without_a_free_block_are_stalled() -> None:
     assert engine.step(0.0) == [] and engine.stalled
     engine.allocator.release(held)
     assert len(engine.step(0.0)) == 1 and not engine.stalled
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    chosen=st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=5),
+    chunk=st.sampled_from((5, 33, 512)),
+    blocks=st.integers(7, 24),
+    chances=st.integers(0, 99),
+    caching=st.sampled_from(Caching),
+)
+def test_what_stands_still_for_a_while_goes_on_as_if_it_had_not(
+    chosen: list[bytes], chunk: int, blocks: int, chances: int, caching: Caching
+) -> None:
+    """Between any two steps some are parked, others resumed; blocks are too few for all."""
+    model = causal_lm("llama")
+    pool, memory = memory_of(model, blocks)
+    engine = Engine(model, pool, None, chunk, 8, memory, caching)
+    chance = random.Random(chances)
+    names = [str(number) for number in range(len(chosen))]
+    for name, prompt in zip(names, chosen, strict=True):
+        engine.add(name, Request(prompt, ANSWER, GREEDY), 0.0)
+    answers: dict[str, list[Output]] = {name: [] for name in names}
+    parked: set[str] = set()
+    for _ in range(60):
+        parked |= {name for name in names if chance.random() < 0.3 and engine.park(name, 0.0) is not None}
+        for name in [name for name in sorted(parked) if chance.random() < 0.4]:
+            engine.resume(name, 0.0)
+            parked.discard(name)
+        before = {name: len(answers[name]) for name in parked}
+        for output in engine.step(0.0) if engine.busy else ():
+            answers[output.sequence].append(output)
+        assert all(len(answers[name]) == count and engine.parked(name) for name, count in before.items())
+    for name in parked:
+        engine.resume(name, 0.0)
+    for name, outputs in run_engine(engine).items():
+        answers[name].extend(outputs)
+    for name, prompt in zip(names, chosen, strict=True):
+        check_answer(answers[name], "llama", prompt)
+    assert memory.available_blocks == blocks and not engine.allocator.set_aside_blocks
+
+
+def test_only_what_runs_can_be_parked() -> None:
+    model = causal_lm("llama")
+    engine = Engine(model, KVPool(model.layout, 12), chunk_tokens=16)
+    engine.add("long", Request(PROMPTS[-1], ANSWER, GREEDY), 0.0)
+    assert engine.waits("long") and engine.park("long", 0.0) is None
+    engine.step(0.0)
+    assert not engine.waits("long") and engine.park("long", 0.0) is None
+    for _ in range(3):
+        engine.step(0.0)
+    table = engine.park("long", 0.0)
+    assert table is not None and engine.parked("long") is table and not engine.busy
+    assert engine.park("long", 0.0) is None and engine.park("unknown", 0.0) is None
+    engine.cancel("long", 0.0)
+    engine.resume("long", 0.0)
+    assert not engine.busy and engine.allocator.free_blocks == 12

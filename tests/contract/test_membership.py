@@ -4,14 +4,18 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+import pytest
+
+from common.bus.errors import WrongRevision
 from common.bus.nats_bus import NatsBus
-from common.messages.cluster import MemberState, Service
-from common.messages.subjects import VIDEO_BUCKETS
+from common.messages.cluster import LanguageRole, MemberState, Service
+from common.messages.subjects import MEMBERS, VIDEO_BUCKETS
 from common.runtime.membership import (
     MemberChange,
     MemberDraining,
     MemberJoined,
     MemberLost,
+    MemberRolesChanged,
     MembershipView,
     Registration,
 )
@@ -123,3 +127,29 @@ async def test_a_record_nobody_stands_behind_is_not_a_member(nats_server: NatsSe
         assert isinstance(await watcher.next(), MemberJoined)
         assert isinstance(await watcher.next(), MemberLost)
     await registration.__aexit__(None, None, None)
+
+
+async def test_other_roles_are_the_same_life_and_nobody_changes_those_of_another(nats_server: NatsServer) -> None:
+    async with (
+        watching(nats_server.url) as watcher,
+        await NatsBus.connect(nats_server.url, name="decode-0") as bus,
+        Registration(bus, settings(nats_server.url, "decode-0"), Service.DECODE) as registration,
+    ):
+        await registration.ready(roles=(LanguageRole.DECODE,))
+        joined = await watcher.next()
+        assert isinstance(joined, MemberJoined)
+        await registration.change_roles((LanguageRole.PREFILL,))
+        changed = await watcher.next()
+        assert isinstance(changed, MemberRolesChanged)
+        assert changed.member == joined.member.model_copy(update={"roles": (LanguageRole.PREFILL,)})
+        assert watcher.view.members["decode-0"] == changed.member
+        # Written by this life, but not known to be: an acknowledgement was lost.
+        await bus.put(MEMBERS, "decode-0", changed.member.model_copy(update={"roles": (LanguageRole.DECODE,)}))
+        assert isinstance(await watcher.next(), MemberRolesChanged)
+        await registration.change_roles((LanguageRole.PREFILL,))
+        assert isinstance(await watcher.next(), MemberRolesChanged)
+        async with Registration(bus, settings(nats_server.url, "decode-0"), Service.DECODE):
+            with pytest.raises(WrongRevision):
+                await registration.change_roles((LanguageRole.DECODE,))
+            assert registration.member == changed.member
+            assert isinstance(await watcher.next(), MemberLost)

@@ -12,7 +12,6 @@ from common.language.loading import LoadedModel, load_model
 from common.language.settings import LanguageSettings
 from common.mempool.allocator import BlockAllocator
 from common.messages.cluster import LanguageRole, Service
-from common.messages.failures import Stage
 from common.runtime.membership import Registration
 from common.runtime.worker import Equipment, run_worker
 from tests.support.language import FUSED
@@ -51,12 +50,13 @@ async def language_instance(
     up: asyncio.Future[Watched] = asyncio.get_running_loop().create_future()
 
     def make(equipment: Equipment, model: LoadedModel) -> LanguageInstance:
-        made = LanguageInstance(equipment, model, own, Stage(service.value))
+        made = LanguageInstance(equipment, model, own)
         watched.append(Watched(made, model, stop))
         return made
 
     async def announce(registration: Registration, model: LoadedModel) -> None:
         await registration.ready(language_model=model.info, roles=roles)
+        watched[0].instance.roles.announced(registration)
         up.set_result(watched[0])
 
     running = asyncio.create_task(

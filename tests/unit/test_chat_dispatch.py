@@ -15,9 +15,11 @@ from common.policies.chat_events import (
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
+    RolesChanged,
     RouteSequence,
 )
 from common.policies.chat_rule import CHAT_RULES, ChatRule
+from common.policies.flip import InstanceLoad
 from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
 from common.policies.routing import Costs, Pull
 from common.policies.routing_rules import make_rule
@@ -58,6 +60,46 @@ def test_the_least_prompt_tokens_and_the_least_answer_tokens() -> None:
     assert route(dispatch, arrived("third")) == ("p1", "d0")
     assert dispatch.load("p0") == (500, 0)
     assert dispatch.load("d0") == (0, 110)
+
+
+def test_a_change_of_roles_keeps_what_runs_there_and_brings_nothing_new() -> None:
+    dispatch = cluster(p0=PREFILL, x=PREFILL, d0=DECODE)
+    assert route(dispatch, arrived("a")) == ("p0", "d0")
+    assert route(dispatch, arrived("b")) == ("x", "d0")
+    dispatch.handle(RolesChanged("x", DECODE), 0.0)
+    assert dispatch.load("x") == (10, 0)
+    assert [route(dispatch, arrived(name)) for name in "cd"] == [("p0", "x"), ("p0", "x")]
+    dispatch.handle(ChatPrefilled("b", 101), 0.0)
+    assert dispatch.load("x") == (0, 200)
+    dispatch.handle(RolesChanged("x", PREFILL), 0.0)
+    assert route(dispatch, arrived("e")) == ("x", "d0") and dispatch.load("x") == (10, 200)
+    assert dispatch.handle(RolesChanged("unknown", FUSED), 0.0) == []
+
+
+def test_what_flips_go_by() -> None:
+    """A prompt waits beside another one, and after it until the second token comes."""
+    dispatch = cluster(p0=PREFILL, p1=PREFILL, d0=DECODE, d1=DECODE, fused=FUSED)
+    dispatch.handle(InstanceDraining("fused"), 0.0)
+    dispatch.handle(InstanceDraining("p1"), 0.0)
+    for name in "abc":
+        route(dispatch, arrived(name, most=10))
+    dispatch.handle(ChatPrefilled("a", 100, "d0"), 0.0)
+    p0, d0, d1 = dispatch.loads("d1")
+    assert p0 == InstanceLoad("p0", LanguageRole.PREFILL, 1, True)
+    assert d0 == InstanceLoad("d0", LanguageRole.DECODE, 1, True)
+    assert d1 == InstanceLoad("d1", LanguageRole.DECODE, 0, False, flipping=True)
+    dispatch.handle(ChatPrefilled("a", 100, "d0", decoding=True), 0.0)
+    assert dispatch.loads()[1] == InstanceLoad("d0", LanguageRole.DECODE, 0, True)
+    assert dispatch.decoding(but="d0") == ["d1"]
+
+
+def test_what_is_given_to_nobody_yet_waits_at_all_that_decode() -> None:
+    dispatch = cluster(p0=PREFILL, d0=DECODE, d1=DECODE)
+    dispatch.dispatched = True
+    for place, name in enumerate("abc"):
+        dispatch.handle(arrived(name), 0.0)
+        dispatch.handle(ChatPrefilled(name, 100 + place), 0.0)
+    assert [load.waiting for load in dispatch.loads()] == [0, 2, 1]
 
 
 def test_a_fused_instance_keeps_what_it_prefills() -> None:

@@ -128,3 +128,16 @@ def test_no_role_is_ever_left_empty(prefill: int, steps: list[tuple[int, list[in
         if drains > 2:
             roles |= flipping
             flipping.clear()
+
+
+@pytest.mark.parametrize("policy", [IdleFlip(), QueueFlip()], ids=["idle", "queue"])
+def test_a_role_that_has_had_nobody_for_a_while_gets_the_least_busy_instance(policy: FlipPolicy) -> None:
+    loads = [InstanceLoad("d0", DECODE, 0, True), InstanceLoad("d1", DECODE, 0, False)]
+    ((at_s, flip), *_) = _asked(policy, loads, 0, 3)
+    assert (at_s, flip.instance, flip.role) == (2.0, "d1", PREFILL)
+    assert flip.reason == "nobody has been there for prefill"
+    both = [*loads, InstanceLoad("p0", PREFILL, 0, True)]
+    # Who comes back in time has its role still, and the last one of all keeps it.
+    assert policy.handle(both, 5.0) == []
+    assert _asked(policy, loads, 10, 11.9) == [] and policy.handle(both, 12.0) == []
+    assert _asked(policy, loads, 12.1, 14.0) == [] and _asked(policy, loads[:1], 20, 30) == []

@@ -16,9 +16,9 @@ def test_a_route_names_the_first_two() -> None:
 def test_whoever_speaks_has_it_and_nobody_before() -> None:
     holders = Holders("p", "d")
     holders.spoke("p")
-    assert holders.names == ("p", "d")
+    assert holders.names == ("p", "d") and not holders.decoding
     holders.spoke("d")
-    assert holders.names == ("d",)
+    assert holders.names == ("d",) and holders.decoding
     # The news of it was lost.
     holders.spoke("e")
     assert (holders.names, holders.decode) == (("e",), "e")
