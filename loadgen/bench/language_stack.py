@@ -9,25 +9,28 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from loadgen.bench.process import BenchmarkError, started
+from loadgen.bench.process import ROOT, BenchmarkError, started
 from loadgen.bench.trace_excerpt import SmallRequest, random_tokens
 
 _ANSWER_TIMEOUT_S = 300.0
+_PROFILE_TIMEOUT_S = 600.0
 _BEST = "triptych_best_cached_prompt_tokens_total"
 _WARM_UP_SEED = 1 << 50
 _WARM_UP_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What the scheduler is told of an instance, in tokens a second; see its settings."""
+class Told:
+    """What the scheduler is told of an instance: by ``profile``, or else in tokens a second; see its settings."""
 
-    prefill_tokens_s: float
-    transfer_tokens_s: float
+    profile: str = ""
+    prefill_tokens_s: float = 2000.0
+    transfer_tokens_s: float = 20_000.0
 
 
 @dataclass
@@ -99,11 +102,6 @@ class LanguageStack:
         for _ in range(2):
             await asyncio.gather(*(self._alone() for _ in range(2 * instances)))
 
-    async def prefill_tokens_s(self, repeats: int = 3) -> float:
-        """How fast a prompt that is asked alone is prefilled, way there and back included: the median."""
-        times = sorted([(await self._alone()).ttft_s for _ in range(repeats)])
-        return _WARM_UP_TOKENS / times[repeats // 2]
-
     async def replay(self, requests: Sequence[SmallRequest]) -> Replay:
         """Ask for all, each at its time, or when the one before it in its conversation has been answered."""
         best_before = await self._best_tokens()
@@ -173,29 +171,48 @@ def counted(metrics: str, name: str) -> int:
     return round(float(found[1]))
 
 
+async def profiled(model: str, folder: Path) -> str:
+    """What ``triptych profile`` measures of a language model, on one thread: the path of its file in ``folder``.
+
+    Raises:
+        BenchmarkError: it could not.
+    """
+    target = str(folder / "profile.json")
+    command = [sys.executable, "-m", "compose.cli", "profile", "--video-model", "none", "--language-model", model]
+    process = await asyncio.create_subprocess_exec(*command, "-o", target, cwd=ROOT)
+    async with asyncio.timeout(_PROFILE_TIMEOUT_S):
+        if await process.wait():
+            raise BenchmarkError("the language model was not profiled; why stands above")
+    return target
+
+
 @contextlib.asynccontextmanager
 async def language_stack(
-    rule: str, model: str, instances: int, vocabulary: int, costs: Costs
+    rule: str, model: str, instances: int, vocabulary: int, told: Told
 ) -> AsyncIterator[LanguageStack]:
     """A stack under ``rule`` with so many fused instances of one thread each; stopped at the end."""
     settings = {
         "TRIPTYCH_ROLE": "fused",
         "TRIPTYCH_ROUTING": rule,
-        "TRIPTYCH_PREFILL_TOKENS_S": str(costs.prefill_tokens_s),
-        "TRIPTYCH_TRANSFER_TOKENS_S": str(costs.transfer_tokens_s),
+        "TRIPTYCH_PREFILL_TOKENS_S": str(told.prefill_tokens_s),
+        "TRIPTYCH_TRANSFER_TOKENS_S": str(told.transfer_tokens_s),
     }
-    async with stack_of(model, {"decode": instances}, settings, vocabulary) as stack:
+    async with stack_of(model, {"decode": instances}, settings, vocabulary, told.profile) as stack:
         yield stack
 
 
 @contextlib.asynccontextmanager
 async def stack_of(
-    model: str, counts: Mapping[str, int], settings: Mapping[str, str], vocabulary: int
+    model: str, counts: Mapping[str, int], settings: Mapping[str, str], vocabulary: int, profile: str = ""
 ) -> AsyncIterator[LanguageStack]:
-    """A stack with so many of each service, of one thread each, under these settings; stopped at the end."""
+    """A stack with so many of each service, of one thread each, under these settings; stopped at the end.
+
+    ``profile``: a file of ``triptych profile`` to go by, if any.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRIPTYCH_THREADS": "1", **settings}
     command = [sys.executable, "-m", "compose.cli", "up", "--port", "0", "--log-level", "warning"]
     command += ["--language-model", model]
+    command += ["--rib", profile] if profile else []
     for service, count in counts.items():
         command += ["--set", f"{service}={count}"]
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=_ANSWER_TIMEOUT_S)
