@@ -23,6 +23,7 @@ from common.language.sendback import SendingBack
 from common.language.settings import LanguageSettings
 from common.language.speaker import Crowd, Speaker
 from common.language.stepper import Stepper
+from common.language.stored import StoredPrefixes
 from common.language.takeover import Receiving
 from common.mempool.address import BLOCK_TOKENS, TOKEN_BYTES
 from common.mempool.transfer import BlockTransfer
@@ -107,6 +108,7 @@ class LanguageInstance:
         self.dispatching = self._giving.dispatching
         self._prefixes = SendingPrefixes(equipment.bus, model.engine, self._stepper, self.transfers, settings)
         self.sending_back = SendingBack(self._prefixes)
+        self.stored = StoredPrefixes(equipment, memory, self.transfers, self._stepper, settings, model.namespace)
         self._tasks = asyncio.TaskGroup()
 
     async def listen(self) -> Sequence[Subscription]:
@@ -131,6 +133,7 @@ class LanguageInstance:
                 self._spawn(self._teller.run(), "tell of the index")
                 self._spawn(self._reporter.run(), "report load")
                 self._spawn(self.sending_back.run(), "send back")
+                self._spawn(self.stored.storing.run(), "store")
                 await self._stepper.run()
         finally:
             log.info(
@@ -141,6 +144,8 @@ class LanguageInstance:
                 lengths_told_by=dict(self.foretelling.sources),
                 handed_over_bytes=self.hand_over.sent_bytes + self._ahead.sent_bytes,
                 moved_bytes=self.transfers.sent_bytes,
+                stored_blocks=self.stored.storing.stored_blocks,
+                fetched_tokens=self.stored.finding.found_tokens,
                 dispatched=dict(self.dispatching.choices),
             )
             self._ahead.stop()
@@ -233,8 +238,12 @@ class LanguageInstance:
 
     # --- between two steps ---------------------------------------------------------------------------------------
 
-    def _add(self, held: Held, asked: Request, now_s: float) -> None:
+    def _add(self, held: Held, asked: Request, now_s: float, looked: bool = False) -> None:
         if not self._sequences.has(held):
+            return
+        lacking = 0 if looked else self.stored.finding.lacking(held.tokens)
+        if lacking:
+            self._spawn(self._look(held, lacking, asked, now_s), f"look for {held.key}")
             return
         if asked.park:
             self._engine.add(held.key, asked, now_s)
@@ -253,6 +262,11 @@ class LanguageInstance:
         expected, now_s = self.foretelling.expected_tokens(held, said), asyncio.get_running_loop().time()
         self._stepper.soon(partial(self._engine.expect, held.key, expected, now_s))
 
+    async def _look(self, held: Held, lacking: int, asked: Request, now_s: float) -> None:
+        """Compute it only when what the cache stores have of it is here, or does not come."""
+        await self.stored.finding.bring(held.tokens, lacking)
+        self._stepper.soon(partial(self._add, held, asked, now_s, looked=True))
+
     def _drop(self, held: Held) -> None:
         self._giving.forget(held)
         self._stepper.soon(partial(self._engine.cancel, held.key, asyncio.get_running_loop().time()))
@@ -267,6 +281,7 @@ class LanguageInstance:
                 # Cancelled during the step; the engine hears of it before the next.
                 continue
             news.setdefault(held.request.gateway, []).append(held.take(output))
+            self.stored.told(held, last=output.finish is not None)
             if output.finish is not None:
                 self._remove(held)
                 if held.request.decode == self._instance:

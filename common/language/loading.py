@@ -1,5 +1,6 @@
 """The language model of an instance: found, loaded, and given memory for its keys and values."""
 
+import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -7,11 +8,11 @@ import structlog
 import torch
 
 from common.engine import Engine
-from common.language.settings import DEMO, LanguageSettings, model_name
+from common.language.settings import DEMO, KVStore, LanguageSettings, model_name
 from common.mempool.pool import MemPool
 from common.mempool.tiers import Tier, disk_tier, dram_tier
 from common.messages.cluster import LanguageModelInfo
-from common.models.causal_lm import CausalLM, KVPool, ModelLoadError, load
+from common.models.causal_lm import CausalLM, KVPool, ModelLoadError, load, weights_digest
 from common.models.length_predictor import AnswerLengths, PredictorLoadError
 from common.policies.length_prediction import LengthBuckets
 from common.runtime.process import CannotServe
@@ -21,11 +22,15 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An engine that is ready for requests, how long its answers will be, and what the cluster is told of its model."""
+    """An engine that is ready for requests, how long its answers will be, and what the cluster is told of its model.
+
+    ``namespace``: of its keys and values in the cache stores; empty where nothing goes there.
+    """
 
     engine: Engine
     lengths: AnswerLengths
     info: LanguageModelInfo
+    namespace: str = ""
 
 
 def open_model(settings: LanguageSettings, device: torch.device, dtype: torch.dtype) -> tuple[CausalLM, KVPool]:
@@ -64,7 +69,18 @@ def load_model(settings: LanguageSettings, device: torch.device, dtype: torch.dt
         raise CannotServe(f"TRIPTYCH_LANGUAGE_MODEL: {error}") from error
     name = model_name(settings.language_model)
     log.info("lengths of answers", model=name, by="histogram" if lengths.predictor is None else "predictor")
-    return LoadedModel(engine, lengths, LanguageModelInfo(name=name, context_tokens=engine.context))
+    info = LanguageModelInfo(name=name, context_tokens=engine.context)
+    return LoadedModel(engine, lengths, info, _namespace(settings, pool))
+
+
+def _namespace(settings: LanguageSettings, pool: KVPool) -> str:
+    """Says the weights, and all else on which the bytes of a block depend; but not what rounding depends on beside."""
+    if settings.kv_store is KVStore.OFF or not settings.caching.keeps_computed:
+        return ""
+    blocks = pool.blocks
+    kind = f"{tuple(blocks.shape[1:])} {blocks.dtype} {blocks.device.type}"
+    hashed = hashlib.sha256(f"{weights_digest(_location(settings))} {kind}".encode())
+    return f"kv/{hashed.hexdigest()[:32]}"
 
 
 def _location(settings: LanguageSettings) -> str:

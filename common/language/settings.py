@@ -37,6 +37,17 @@ class LengthPrediction(StrEnum):
     SEQUENTIAL = "sequential"
 
 
+class KVStore(StrEnum):
+    """Whether what is kept goes to the cache stores too, and is looked for there.
+
+    ``ON``: where that is measured to be sooner done than computing. ``ALWAYS``: whatever it takes.
+    """
+
+    OFF = "off"
+    ON = "on"
+    ALWAYS = "always"
+
+
 class Batching(StrEnum):
     """Whether sequences come in at every pass, or in batches of which all must end first (a baseline)."""
 
@@ -53,7 +64,8 @@ class LanguageSettings(ComputeSettings):
     they leave: ``by_request`` all at once after the prompt, ``by_chunk`` whole blocks after each pass, ``by_layer``
     each layer's while later ones are computed. ``kv_checksum`` compares the bytes at both ends. ``caching`` says what
     is kept for later sequences (MemServe, section 5): in what is free of ``kv_bytes``, then in ``kv_dram_bytes`` of the
-    host's memory, then in ``kv_disk_bytes`` of a file in ``kv_disk_folder``. ``length_prediction`` says when lengths of
+    host's memory, then in ``kv_disk_bytes`` of a file in ``kv_disk_folder``; and, by ``kv_store``, beginnings of
+    ``kv_store_tokens`` tokens at least in the cache stores. ``length_prediction`` says when lengths of
     answers are predicted, ``victim_rule`` who leaves where there are too few blocks for all: who came last, or who is
     predicted to have most tokens yet to come.
 
@@ -80,6 +92,8 @@ class LanguageSettings(ComputeSettings):
     kv_dram_bytes: int = Field(default=0, ge=0)
     kv_disk_bytes: int = Field(default=0, ge=0)
     kv_disk_folder: Path = Path(tempfile.gettempdir())
+    kv_store: KVStore = KVStore.OFF
+    kv_store_tokens: int = Field(default=256, ge=1)
     length_prediction: LengthPrediction = LengthPrediction.PARALLEL
     victim_rule: VictimRule = VictimRule.LATEST
     dispatch: Literal["scheduler"] | DispatchRule = "scheduler"

@@ -41,6 +41,13 @@ class Stepper:
         self._asked = asyncio.Event()
         self._attempts: list[Callable[[], bool]] = []
         self._failed = 0
+        self.computed: Callable[[int, float], None] | None = None
+        """Told how many tokens of prompts a step computed, and in how many seconds."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to compute."""
+        return self._engine.busy
 
     def soon(self, work: Callable[[], object]) -> None:
         """Have ``work`` done before the next step, in the order of asking. It must not fail."""
@@ -112,4 +119,7 @@ class Stepper:
                 raise
             return
         self._failed = 0
+        if self.computed is not None:
+            tokens = sum(piece.count for piece in self._engine.computed if piece.count > 1)
+            self.computed(tokens, asyncio.get_running_loop().time() - now_s)
         await self._absorb(outputs)

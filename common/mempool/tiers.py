@@ -6,15 +6,16 @@ file mapped into memory, which is nobody's once the process has ended.
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common.mempool.address import Medium
-from common.mempool.allocator import BlockAllocator
+from common.mempool.address import Address, Medium
+from common.mempool.allocator import Access, BlockAllocator
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,40 @@ class Tier:
         """Copy blocks of this tier to as many of another one, or of this one."""
         read = self.memory[torch.tensor(source, device=self.memory.device)]
         other.memory[torch.tensor(target, device=other.memory.device)] = read.to(other.memory.device)
+
+
+def memory_of(tiers: Mapping[Medium, Tier], addresses: Sequence[Address]) -> list[Tensor]:
+    """The memory of blocks, in order: [n, ...] for each run of neighbours."""
+    return [
+        tiers[medium].memory[first : first + count]
+        for medium, group in groupby(addresses, key=lambda address: address.medium)
+        for first, count in runs_of([address.block for address in group])
+    ]
+
+
+def begin_access(tiers: Mapping[Medium, Tier], addresses: Sequence[Address]) -> list[tuple[Medium, Access]]:
+    """A write to blocks or a read from them starts; see ``BlockAllocator``."""
+    return [
+        (medium, tiers[medium].allocator.begin_access([address.block for address in group]))
+        for medium, group in groupby(addresses, key=lambda address: address.medium)
+    ]
+
+
+def end_access(tiers: Mapping[Medium, Tier], accesses: Sequence[tuple[Medium, Access]]) -> None:
+    """It is over."""
+    for medium, access in accesses:
+        tiers[medium].allocator.end_access(access)
+
+
+def runs_of(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, count) of each run of neighbours."""
+    runs: list[tuple[int, int]] = []
+    for block in blocks:
+        if runs and sum(runs[-1]) == block:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((block, 1))
+    return runs
 
 
 def dram_tier(like: Tensor, tier_bytes: int) -> Tier | None:

@@ -11,18 +11,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
 from functools import partial
-from itertools import groupby
 from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from common.bus.errors import Refusal
 from common.bus.port import Bus
 from common.mempool.address import BLOCK_TOKENS, KEY_BYTES, Address, Medium, MemoryType
 from common.mempool.allocator import Access, WrongBlock
-from common.mempool.checksum import checksum
+from common.mempool.checksum import checksums
 from common.mempool.pool import MemPool
+from common.mempool.tiers import begin_access, end_access, memory_of, runs_of
 from common.messages.failures import Failure, Stage
 from common.messages.mempool import BlockAddress, BlocksMoved, MoveBlocks
 from common.messages.subjects import MOVE_BLOCKS
@@ -32,6 +31,10 @@ from common.tensors.port import Tensors
 
 R = TypeVar("R")
 
+DAMAGED = "damaged"
+"""The code of a refusal: bytes came that are not those that left."""
+NOT_MOVED = "not_moved"
+"""The code of a refusal: they did not come."""
 # The receiver gives up first, so that it never reads from blocks that are in use again.
 MARGIN_S = 2.0
 
@@ -142,18 +145,14 @@ class BlockTransfer:
     async def _send(
         self, instance: str, source: Sequence[Address], flags: TransferFlags, message: MoveBlocks
     ) -> list[Address]:
-        runs = [
-            self._memory.tiers[medium].memory[first : first + count]
-            for medium, group in groupby(source, key=lambda address: address.medium)
-            for first, count in _runs([address.block for address in group])
-        ]
-        value = await asyncio.to_thread(checksum, runs) if TransferFlags.CHECK in flags else None
+        runs = memory_of(self._memory.tiers, source)
+        values = await asyncio.to_thread(checksums, runs) if TransferFlags.CHECK in flags else []
         wait_s = self._deadline_s + MARGIN_S
         refs: list[TensorRef] = []
         try:
             for run in runs:
                 refs.append(self._tensors.export(run, lease_s=wait_s))
-            message = message.model_copy(update={"kv": tuple(refs), "checksum": value})
+            message = message.model_copy(update={"kv": tuple(refs), "checksums": tuple(values)})
             moved = await self._bus.request(MOVE_BLOCKS, message, instance, deadline_s=wait_s)
         finally:
             for ref in refs:
@@ -168,19 +167,25 @@ class BlockTransfer:
         """Answer a transfer.
 
         Raises:
-            Refusal: ``no_parent``, ``no_space``, ``not_wanted``, or they did not come whole.
+            Refusal: ``no_parent``, ``no_space``, ``not_wanted``, ``NOT_MOVED`` or ``DAMAGED``.
         """
+        return await self.receive_within(message, self._deadline_s)
+
+    async def receive_within(self, message: MoveBlocks, deadline_s: float) -> BlocksMoved:
+        """The same within so many seconds."""
         place = await self._between(partial(self._place, message))
         if place is None:
             return BlocksMoved()
         done = False
         try:
-            await self._fetch(message, place.addresses)
+            await self._fetch(message, place.addresses, deadline_s)
             addresses = await self._between(partial(self._settle, message, place))
             done = True
             return BlocksMoved(addresses=_described(addresses))
-        except (TensorError, ValueError) as error:
-            raise _refusal("not_moved", str(error)) from error
+        except TensorError as error:
+            raise _refusal(NOT_MOVED, str(error)) from error
+        except ValueError as error:
+            raise _refusal(DAMAGED, str(error)) from error
         finally:
             if not done:
                 await self._between(partial(self._give_up, place))
@@ -206,11 +211,7 @@ class BlockTransfer:
         if addresses is None:
             self._memory.free_mem(before)
             raise _refusal("no_space", f"{blocks} blocks are not to be had")
-        accesses = []
-        for medium, group in groupby(addresses, key=lambda address: address.medium):
-            books = self._memory.tiers[medium].allocator
-            accesses.append((medium, books.begin_access([address.block for address in group])))
-        return _Place(before, addresses, accesses, own=not message.into)
+        return _Place(before, addresses, begin_access(self._memory.tiers, addresses), own=not message.into)
 
     def _beginning(self, message: MoveBlocks) -> list[Address]:
         """What comes before the blocks, held; and no colder than they will be. Raises: Refusal."""
@@ -239,10 +240,10 @@ class BlockTransfer:
                 raise _refusal("not_wanted", f"{address} is not given out any more")
         return given
 
-    async def _fetch(self, message: MoveBlocks, addresses: Sequence[Address]) -> None:
+    async def _fetch(self, message: MoveBlocks, addresses: Sequence[Address], deadline_s: float) -> None:
         """Raises: TensorError: they did not come; ValueError: they came damaged."""
         clock = asyncio.get_running_loop().time
-        end_s = clock() + self._deadline_s
+        end_s = clock() + deadline_s
         place = 0
         for ref in message.kv:
             own = addresses[place : place + ref.shape[0]]
@@ -250,48 +251,35 @@ class BlockTransfer:
             memory = self._memory.tiers[own[0].medium].memory
             blocks = [address.block for address in own]
             left_s = max(0.0, end_s - clock())
-            if len(_runs(blocks)) == 1:
+            if len(runs_of(blocks)) == 1:
                 await self._tensors.fetch(ref, into=memory[blocks[0] : blocks[0] + len(blocks)], deadline_s=left_s)
             else:
                 fetched = await self._tensors.fetch(ref, deadline_s=left_s)
                 memory[torch.tensor(blocks, device=memory.device)] = fetched.to(memory.device)
-        if message.checksum is not None:
-            value = await asyncio.to_thread(checksum, self._views(addresses))
-            if value != message.checksum:
-                raise ValueError(f"their checksum is {value:#010x}, not {message.checksum:#010x}")
-
-    def _views(self, addresses: Sequence[Address]) -> list[Tensor]:
-        return [self._memory.tiers[one.medium].memory[one.block] for one in addresses]
+        if message.checksums:
+            values = await asyncio.to_thread(checksums, memory_of(self._memory.tiers, addresses))
+            if not _agree(values, message.checksums):
+                raise ValueError(f"of {len(values)} blocks, some have another checksum than they had")
 
     def _settle(self, message: MoveBlocks, place: _Place) -> list[Address]:
         """They have come. Where they are now."""
         if message.tokens:
             stay = self._memory.insert(message.tokens, [*place.before, *place.addresses])
-            self._end_accesses(place)
+            end_access(self._memory.tiers, place.accesses)
             return stay[message.first_block :]
         assert self._take is not None
-        self._end_accesses(place)
+        end_access(self._memory.tiers, place.accesses)
         self._take(message.private, place.addresses)
         return place.addresses
 
     def _give_up(self, place: _Place) -> None:
-        self._end_accesses(place)
+        end_access(self._memory.tiers, place.accesses)
         self._memory.free_mem([*place.before, *(place.addresses if place.own else ())])
 
-    def _end_accesses(self, place: _Place) -> None:
-        for medium, access in place.accesses:
-            self._memory.tiers[medium].allocator.end_access(access)
 
-
-def _runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, count) of each run of neighbours."""
-    runs: list[tuple[int, int]] = []
-    for block in blocks:
-        if runs and sum(runs[-1]) == block:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((block, 1))
-    return runs
+def _agree(values: Sequence[int], told: Sequence[int | None]) -> bool:
+    """Whether they are as told, where anything is."""
+    return len(values) == len(told) and all(was in (value, None) for value, was in zip(values, told, strict=True))
 
 
 def _described(addresses: Sequence[Address]) -> tuple[BlockAddress, ...]:

@@ -70,10 +70,15 @@ class DropTensor(Message):
 
 
 class StoreTensors(Message):
-    """Keep ``tensor[i]`` under ``keys[i]``, unless something is kept there. The asker exports it for one fetch."""
+    """Keep ``tensor[i]`` under ``keys[i]``, unless something is kept there. The asker exports it for one fetch.
+
+    ``checksums``: the CRC-32 of each, for whoever finds it; none: it is not to be compared. What begins the batch goes
+    last when room is needed.
+    """
 
     keys: tuple[str, ...] = Field(max_length=MAX_BATCH)
     tensor: TensorRef
+    checksums: tuple[int, ...] = Field(default=(), max_length=MAX_BATCH)
 
 
 class TensorsStored(Message):
@@ -83,7 +88,7 @@ class TensorsStored(Message):
 
 
 class HaveTensors(Message):
-    """Which of ``keys`` are kept."""
+    """Which of ``keys`` are kept. They count as used, the first one as the last."""
 
     keys: tuple[str, ...] = Field(max_length=MAX_BATCH)
 
@@ -97,18 +102,24 @@ class TensorsHad(Message):
 class FindTensors(Message):
     """The tensors kept under ``keys``, each part exported for one fetch. All of one call are of one shape and dtype.
 
-    ``most_bytes``: of one part; what does not fit is not looked for.
+    ``most_bytes``: of one part; what does not fit is not looked for. ``leading``: only what comes before the first that
+    is not found is of use.
     """
 
     keys: tuple[str, ...] = Field(max_length=MAX_BATCH)
     most_bytes: int = Field(ge=0)
+    leading: bool = False
 
 
 class TensorsPart(Message):
-    """``tensor[i]`` is what is kept under the key at place ``places[i]`` of those asked for."""
+    """``tensor[i]`` is what is kept under the key at place ``places[i]`` of those asked for.
+
+    ``checksums``: of each, as they were stored; None where none was.
+    """
 
     places: tuple[int, ...]
     tensor: TensorRef
+    checksums: tuple[int | None, ...] = ()
 
 
 class TensorsFound(Message):
@@ -129,7 +140,7 @@ class DropTensors(Message):
 class CopyTensor(Message):
     """Keep this too, as it is kept by the asker, who exports it for one fetch. Times are Unix seconds.
 
-    ``spare``: not if anything had to be evicted for it.
+    ``spare``: not if anything had to be evicted for it. ``checksum``: its CRC-32, where it was stored with one.
     """
 
     key: str
@@ -138,6 +149,7 @@ class CopyTensor(Message):
     stored_at_s: float
     pinned_until_s: float
     spare: bool = False
+    checksum: int | None = None
 
 
 class DropCopy(Message):

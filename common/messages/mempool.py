@@ -39,9 +39,10 @@ class BlockAddress(Message):
 class MoveBlocks(Message):
     """Fetch these blocks; answered when they are there, and found in the index if they are to be.
 
-    ``kv`` has one tensor [blocks, ...] for each run of neighbours. ``checksum`` is the CRC-32 over all bytes in order,
-    None: not to be compared. ``into`` are blocks that the sender may write to; without it, whoever receives allocates
-    them, in its host's memory if ``dram``. ``private`` is for the receiver's engine.
+    ``kv`` has one tensor [blocks, ...] for each run of neighbours. ``checksums`` are the CRC-32 of the blocks in order,
+    None where one is not known; none at all: they are not to be compared. ``into`` are blocks that the sender may write
+    to; without it, whoever receives allocates them, in its host's memory if ``dram``. ``private`` is for the receiver's
+    engine.
 
     With ``tokens`` (packed, whole blocks) they are those of the tokens from block ``first_block`` on, and are inserted.
     Then whoever has not what comes before refuses with ``no_parent``, and nothing is fetched by whoever has all.
@@ -50,7 +51,7 @@ class MoveBlocks(Message):
     source: str
     block_tokens: int = Field(ge=1)
     kv: tuple[TensorRef, ...]
-    checksum: int | None = Field(default=None, ge=0)
+    checksums: tuple[int | None, ...] = ()
     into: tuple[BlockAddress, ...] = ()
     dram: bool = False
     private: bytes = b""

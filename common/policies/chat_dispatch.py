@@ -1,7 +1,6 @@
 """Which prefill and which decode instance gets a chat's sequence: the least loaded, or by a rule of ``routing_rules``.
 
-The former is ours, in the place of TetriInfer's global scheduler (section 3.2) until its predictor and dispatcher are
-there; ``chat_rule`` has the latter.
+The former is ours, in the place of TetriInfer's global scheduler (section 3.2); ``chat_rule`` has the latter.
 
 Load is counted in tokens that are still to come: prompt tokens at the prefill instance until the first token is there,
 and the most that may yet be generated at the decode instance until the sequence ends. What an instance has cached of a
@@ -9,8 +8,8 @@ prompt it need not compute (MemServe, section 6): a prompt goes where what waits
 Load is known here without asking anybody, and is forgotten with the gateway that holds the sequence. An instance that
 does both (fused) bears both, and keeps what it has prefilled: handing over would only cost.
 
-Departure from TetriInfer: there the global scheduler never picks the decode instance. Here it does, as long as there is
-no prediction of the answer's length by which the prefill instance would do better.
+Departure from TetriInfer: there the global scheduler never picks the decode instance. Here it does, unless prefill
+instances are to choose (``dispatched``).
 """
 
 from collections.abc import Collection, Sequence

@@ -37,12 +37,14 @@ def systems(scale: Scale) -> dict[str, System]:
     slots = {**whole, "TRIPTYCH_MOST_SEQUENCES": str(SLOTS)}
     split = {
         "TRIPTYCH_ROLE": "decode",
+        "TRIPTYCH_DISPATCH": "scheduler",
         "TRIPTYCH_DECODE_ADMISSION": "greedy",
         "TRIPTYCH_PREFILL_ORDER": "fcfs",
     }
     predicting = {
         "TRIPTYCH_ROLE": "decode",
         "TRIPTYCH_LENGTH_PREDICTION": "parallel",
+        "TRIPTYCH_DISPATCH": "power_of_two",
         "TRIPTYCH_DECODE_ADMISSION": "reserve_dynamic",
         "TRIPTYCH_PREFILL_ORDER": "sjf",
         "TRIPTYCH_PREFILL_SCHED_BATCH": str(SORTED),
@@ -61,7 +63,7 @@ def systems(scale: Scale) -> dict[str, System]:
         System("split", "1 prefill, 1 decode, no prediction: fcfs, greedy", {"prefill": 1, "decode": 1}, split),
         System(
             "split-predicting",
-            "1 prefill, 1 decode: sjf, reserve_dynamic, predictor beside prefill",
+            "1 prefill, 1 decode: sjf, power of two, reserve_dynamic, predictor beside prefill",
             {"prefill": 1, "decode": 1},
             predicting,
         ),

@@ -61,19 +61,24 @@ class Batches(StoreDesk):
 
     async def _keep(self, request: StoreTensors) -> TensorsStored:
         shape, count = request.tensor.shape, len(request.keys)
-        if not shape or shape[0] != count:
-            raise refusal("bad_batch", f"{count} keys for a tensor of shape {shape}", retryable=False)
+        if not shape or shape[0] != count or len(request.checksums) not in (0, count):
+            checksums = len(request.checksums)
+            raise refusal(
+                "bad_batch", f"{count} keys, {checksums} checksums for a tensor of shape {shape}", retryable=False
+            )
         new = [place for place, key in enumerate(request.keys) if self._store.held(key) is None]
         if not new:
             return TensorsStored(stored=0)
         with refusing():
             tensors = await self._tensors.fetch(request.tensor, deadline_s=FETCH_DEADLINE_S)
         stored = 0
-        for place in new:
+        # The last first: without what comes before it a block is of no use, so it is to be evicted before that.
+        for place in reversed(new):
             key = request.keys[place]
+            checksum = request.checksums[place] if request.checksums else None
             try:
                 # A copy: a view would keep the whole batch in memory for as long as one of it is kept.
-                stored += await self._store.put(key, ONLY_VERSION, tensors[place].clone())
+                stored += await self._store.put(key, ONLY_VERSION, tensors[place].clone(), checksum=checksum)
             except TierFull as full:
                 log.info("batch cut off", kept=stored, of=len(new), reason=str(full))
                 break
@@ -87,39 +92,48 @@ class Batches(StoreDesk):
         return TensorsHad(had=tuple(had or key in elsewhere for key, had in zip(request.keys, here, strict=True)))
 
     async def _have_here(self, request: HaveTensors) -> TensorsHad:
+        self._used(request.keys)
         return TensorsHad(had=tuple(self._store.held(key) is not None for key in request.keys))
 
     async def _find(self, request: FindTensors) -> TensorsFound:
         here = (await self._find_here(request)).parts
         found = {place for part in here for place in part.places}
         lacking = [place for place in range(len(request.keys)) if place not in found]
+        asked = request.model_copy(update={"keys": tuple(request.keys[place] for place in lacking)})
         elsewhere = [
             part.model_copy(update={"places": tuple(lacking[place] for place in part.places)})
-            for part in await self._others.find([request.keys[place] for place in lacking], request.most_bytes)
+            for part in await self._others.find(asked)
         ]
         return TensorsFound(parts=(*here, *elsewhere))
 
     async def _find_here(self, request: FindTensors) -> TensorsFound:
         places: list[int] = []
         tensors: list[torch.Tensor] = []
+        checksums: list[int | None] = []
         left_bytes = request.most_bytes
         for place, key in enumerate(request.keys):
             held = self._store.held(key)
-            if held is None or held.size_bytes > left_bytes:
-                continue
-            found = await self._store.get(key)
-            if found is None:
+            found = await self._store.get(key) if held is not None and held.size_bytes <= left_bytes else None
+            if held is None or found is None:
+                if request.leading:
+                    break
                 continue
             left_bytes -= held.size_bytes
             if tensors and (found[1].shape, found[1].dtype) != (tensors[0].shape, tensors[0].dtype):
                 raise refusal("bad_batch", f"{key} is of another shape or dtype than the others", retryable=False)
             places.append(place)
             tensors.append(found[1])
+            checksums.append(held.checksum)
         if not places:
             return TensorsFound()
+        self._used(request.keys)
         together = await asyncio.to_thread(torch.stack, tensors)
         ref = self._tensors.export(together, uses=1, lease_s=self._found_lease_s)
-        return TensorsFound(parts=(TensorsPart(places=tuple(places), tensor=ref),))
+        return TensorsFound(parts=(TensorsPart(places=tuple(places), tensor=ref, checksums=tuple(checksums)),))
+
+    def _used(self, keys: Sequence[str]) -> None:
+        for key in reversed(keys):
+            self._store.used(key)
 
     async def _drop(self, request: DropTensors) -> Acknowledged:
         for key in request.keys:

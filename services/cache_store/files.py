@@ -41,11 +41,12 @@ class FileHeader:
     size_bytes: int
     sha256: str
     stored_at_s: float = 0.0
+    checksum: int | None = None
 
     @property
     def held(self) -> Held:
         """Its place in a tier."""
-        return Held(self.version, self.size_bytes, self.pinned_until_s, self.stored_at_s)
+        return Held(self.version, self.size_bytes, self.pinned_until_s, self.stored_at_s, self.checksum)
 
 
 def write_tensor(path: Path, key: str, held: Held, tensor: torch.Tensor) -> None:
@@ -65,6 +66,7 @@ def write_tensor(path: Path, key: str, held: Held, tensor: torch.Tensor) -> None
         tensor.nbytes,
         digest,
         held.stored_at_s,
+        held.checksum,
     )
     packed = json.dumps(asdict(header)).encode()
     temporary = path.with_suffix(".part")

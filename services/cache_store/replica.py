@@ -116,6 +116,7 @@ class Replica:
             stored_at_s=held.stored_at_s,
             pinned_until_s=held.pinned_until_s,
             spare=missed and not self._store.pinned(held),
+            checksum=held.checksum,
         )
         try:
             answer = await self._bus.request(COPY_TENSOR, copy, self.instance, deadline_s=deadline_s)

@@ -84,11 +84,10 @@ class Replication:
         answers = await self._ask_all(HAVE_COPIES, HaveTensors(keys=tuple(keys)))
         return {key for answer in answers for key, had in zip(keys, answer.had, strict=True) if had}
 
-    async def find(self, keys: Sequence[str], most_bytes: int) -> list[TensorsPart]:
-        """Of the keys that this store lacks, what others have; places are those in ``keys``."""
-        if not keys:
+    async def find(self, request: FindTensors) -> list[TensorsPart]:
+        """Of keys that this store lacks, what others have; places are those in the request's ``keys``."""
+        if not request.keys:
             return []
-        request = FindTensors(keys=tuple(keys), most_bytes=most_bytes)
         answers = await self._ask_all(FIND_COPIES, request, FIND_DEADLINE_S)
         return [part for answer in answers for part in answer.parts]
 

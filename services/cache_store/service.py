@@ -119,7 +119,7 @@ class CacheStore(StoreDesk):
 
     async def _copy(self, request: CopyTensor) -> TensorStored:
         size_bytes = request.tensor.size_bytes
-        held = Held(request.tensor_version, size_bytes, request.pinned_until_s, request.stored_at_s)
+        held = Held(request.tensor_version, size_bytes, request.pinned_until_s, request.stored_at_s, request.checksum)
         stored = False
         with refusing():
             if self._store.wants(request.key, held, request.spare):

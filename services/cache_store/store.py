@@ -75,7 +75,9 @@ class TensorStore:
         lasting = self._memory if self._disk is None else self._disk
         return not (spare and lasting.evicts(key, held.size_bytes, self._clock()))
 
-    async def put(self, key: str, version: int, tensor: torch.Tensor, pin_s: float = 0.0) -> bool:
+    async def put(
+        self, key: str, version: int, tensor: torch.Tensor, pin_s: float = 0.0, checksum: int | None = None
+    ) -> bool:
         """Keep ``tensor``, which nobody writes to any more. False: what is kept is as new, and stays.
 
         Returns once it is on disk, where there is one that takes it.
@@ -84,7 +86,8 @@ class TensorStore:
             TierFull: neither tier has room for it.
         """
         now_s = self._clock()
-        return await self.keep(key, Held(version, tensor.nbytes, now_s + pin_s if pin_s > 0 else 0.0, now_s), tensor)
+        pinned_until_s = now_s + pin_s if pin_s > 0 else 0.0
+        return await self.keep(key, Held(version, tensor.nbytes, pinned_until_s, now_s, checksum), tensor)
 
     async def keep(self, key: str, held: Held, tensor: torch.Tensor) -> bool:
         """The same, for what may have been stored elsewhere before."""
@@ -104,11 +107,15 @@ class TensorStore:
                 raise TierFull(f"{key!r} does not fit into memory, and the disk did not take it: {error}") from error
         return True
 
-    async def get(self, key: str) -> tuple[int, torch.Tensor] | None:
-        """The newest version and its tensor, which is shared: do not write to it."""
+    def used(self, key: str) -> None:
+        """Note that ``key`` was asked for: what was asked for longest ago is evicted first."""
         if self._disk is not None:
             self._disk.used(key)
         self._memory.used(key)
+
+    async def get(self, key: str) -> tuple[int, torch.Tensor] | None:
+        """The newest version and its tensor, which is shared: do not write to it."""
+        self.used(key)
         found = await self.peek(key)
         if found is None:
             return None

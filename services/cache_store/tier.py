@@ -16,13 +16,15 @@ class TierFull(Exception):
 class Held:
     """One key's place in a tier. Times are Unix seconds; a pin holds across restarts.
 
-    ``stored_at_s``: when this version was stored first, in whichever cache store.
+    ``stored_at_s``: when this version was stored first, in whichever cache store. ``checksum``: the CRC-32 that it was
+    stored with, for whoever finds it.
     """
 
     version: int
     size_bytes: int
     pinned_until_s: float = 0.0
     stored_at_s: float = 0.0
+    checksum: int | None = None
 
 
 class Tier:

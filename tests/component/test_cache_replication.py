@@ -16,7 +16,7 @@ from common.bus.errors import BusError, DeadlineExceeded, NobodyThere, RemoteFai
 from common.mempool.store_client import StoreClient, prefix_keys
 from common.messages.subjects import MEMBERS
 from common.tensors.errors import TensorError
-from tests.support.cache_store import CacheClient, cache_client, running_store
+from tests.support.cache_store import WAIT_S, CacheClient, cache_client, running_store
 from tests.support.nats_server import NatsServer
 from tests.support.processes import Processes
 from tests.support.tensor_peer import patterned, same_bytes
@@ -136,28 +136,75 @@ async def test_batches_of_blocks_go_to_both_and_are_found_wherever_they_are(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
     url = nats_server.url
-    keys = prefix_keys("kv/small", bytes(range(256)) * 2, 64)
-    assert len(set(keys)) == 8 and keys[:4] == prefix_keys("kv/small", bytes(range(256)), 64)
+    keys = prefix_keys("kv/small", bytes(range(256)) * 2)
+    assert len(set(keys)) == 8 and keys[:4] == prefix_keys("kv/small", bytes(range(256)))
+    assert not set(keys) & set(prefix_keys("kv/other", bytes(range(256)) * 2))
+    checksums = list(range(8))
     blocks = torch.stack([patterned((4, KB), torch.bfloat16, seed=number) for number in range(8)])
     async with cache_client(url) as client, running_store(client, url, tmp_path):
         blocks_at = StoreClient(client.bus, client.tensors)
-        assert await blocks_at.put(keys[:3], blocks[:3]) == 3
+        assert await blocks_at.put(keys[:3], blocks[:3], checksums[:3]) == 3
+        with pytest.raises(BusError, match="3 keys, 2 checksums"):
+            await blocks_at.put(keys[:3], blocks[:3], checksums[:2])
         async with running_store(client, url, None, instance=SECOND):
             await client.agreed(FIRST, SECOND)
-            assert await blocks_at.put(keys[2:6], blocks[2:6]) == 3
+            assert await blocks_at.put(keys[2:6], blocks[2:6], checksums[2:6]) == 3
             assert await blocks_at.have_many(keys) == [True] * 6 + [False] * 2
-            found = await blocks_at.get(["nothing", *keys], 1 << 20)
-            assert [one is not None for one in found] == [False] + [True] * 6 + [False] * 2
-            assert all(
-                same_bytes(one, block) for one, block in zip(found[1:7], blocks, strict=False) if one is not None
-            )
+            assert await found(blocks_at, client, keys, blocks) == checksums[:6]
+            assert await found(blocks_at, client, ["nothing", *keys], blocks) == []
+            await client.agreed(FIRST, SECOND)
             await blocks_at.delete(keys[:2])
             assert sorted(await client.agreed(FIRST, SECOND)) == sorted(keys[2:6])
         await client.store("other", 0, torch.zeros(3))
         with pytest.raises(BusError, match="another shape"):
-            await blocks_at.get([keys[2], "other"], 1 << 20)
-        some = await blocks_at.get(keys[2:6], 2 * blocks[0].nbytes)
-        assert [one is not None for one in some] == [True, True, False, False]
+            await found(blocks_at, client, [keys[2], "other"], blocks)
+        assert await found(blocks_at, client, keys[2:6], blocks[2:], most_bytes=2 * blocks[0].nbytes) == [2, 3]
+        assert client.tensors.exported_count == 0
+
+
+async def found(
+    blocks_at: StoreClient, client: CacheClient, keys: list[str], blocks: torch.Tensor, most_bytes: int = 1 << 20
+) -> list[int | None]:
+    """The checksums of what is found; looks whether these are the first of the blocks."""
+    said: list[int | None] = []
+    for ref, checksums in await blocks_at.find(keys, most_bytes, WAIT_S):
+        part = await client.tensors.fetch(ref, deadline_s=WAIT_S)
+        assert same_bytes(part, blocks[len(said) : len(said) + len(part)])
+        said += checksums
+    return said
+
+
+async def test_of_a_prefix_the_end_is_evicted_first_whoever_had_used_it(nats_server: NatsServer) -> None:
+    url = nats_server.url
+    blocks = torch.stack([patterned((KB,), seed=number) for number in range(4)])
+    one, other = (prefix_keys(name, bytes(256)) for name in ("one", "other"))
+    async with cache_client(url) as client, running_store(client, url, None, memory_bytes=6 * blocks[0].nbytes):
+        blocks_at = StoreClient(client.bus, client.tensors)
+        await blocks_at.put(one, blocks)
+        await blocks_at.put(other, blocks)
+        assert await blocks_at.have_many(one) == [True] * 2 + [False] * 2
+        # Asked for last; and again there is room for two less.
+        await blocks_at.put(prefix_keys("new", bytes(128)), blocks[:2])
+        assert await blocks_at.have_many(one) == [True] * 2 + [False] * 2
+        assert await blocks_at.have_many(other) == [True] * 2 + [False] * 2
+
+
+async def test_what_two_stores_have_of_a_prefix_is_put_together(nats_server: NatsServer) -> None:
+    url = nats_server.url
+    blocks = torch.stack([patterned((KB,), seed=number) for number in range(4)])
+    keys = prefix_keys("kv", bytes(256))
+    size = blocks[0].nbytes
+    async with cache_client(url) as client, running_store(client, url, None):
+        blocks_at = StoreClient(client.bus, client.tensors)
+        await blocks_at.put(keys, blocks)
+        # It has room for some of them only.
+        async with running_store(client, url, None, memory_bytes=2 * size, instance=SECOND):
+            async with asyncio.timeout(20.0):
+                while len(await client.versions_at(SECOND)) < 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            for _ in range(6):
+                said = await found(blocks_at, client, keys, blocks)
+                assert len(said) == 4
         assert client.tensors.exported_count == 0
 
 

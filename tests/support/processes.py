@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from common.bus.errors import BusError
@@ -21,8 +21,11 @@ _PRELOAD = ("common.runtime.worker", "common.models.opensora.pipeline")
 class Processes:
     """Processes by instance, such as ``dit-1``; each writes a log of its name."""
 
-    def __init__(self, server: NatsServer, bus: Bus, model: Path, folder: Path) -> None:
+    def __init__(
+        self, server: NatsServer, bus: Bus, model: Path, folder: Path, preload: Sequence[str] = _PRELOAD
+    ) -> None:
         self.bus = bus
+        self._preload = tuple(preload)
         self._folder = folder
         self._environment = os.environ | {
             "TRIPTYCH_NATS_URL": server.url,
@@ -30,7 +33,7 @@ class Processes:
             "TRIPTYCH_CACHE_DIR": str(folder / "cache"),
             "OMP_NUM_THREADS": "1",
         }
-        self._launcher = ForkLauncher(self._environment, _PRELOAD, folder / "forkserver.log")
+        self._launcher = ForkLauncher(self._environment, self._preload, folder / "forkserver.log")
         self._running: dict[str, Running] = {}
 
     async def start(self, instance: str, **settings: str) -> None:
@@ -41,7 +44,7 @@ class Processes:
         service, _, slot = instance.rpartition("-")
         environment = self._environment | {"TRIPTYCH_INSTANCE": instance, "TRIPTYCH_SLOT": slot} | settings
         command = ("python", "-m", f"services.{service}")
-        launch = Launch(instance, command, environment, self.log(instance), _PRELOAD)
+        launch = Launch(instance, command, environment, self.log(instance), self._preload)
         self._running[instance] = await self._launcher.launch(launch)
 
     async def ready(self, *instances: str) -> dict[str, Member]:

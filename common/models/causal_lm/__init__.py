@@ -13,7 +13,7 @@ from common.models.causal_lm.errors import (
     WrongChunkError,
     WrongSamplingError,
 )
-from common.models.causal_lm.loading import load, load_tokenizer
+from common.models.causal_lm.loading import load, load_tokenizer, weights_digest
 from common.models.causal_lm.model import CausalLM
 from common.models.causal_lm.paging import BLOCK_TOKENS, BlockTable, KVLayout, KVPool
 
@@ -31,4 +31,5 @@ __all__ = [
     "WrongSamplingError",
     "load",
     "load_tokenizer",
+    "weights_digest",
 ]

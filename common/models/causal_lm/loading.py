@@ -1,5 +1,6 @@
 """A published model: a local folder, or a repository of the hub, with config.json, safetensors and a tokenizer."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from common.models.causal_lm.errors import ModelLoadError, UnsupportedModelError
 from common.models.causal_lm.model import CausalLM
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_PIECE_BYTES = 1 << 20
 
 
 def load(location: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> CausalLM:
@@ -55,6 +57,21 @@ def load_tokenizer(location: str | Path) -> PreTrainedTokenizerFast:
     if not tokenizer.is_fast:
         raise ModelLoadError(f"{location}: its tokenizer has no tokenizer.json: convert it with transformers first")
     return tokenizer
+
+
+def weights_digest(location: str | Path) -> str:
+    """A hash of all that a model computes with: its configuration and its weights, every byte of them.
+
+    Reads them all, about a gigabyte a second. Raises: ModelLoadError: see ``fetch``; OSError: they cannot be read.
+    """
+    folder = fetch(location)
+    hashed = hashlib.sha256()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        hashed.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb") as opened:
+            while piece := opened.read(_PIECE_BYTES):
+                hashed.update(piece)
+    return hashed.hexdigest()
 
 
 def fetch(location: str | Path) -> Path:
