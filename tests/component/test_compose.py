@@ -472,6 +472,8 @@ def test_who_does_not_end_is_killed(tmp_path: Path, forked: bool, hurried: bool)
         async with _stage(tmp_path, f"  a: {_service('deaf', forked, grace)}") as stage:
             await stage.supervisor.start()
             await stage.until_told("a-0 started")
+            # Who is forked may speak before the supervisor is told its number.
+            await stage.supervisor.replicas["a-0"].started.wait()
             pid = stage.supervisor.replicas["a-0"].pid
             assert pid is not None
             stopping = asyncio.create_task(stage.supervisor.stop())
