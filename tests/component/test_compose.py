@@ -289,6 +289,13 @@ class Stage:
     async def until_told(self, event: str, times: int = 1) -> None:
         await self.until(lambda: sum(line.startswith(event) for line in self.events) >= times)
 
+    async def pid_of(self, name: str) -> int:
+        """Who is forked may speak before the supervisor is told its number."""
+        await self.until(lambda: self.supervisor.replicas[name].pid is not None)
+        pid = self.supervisor.replicas[name].pid
+        assert pid is not None
+        return pid
+
 
 @contextlib.asynccontextmanager
 async def _stage(folder: Path, services: str, **variables: str) -> AsyncIterator[Stage]:
@@ -338,11 +345,10 @@ def test_what_is_killed_is_started_again(tmp_path: Path, forked: bool) -> None:
         async with _stage(tmp_path, f"  a: {_service('obedient', forked)}") as stage:
             await stage.supervisor.start()
             await stage.until_told("a-0 started")
-            first = stage.supervisor.replicas["a-0"].pid
-            assert first is not None
+            first = await stage.pid_of("a-0")
             os.kill(first, signal.SIGKILL)
             await stage.until_told("a-0 started", times=2)
-            assert stage.supervisor.replicas["a-0"].pid not in (None, first)
+            await stage.until(lambda: stage.supervisor.replicas["a-0"].pid not in (None, first))
             assert stage.said == ["a-0 was killed by SIGKILL; starting it again"]
 
     asyncio.run(play())
@@ -356,11 +362,11 @@ def test_a_dead_fork_server_is_replaced_with_its_children(tmp_path: Path) -> Non
             await stage.supervisor.start()
             await stage.until_told("a-0 started")
             await stage.until_told("a-1 started")
-            orphans = [replica.pid for replica in stage.supervisor.replicas.values()]
+            orphans = [await stage.pid_of(name) for name in stage.supervisor.replicas]
             server.signal(signal.SIGKILL)
             await stage.until_told("a-0 started", times=2)
             await stage.until_told("a-1 started", times=2)
-            await stage.until(lambda: not any(pid and psutil.pid_exists(pid) for pid in orphans))
+            await stage.until(lambda: not any(psutil.pid_exists(pid) for pid in orphans))
 
     asyncio.run(play())
 
@@ -472,10 +478,7 @@ def test_who_does_not_end_is_killed(tmp_path: Path, forked: bool, hurried: bool)
         async with _stage(tmp_path, f"  a: {_service('deaf', forked, grace)}") as stage:
             await stage.supervisor.start()
             await stage.until_told("a-0 started")
-            # Who is forked may speak before the supervisor is told its number.
-            await stage.supervisor.replicas["a-0"].started.wait()
-            pid = stage.supervisor.replicas["a-0"].pid
-            assert pid is not None
+            pid = await stage.pid_of("a-0")
             stopping = asyncio.create_task(stage.supervisor.stop())
             if hurried:
                 stage.supervisor.hurry.set()
