@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.language.settings import model_name
+from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
 from common.policies.prefill_profile import PrefillProfile, WrongPrefillProfile
 from common.policies.registry import UnknownPolicy, make_policy
 from common.policies.rib import Rib, WrongRib
@@ -139,7 +140,7 @@ def _late(supervisor: Supervisor, missing: set[str], timeout_s: float) -> str:
 
 def stack_variables(options: StackOptions, directory: RunDirectory, port: int) -> dict[str, str]:
     """What the compose file's variables stand for here; the caller's own environment may set any other."""
-    nats_port = free_port("127.0.0.1")
+    nats_port = _nats_port()
     return {
         # Loopback for the tensors too, and for DiT workers that share a video, unless the caller knows better.
         "TRIPTYCH_UCX_NET_DEVICES": "lo",
@@ -155,9 +156,19 @@ def stack_variables(options: StackOptions, directory: RunDirectory, port: int) -
         "TRIPTYCH_VIDEO_MODEL": model_location(options.video_model, "--video-model"),
         "TRIPTYCH_LOG_LEVEL": options.log_level,
         **_language_variables(options),
-        **_chunk_variables(options),
+        **_profile_variables(options),
         **scheduling_variables(options),
     }
+
+
+def _nats_port() -> int:
+    """A free one, unless the caller's environment names one, so as to reach the broker too."""
+    asked = os.environ.get("TRIPTYCH_NATS_PORT")
+    if asked is None:
+        return free_port("127.0.0.1")
+    if not asked.isascii() or not asked.isdigit():
+        raise OptionError(f"TRIPTYCH_NATS_PORT={asked}: ports go from 1 to 65535")
+    return checked_port("127.0.0.1", int(asked), "TRIPTYCH_NATS_PORT")
 
 
 def _language_variables(options: StackOptions) -> dict[str, str]:
@@ -168,15 +179,19 @@ def _language_variables(options: StackOptions) -> dict[str, str]:
     return {"TRIPTYCH_LANGUAGE_MODEL": model_location(name, "--language-model")}
 
 
-def _chunk_variables(options: StackOptions) -> dict[str, str]:
-    """The chunk that the profile found best for this very model, unless the environment names one."""
-    if options.rib is None or "TRIPTYCH_CHUNK_TOKENS" in os.environ:
+def _profile_variables(options: StackOptions) -> dict[str, str]:
+    """What the profile found for this very model, unless the environment says otherwise: the best chunk, and costs."""
+    if options.rib is None:
         return {}
-    profile = PrefillProfile.from_json(options.rib.read_text(encoding="utf-8"))
-    served = options.language_model or os.environ.get("TRIPTYCH_LANGUAGE_MODEL", "demo")
-    if profile is None or profile.model != model_name(served):
-        return {}
-    return {"TRIPTYCH_CHUNK_TOKENS": str(profile.chunk_tokens)}
+    text = options.rib.read_text(encoding="utf-8")
+    served = model_name(options.language_model or os.environ.get("TRIPTYCH_LANGUAGE_MODEL", "demo"))
+    chunks, costs = PrefillProfile.from_json(text), LanguageCosts.from_json(text)
+    found = {}
+    if chunks is not None and chunks.model == served:
+        found["TRIPTYCH_CHUNK_TOKENS"] = str(chunks.chunk_tokens)
+    if costs is not None and costs.model == served:
+        found["TRIPTYCH_COSTS"] = str(options.rib.resolve())
+    return {name: value for name, value in found.items() if name not in os.environ}
 
 
 def scheduling_variables(options: StackOptions) -> dict[str, str]:
@@ -206,11 +221,12 @@ def check_scheduling(options: StackOptions) -> None:
         try:
             text = options.rib.read_text(encoding="utf-8")
             # One of them may have been left out, but not both.
+            LanguageCosts.from_json(text)
             if PrefillProfile.from_json(text) is None or "kinds" in json.loads(text):
                 Rib.from_json(text)
         except OSError as error:
             raise OptionError(f"--rib {options.rib}: {error.strerror}; triptych profile writes one") from error
-        except (WrongRib, WrongPrefillProfile, UnicodeDecodeError) as error:
+        except (WrongRib, WrongPrefillProfile, WrongLanguageCosts, UnicodeDecodeError) as error:
             raise OptionError(f"--rib {options.rib} is no profile ({error}); triptych profile writes one") from error
     if options.record is not None and not options.record.resolve().parent.is_dir():
         raise OptionError(f"--record {options.record}: the folder does not exist; make it first")
@@ -250,15 +266,15 @@ def model_location(name: str, option: str) -> str:
     return name
 
 
-def checked_port(host: str, port: int) -> int:
-    """``port``, if it can be listened on.
+def checked_port(host: str, port: int, option: str = "--port") -> int:
+    """``port``, if it can be listened on. ``option``: how it was given.
 
     Raises:
         OptionError: it cannot.
     """
     if not 0 < port < 65536:
-        raise OptionError(f"--port {port}: ports go from 1 to 65535")
-    _bind(host, port)
+        raise OptionError(f"{option} {port}: ports go from 1 to 65535")
+    _bind(host, port, option)
     return port
 
 
@@ -267,7 +283,7 @@ def free_port(host: str) -> int:
     return _bind(host, 0)
 
 
-def _bind(host: str, port: int) -> int:
+def _bind(host: str, port: int, option: str = "--port") -> int:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -281,7 +297,7 @@ def _bind(host: str, port: int) -> int:
         if port:
             raise OptionError(
                 f"port {port} on {host} cannot be used ({error.strerror}); "
-                "stop what uses it or choose another with --port"
+                f"stop what uses it or choose another with {option}"
             ) from error
         raise OptionError(f"--host {host}: {error.strerror}") from error
 

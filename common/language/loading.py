@@ -9,6 +9,7 @@ import torch
 
 from common.engine import Engine
 from common.language.settings import DEMO, KVStore, LanguageSettings, model_name
+from common.mempool.address import BLOCK_TOKENS
 from common.mempool.pool import MemPool
 from common.mempool.tiers import Tier, disk_tier, dram_tier
 from common.messages.cluster import LanguageModelInfo
@@ -69,7 +70,8 @@ def load_model(settings: LanguageSettings, device: torch.device, dtype: torch.dt
         raise CannotServe(f"TRIPTYCH_LANGUAGE_MODEL: {error}") from error
     name = model_name(settings.language_model)
     log.info("lengths of answers", model=name, by="histogram" if lengths.predictor is None else "predictor")
-    info = LanguageModelInfo(name=name, context_tokens=engine.context)
+    room = memory.hbm.allocator.blocks * BLOCK_TOKENS
+    info = LanguageModelInfo(name=name, context_tokens=engine.context, kv_tokens=room)
     return LoadedModel(engine, lengths, info, _namespace(settings, pool))
 
 

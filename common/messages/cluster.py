@@ -49,10 +49,14 @@ class VideoModelInfo(Message):
 
 
 class LanguageModelInfo(Message):
-    """What a language model can do, as its workers say. ``context_tokens`` bounds prompt and answer together."""
+    """What a language model can do, as its workers say. ``context_tokens`` bounds prompt and answer together.
+
+    ``kv_tokens``: of how many tokens the worker has room for keys and values.
+    """
 
     name: str
     context_tokens: int = Field(ge=1)
+    kv_tokens: int = Field(default=0, ge=0)
     created_at_s: int = 0
 
 
@@ -72,7 +76,7 @@ class Member(Message):
     worker's.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     instance: str
     incarnation: str

@@ -1,15 +1,12 @@
-"""Which prefill and which decode instance gets a chat's sequence: the least loaded, or by a rule of ``routing_rules``.
+"""Which prefill and which decode instance gets a chat's sequence: by a rule, of what instances have yet to do.
 
-The former is ours, in the place of TetriInfer's global scheduler (section 3.2); ``chat_rule`` has the latter.
-
-Load is counted in tokens that are still to come: prompt tokens at the prefill instance until the first token is there,
-and the most that may yet be generated at the decode instance until the sequence ends. What an instance has cached of a
-prompt it need not compute (MemServe, section 6): a prompt goes where what waits and what it lacks are least together.
-Load is known here without asking anybody, and is forgotten with the gateway that holds the sequence. An instance that
-does both (fused) bears both, and keeps what it has prefilled: handing over would only cost.
+Without another rule it is ``chat_rule.FewestTokens``. Load is what is still to come: prompts at the prefill instance
+until the first token is there, answers, as long as they may become, at the decode instance until the sequence ends. It
+is known here without asking anybody, and is forgotten with the gateway that holds the sequence. What an instance has
+cached of a prompt it need not compute (MemServe, section 6). An instance that does both (fused) bears both.
 
 Departure from TetriInfer: there the global scheduler never picks the decode instance. Here it does, unless prefill
-instances are to choose (``dispatched``).
+instances choose (``dispatched``), who may know more of the answer's length.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,30 +22,56 @@ from common.policies.chat_events import (
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
+    PrefixPulled,
     RolesChanged,
     RouteSequence,
 )
 from common.policies.chat_loads import flip_loads
-from common.policies.chat_rule import ChatRule, Chosen, Instance, Routed, choose_by_rule
+from common.policies.chat_rule import ChatRule, Chosen, FewestTokens, guessed_costs
 from common.policies.flip import InstanceLoad
+from common.policies.sites import InstanceKind, Site, free_links, occupy_links
+
+
+@dataclass(slots=True)
+class _Routed:
+    """A sequence that has its route.
+
+    ``decode``: where its answer counts; empty: nowhere. ``between``: its first token has come, and no other yet, so
+    that it waits to be decoded. ``link_from_s``, ``link_until_s``: when what it pulls was to be on its way.
+    """
+
+    gateway: str
+    epoch: int
+    prefill: str
+    decode: str
+    answer_tokens: int
+    context_tokens: int
+    chosen: Chosen
+    between: bool = False
+    link_from_s: float = 0.0
+    link_until_s: float = 0.0
+
+
+def _fewest_tokens() -> ChatRule:
+    return ChatRule(FewestTokens(), guessed_costs(2000.0, 20_000.0))
 
 
 @dataclass(slots=True)
 class ChatDispatch:
-    """Events in, decisions with reasons out.
+    """Events in, decisions with reasons out. Times are of one clock that never goes back.
 
     Attributes:
         next_epoch: of the first route; each later one is higher.
-        rule: by which to choose; None: the fewest tokens to prefill.
+        rule: by which to choose, and what it knows.
         dispatched: whether prefill instances choose who decodes (TetriInfer, section 3.3.4): then nobody is named here,
             and what is to be generated counts nowhere before it is known who generates it.
     """
 
     next_epoch: int = 1
-    rule: ChatRule | None = None
+    rule: ChatRule = field(default_factory=_fewest_tokens)
     dispatched: bool = False
-    _instances: dict[str, Instance] = field(default_factory=dict)
-    _routed: dict[str, Routed] = field(default_factory=dict)
+    _sites: dict[str, Site] = field(default_factory=dict)
+    _routed: dict[str, _Routed] = field(default_factory=dict)
     _waiting: dict[str, ChatArrived] = field(default_factory=dict)
 
     @property
@@ -58,145 +81,150 @@ class ChatDispatch:
 
     def load(self, instance: str) -> tuple[int, int]:
         """The tokens yet to be prefilled and yet to be generated there."""
-        there = self._instances[instance]
-        return there.prefill_tokens, there.decode_tokens
+        site = self._sites[instance]
+        return site.prefill_tokens, site.answer_tokens
 
     def loads(self, flipping: str = "") -> list[InstanceLoad]:
         """See ``chat_loads.flip_loads``."""
-        return flip_loads(self._instances.values(), self._routed.values(), flipping)
+        between = (routed.decode for routed in self._routed.values() if routed.between)
+        return flip_loads(self._sites.values(), between, flipping)
 
     def decoding(self, but: str) -> list[str]:
         """Who decodes, ``but`` one, the least to generate first."""
-        there = [one for one in self._instances.values() if one.decodes and not one.draining and one.name != but]
-        return [one.name for one in sorted(there, key=lambda one: (one.decode_tokens, one.name))]
+        there = [site for site in self._sites.values() if site.decodes and not site.draining and site.name != but]
+        return [site.name for site in sorted(there, key=lambda site: (site.answer_tokens, site.name))]
 
-    def handle(self, happened: Event) -> list[RouteSequence]:
+    def handle(self, happened: Event, now_s: float) -> list[RouteSequence]:
         """Take in what happened; what follows from it, the oldest sequence first."""
         match happened:
-            case InstanceJoined(name, roles):
+            case InstanceJoined(name, roles, kv_tokens):
                 self._forget_instance(name)
-                self._instances[name] = Instance(name, LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles)
+                self._sites[name] = Site(name, _kind(roles), kv_tokens)
             case RolesChanged(name, roles):
-                if (there := self._instances.get(name)) is not None:
-                    there.prefills, there.decodes = LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles
+                if (site := self._sites.get(name)) is not None:
+                    site.kind = _kind(roles)
             case InstanceDraining(name):
-                if name in self._instances:
-                    self._instances[name].draining = True
+                if (site := self._sites.get(name)) is not None:
+                    site.draining = True
             case InstanceLost(name):
                 self._forget_instance(name)
             case ChatArrived(request_id):
-                self._end(request_id)
+                self._end(request_id, now_s)
                 self._waiting[request_id] = happened
+            case PrefixPulled(request_id, epoch, tokens):
+                routed = self._routed.get(request_id)
+                if routed is not None and routed.epoch == epoch:
+                    self._pulled(routed, tokens, now_s)
             case ChatPrefilled(request_id, epoch, decode, decoding):
                 routed = self._routed.get(request_id)
                 if routed is not None and routed.epoch == epoch:
-                    self._prefilled(routed)
+                    self._prefilled(request_id, routed, now_s)
                     if decode:
-                        self._goes_on(routed, decode)
+                        self._goes_on(request_id, routed, decode)
                     routed.between = not decoding and routed.prefill != routed.decode
             case ChatEnded(request_id, epoch):
                 routed = self._routed.get(request_id)
                 if epoch is None or (routed is not None and routed.epoch == epoch):
-                    self._end(request_id)
+                    self._end(request_id, now_s)
             case GatewayLost(gateway):
                 held = [name for name, routed in self._routed.items() if routed.gateway == gateway]
                 held += [name for name, arrived in self._waiting.items() if arrived.gateway == gateway]
                 for request_id in held:
-                    self._end(request_id)
-        return self._route_waiting()
+                    self._end(request_id, now_s)
+        return self._route_waiting(now_s)
 
-    def _route_waiting(self) -> list[RouteSequence]:
+    def _route_waiting(self, now_s: float) -> list[RouteSequence]:
         if not self._waiting:
             return []
-        prefills = [there for there in self._instances.values() if there.prefills and not there.draining]
-        decodes = [there for there in self._instances.values() if there.decodes and not there.draining]
+        there = [site for site in self._sites.values() if not site.draining]
+        prefills = [site for site in there if site.prefills]
+        decodes = [site for site in there if site.decodes]
         if not prefills or not decodes:
             return []
         waiting = sorted(self._waiting.values(), key=lambda arrived: arrived.created_s)
         self._waiting.clear()
         return [
-            self._route(arrived, _without(prefills, arrived.avoid), _without(decodes, arrived.avoid))
+            self._route(arrived, _without(prefills, arrived.avoid), _without(decodes, arrived.avoid), now_s)
             for arrived in waiting
         ]
 
-    def _route(self, arrived: ChatArrived, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> RouteSequence:
-        if self.rule is None:
-            chosen = _least_to_prefill(arrived, prefills, decodes)
-        else:
-            chosen = choose_by_rule(self.rule, arrived, prefills, decodes, self._routed)
-        prefill = chosen.prefill
+    def _route(
+        self, arrived: ChatArrived, prefills: Sequence[Site], decodes: Sequence[Site], now_s: float
+    ) -> RouteSequence:
+        chosen = self.rule.choose(arrived, prefills, decodes, now_s)
+        prefill, pull = chosen.choice.prefill, chosen.pull
         # Who decodes too keeps what it prefills.
-        decode = None if self.dispatched and prefill is not chosen.decode else chosen.decode
-        lacking = arrived.prompt_tokens - min(chosen.cached_tokens, arrived.prompt_tokens - 1)
-        context_tokens = arrived.prompt_tokens + arrived.max_tokens
-        routed = Routed(
+        decode = None if self.dispatched and prefill is not chosen.choice.decode else chosen.choice.decode
+        request_id, answer_tokens = arrived.request_id, arrived.max_tokens
+        routed = _Routed(
             arrived.gateway,
             self.next_epoch,
             prefill.name,
             decode.name if decode is not None else "",
-            lacking,
-            arrived.max_tokens,
-            chosen.exec_s,
-            context_tokens,
+            answer_tokens,
+            self.rule.costs.whole_blocks(arrived.prompt_tokens + answer_tokens),
+            chosen,
         )
         self.next_epoch += 1
-        prefill.prefill_tokens += routed.prefill_tokens
+        if pull is not None:
+            routed.link_until_s = occupy_links(self._sites[pull.source], prefill, chosen.pull_s, now_s)
+            routed.link_from_s = routed.link_until_s - chosen.pull_s
+        prefill.take_prefill(request_id, chosen.exec_s, arrived.prompt_tokens - chosen.cached_tokens, now_s)
         if decode is not None:
-            decode.decode_tokens += routed.decode_tokens
-        self._routed[arrived.request_id] = routed
-        return RouteSequence(arrived.request_id, routed.epoch, prefill.name, routed.decode, chosen.reason, chosen.pull)
+            decode.take_decode(request_id, routed.context_tokens, answer_tokens)
+        self._routed[request_id] = routed
+        return RouteSequence(request_id, routed.epoch, prefill.name, routed.decode, chosen.choice.reason, pull)
 
-    def _prefilled(self, routed: Routed) -> None:
-        if (instance := self._instances.get(routed.prefill)) is not None:
-            instance.prefill_tokens -= routed.prefill_tokens
-        routed.prefill_tokens = 0
+    def _pulled(self, routed: _Routed, tokens: int, now_s: float) -> None:
+        if (pull := routed.chosen.pull) is None:
+            return
+        free_links(self._sites.get(pull.source), self._sites.get(routed.prefill), routed.link_until_s, now_s)
+        if tokens:
+            self.rule.pulls.saw(self.rule.costs.send_s(tokens), now_s - routed.link_from_s, now_s)
 
-    def _goes_on(self, routed: Routed, decode: str) -> None:
+    def _prefilled(self, request_id: str, routed: _Routed, now_s: float) -> None:
+        if (site := self._sites.get(routed.decode)) is not None:
+            site.begin_decode(request_id)
+        if (site := self._sites.get(routed.prefill)) is None:
+            return
+        took_s = site.end_prefill(request_id, now_s)
+        # What was pulled may have come too late, and is computed then.
+        if took_s is not None and routed.chosen.pull is None:
+            self.rule.prefills.saw(routed.chosen.fitted_s, took_s)
+
+    def _goes_on(self, request_id: str, routed: _Routed, decode: str) -> None:
         """Count what is to be generated where it is generated; nowhere, if that is nobody who is known."""
-        if (before := self._instances.get(routed.decode)) is not None:
-            before.decode_tokens -= routed.decode_tokens
-        now = self._instances.get(decode)
-        if now is not None:
-            now.decode_tokens += routed.decode_tokens
-        routed.decode = now.name if now is not None else ""
+        if (before := self._sites.get(routed.decode)) is not None:
+            before.end_decode(request_id, routed.answer_tokens)
+        routed.decode = ""
+        if (now := self._sites.get(decode)) is not None:
+            routed.decode = decode
+            now.take_decode(request_id, routed.context_tokens, routed.answer_tokens)
+            now.begin_decode(request_id)
 
-    def _end(self, request_id: str) -> None:
+    def _end(self, request_id: str, now_s: float) -> None:
         self._waiting.pop(request_id, None)
         routed = self._routed.pop(request_id, None)
-        if routed is not None:
-            self._prefilled(routed)
-            self._goes_on(routed, "")
+        if routed is None:
+            return
+        if (site := self._sites.get(routed.prefill)) is not None:
+            site.end_prefill(request_id, now_s, done=False)
+        if (site := self._sites.get(routed.decode)) is not None:
+            site.end_decode(request_id, routed.answer_tokens)
 
     def _forget_instance(self, name: str) -> None:
-        """What ran there bears on nobody any more; its gateways ask for new routes."""
-        if self._instances.pop(name, None) is None:
+        """What ran there bears on nobody any more; its gateways ask for new routes. The name may come back."""
+        if self._sites.pop(name, None) is None:
             return
         for routed in self._routed.values():
-            # The name may come back with other sequences, which these must not be counted against.
-            if routed.prefill == name:
-                routed.prefill_tokens = 0
             if routed.decode == name:
                 routed.decode = ""
 
 
-def _least_to_prefill(arrived: ChatArrived, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> Chosen:
-    prefill = min(
-        prefills,
-        key=lambda there: (there.prefill_tokens + arrived.lacking(there.name), there.decode_tokens, there.name),
-    )
-    cached = arrived.prompt_tokens - arrived.lacking(prefill.name)
-    if prefill in decodes:
-        decode = prefill
-        what = f"least to prefill of {len(prefills)}, and decodes too"
-    else:
-        decode = min(decodes, key=lambda there: (there.decode_tokens, there.prefill_tokens, there.name))
-        what = f"least to prefill of {len(prefills)}, least to generate of {len(decodes)}"
-    load = f"{prefill.prefill_tokens} tokens to prefill, {decode.decode_tokens} to generate before it"
-    if cached:
-        load += f"; {cached} of its {arrived.prompt_tokens} tokens are there"
-    return Chosen(prefill, decode, cached, f"{what}: {load}")
+def _kind(roles: Collection[LanguageRole]) -> InstanceKind:
+    return InstanceKind.of(LanguageRole.PREFILL in roles, LanguageRole.DECODE in roles)
 
 
-def _without(instances: Sequence[Instance], avoid: Collection[str]) -> Sequence[Instance]:
+def _without(sites: Sequence[Site], avoid: Collection[str]) -> Sequence[Site]:
     """Those not to be avoided; all, if there is no other."""
-    return [instance for instance in instances if instance.name not in avoid] or instances
+    return [site for site in sites if site.name not in avoid] or sites

@@ -11,10 +11,11 @@ from common.policies.routing import Pull
 
 @dataclass(frozen=True, slots=True)
 class InstanceJoined:
-    """A language worker takes sequences."""
+    """A language worker takes sequences. ``kv_tokens``: how many it has room for."""
 
     instance: str
     roles: tuple[LanguageRole, ...]
+    kv_tokens: int = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +58,14 @@ class ChatArrived:
     cached: Mapping[str, int] = field(default_factory=dict)
     conversation: str = ""
 
-    def lacking(self, instance: str) -> int:
-        """How many tokens would have to be prefilled there; the last one always has."""
-        return self.prompt_tokens - min(self.cached.get(instance, 0), self.prompt_tokens - 1)
+
+@dataclass(frozen=True, slots=True)
+class PrefixPulled:
+    """What the sequence was to pull is there, or will not come; ``tokens``: how many were sent."""
+
+    request_id: str
+    epoch: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,7 @@ Event = (
     | InstanceDraining
     | InstanceLost
     | ChatArrived
+    | PrefixPulled
     | ChatPrefilled
     | ChatEnded
     | GatewayLost

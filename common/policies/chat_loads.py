@@ -4,33 +4,31 @@ from collections import Counter
 from collections.abc import Iterable
 
 from common.messages.cluster import LanguageRole
-from common.policies.chat_rule import Instance, Routed
 from common.policies.flip import InstanceLoad
+from common.policies.sites import InstanceKind, Site
 
 
-def flip_loads(instances: Iterable[Instance], routed: Iterable[Routed], flipping: str) -> list[InstanceLoad]:
+def flip_loads(sites: Iterable[Site], between: Iterable[str], flipping: str) -> list[InstanceLoad]:
     """Those that have one role; who drains is left out.
 
     A prompt waits while it is not the only one at its instance, and the sequence after it until its second token comes:
     for its keys and values, and for room where it is decoded. Those that are given to nobody yet are divided among all
-    that decode. ``flipping`` is on its way to another role already.
+    that decode.
+
+    Args:
+        between: for each sequence with a first token and no second one, who decodes it; empty: nobody yet.
+        flipping: is on its way to another role already.
     """
-    prompts: Counter[str] = Counter()
-    between: Counter[str] = Counter()
-    decoding: Counter[str] = Counter()
-    for sequence in routed:
-        prompts[sequence.prefill] += sequence.prefill_tokens > 0
-        between[sequence.decode] += sequence.between
-        decoding[sequence.decode] += not sequence.prefill_tokens
-    instances = list(instances)
-    names = [there.name for there in instances if there.decodes and not there.draining]
-    between.update({name: len(range(place, between[""], len(names))) for place, name in enumerate(names)})
+    there = [site for site in sites if not site.draining]
+    waiting = Counter(between)
+    decoding = [site.name for site in there if site.decodes]
+    waiting.update({name: len(range(place, waiting[""], len(decoding))) for place, name in enumerate(decoding)})
     found = []
-    for there in instances:
-        if there.draining or there.prefills == there.decodes:
+    for site in there:
+        if site.kind is InstanceKind.FUSED:
             continue
-        name = there.name
-        role = LanguageRole.PREFILL if there.prefills else LanguageRole.DECODE
-        waiting = max(0, prompts[name] - 1) if there.prefills else between[name]
-        found.append(InstanceLoad(name, role, waiting, bool(prompts[name] or decoding[name]), name == flipping))
+        role = LanguageRole.PREFILL if site.prefills else LanguageRole.DECODE
+        waits = max(0, len(site.unfinished) - 1) if site.prefills else waiting[site.name]
+        busy = bool(site.unfinished or site.decoding)
+        found.append(InstanceLoad(site.name, role, waits, busy, site.name == flipping))
     return found

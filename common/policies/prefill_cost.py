@@ -11,6 +11,14 @@ what is cached. A whole pass takes no less than ``floor_s``.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
+
+
+class PrefillCost(Protocol):
+    """``exec(x, y)`` of the paper."""
+
+    def exec_s(self, prompt_tokens: int, cached_tokens: int) -> float:
+        """Seconds to prefill a prompt of which the first tokens are cached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,18 @@ class RateCost:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaledCost:
+    """So many times what ``cost`` says."""
+
+    cost: PrefillCost
+    factor: float
+
+    def exec_s(self, prompt_tokens: int, cached_tokens: int) -> float:
+        """Of one prompt of which the first tokens are cached."""
+        return self.factor * self.cost.exec_s(prompt_tokens, cached_tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeCost:
     """One step of a batch: ``floor_s``, and something for each sequence and for each token that it looks back at."""
 
@@ -95,14 +115,15 @@ class DecodeCost:
 
 @dataclass(frozen=True, slots=True)
 class LinkCost:
-    """What carries keys and values between instances, when nobody else uses it."""
+    """What carries keys and values between instances, when nobody else uses it. ``once_s``: for each transfer."""
 
     bytes_per_s: float
     message_s: float
     messages_per_block: int = 1
+    once_s: float = 0.0
 
     def send_s(self, size_bytes: float, blocks: int) -> float:
-        return size_bytes / self.bytes_per_s + self.message_s * self.messages_per_block * blocks
+        return self.once_s + size_bytes / self.bytes_per_s + self.message_s * self.messages_per_block * blocks
 
 
 _HIDDEN, _INNER = 5120, 13_824

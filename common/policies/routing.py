@@ -2,28 +2,17 @@
 
 It keeps the prompt index and a table of what every instance has yet to do, matches all kinds of instances at once, and
 leaves the choice to a rule (``routing_rules``). What it decides is a hint: the instance's own match is the authority.
-
-A request bears on its prefill instance until its first token is there, and on its decode instance until its last.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Protocol
 
-from common.policies.prefill_cost import DecodeCost, LinkCost
+from common.policies.prefill_cost import DecodeCost, LinkCost, PrefillCost, ScaledCost
 from common.policies.prompt_index import IndexChange, IndexSnapshot, PromptIndex
-
-
-class InstanceKind(StrEnum):
-    """MemServe's three types. ``FUSED``: its PD-colocated."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-    FUSED = "fused"
-
+from common.policies.sites import InstanceKind, Site, occupy_links
 
 # --- events ------------------------------------------------------------------------------------------------------
 
@@ -105,22 +94,26 @@ class Route:
 # --- what rules see ----------------------------------------------------------------------------------------------
 
 
-class PrefillCost(Protocol):
-    """``exec(x, y)`` of the paper."""
-
-    def exec_s(self, prompt_tokens: int, cached_tokens: int) -> float:
-        """Seconds to prefill a prompt of which the first tokens are cached."""
-
-
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What is known of the machines, all alike."""
+    """What is known of the machines, all alike. ``chunk_tokens``: how much of prompts a pass computes at most."""
 
     prefill: PrefillCost
     decode: DecodeCost
     link: LinkCost
     kv_token_bytes: int
     block_tokens: int
+    chunk_tokens: int = 512
+
+    @property
+    def chunk_s(self) -> float:
+        """Of one pass over a full chunk."""
+        return self.prefill.exec_s(self.chunk_tokens, 0)
+
+    @property
+    def prompt_token_s(self) -> float:
+        """Of one token of it."""
+        return self.chunk_s / self.chunk_tokens
 
     def whole_blocks(self, tokens: int) -> int:
         """So many tokens, rounded up."""
@@ -130,58 +123,10 @@ class Costs:
         """Keys and values of so many tokens, to another instance."""
         return self.link.send_s(tokens * self.kv_token_bytes, math.ceil(tokens / self.block_tokens))
 
-
-@dataclass(slots=True)
-class Site:
-    """An instance and what it has yet to do.
-
-    Attributes:
-        queue_s: predicted time of all prefills that are not done, the first part of equation 1.
-        left_s: the same, less what the first of them has had already.
-        link_s: how long the pulls from it and to it will take yet.
-        prefill_tokens: that these have yet to compute.
-        contexts: of each sequence that decodes here or will, prompt and answer, in the order of their routes.
-        context_tokens: of all of them; ``answer_tokens``: answers alone.
-        cached_tokens: of the request that is being routed.
-        unfinished: predicted times of the prefills that are not done, in order; ``first_began_s``: since when the first
-            of them has been computed, as far as can be told.
-        link_until_s: until when its pulls will take.
-    """
-
-    name: str
-    kind: InstanceKind
-    kv_tokens: int
-    queue_s: float = 0.0
-    left_s: float = 0.0
-    link_s: float = 0.0
-    prefill_tokens: int = 0
-    context_tokens: int = 0
-    answer_tokens: int = 0
-    cached_tokens: int = 0
-    contexts: dict[str, int] = field(default_factory=dict)
-    unfinished: dict[str, float] = field(default_factory=dict)
-    first_began_s: float = 0.0
-    link_until_s: float = 0.0
-
-    def look(self, now_s: float, cached_tokens: int) -> None:
-        """Now, for a request of which so many tokens are here."""
-        self.cached_tokens = cached_tokens
-        self.link_s = max(0.0, self.link_until_s - now_s)
-        first_s = next(iter(self.unfinished.values()), 0.0)
-        self.left_s = self.queue_s - min(first_s, now_s - self.first_began_s)
-
-    @property
-    def sequences(self) -> int:
-        """How many decode here or will."""
-        return len(self.contexts)
-
-    @property
-    def prefills(self) -> bool:
-        return self.kind is not InstanceKind.DECODE
-
-    @property
-    def decodes(self) -> bool:
-        return self.kind is not InstanceKind.PREFILL
+    def corrected(self, prefill: float, send_s: float) -> "Costs":
+        """With prefills that take so many times as long, and transfers that take so much longer."""
+        link = replace(self.link, once_s=self.link.once_s + send_s)
+        return replace(self, prefill=ScaledCost(self.prefill, prefill), link=link)
 
 
 class Ask:
@@ -263,7 +208,7 @@ class GlobalScheduler:
                 self._waiting.append(happened)
             case RequestPrefilled(request_id):
                 if (routed := self._routed.get(request_id)) is not None:
-                    self._prefilled(routed, now_s)
+                    self._end_prefill(routed, now_s)
             case RequestEnded(request_id):
                 self._end(request_id, now_s)
         return self._route_waiting(now_s) if self._waiting else []
@@ -296,42 +241,30 @@ class GlobalScheduler:
             request.answer_tokens,
         )
         if choice.pull is not None:
-            source = self.sites[choice.pull.source]
-            until_s = now_s + max(source.link_s, choice.prefill.link_s)
-            until_s += self.costs.send_s(choice.pull.to_token - choice.pull.from_token)
-            source.link_until_s = choice.prefill.link_until_s = until_s
-        if not choice.prefill.unfinished:
-            choice.prefill.first_began_s = now_s
-        choice.prefill.unfinished[request.request_id] = routed.exec_s
-        choice.prefill.queue_s += routed.exec_s
-        choice.prefill.prefill_tokens += routed.computed_tokens
-        choice.decode.contexts[request.request_id] = routed.context_tokens
-        choice.decode.context_tokens += routed.context_tokens
-        choice.decode.answer_tokens += routed.answer_tokens
+            send_s = self.costs.send_s(choice.pull.to_token - choice.pull.from_token)
+            occupy_links(self.sites[choice.pull.source], choice.prefill, send_s, now_s)
+        choice.prefill.take_prefill(request.request_id, routed.exec_s, routed.computed_tokens, now_s)
+        choice.decode.take_decode(request.request_id, routed.context_tokens, routed.answer_tokens)
         self._routed[request.request_id] = routed
         if self.expects:
             self.index.expect(route.prefill, request.tokens)
         return route
 
-    def _prefilled(self, routed: _Routed, now_s: float) -> None:
+    def _end_prefill(self, routed: _Routed, now_s: float, done: bool = True) -> None:
         routed.prefilled = True
-        site = self.sites.get(routed.route.prefill)
-        if site is not None and site.unfinished.pop(routed.route.request_id, None) is not None:
-            site.first_began_s = now_s
-            site.prefill_tokens -= routed.computed_tokens
-            # Sums of floating-point numbers rarely end at zero.
-            site.queue_s = site.queue_s - routed.exec_s if site.unfinished else 0.0
+        if done and (decode := self.sites.get(routed.route.decode)) is not None:
+            decode.begin_decode(routed.route.request_id)
+        if (site := self.sites.get(routed.route.prefill)) is not None:
+            site.end_prefill(routed.route.request_id, now_s, done)
 
     def _end(self, request_id: str, now_s: float) -> None:
         self._waiting = [request for request in self._waiting if request.request_id != request_id]
         routed = self._routed.pop(request_id, None)
         if routed is None:
             return
-        self._prefilled(routed, now_s)
-        site = self.sites.get(routed.route.decode)
-        if site is not None and site.contexts.pop(request_id, None) is not None:
-            site.context_tokens -= routed.context_tokens
-            site.answer_tokens -= routed.answer_tokens
+        self._end_prefill(routed, now_s, done=False)
+        if (site := self.sites.get(routed.route.decode)) is not None:
+            site.end_decode(request_id, routed.answer_tokens)
 
     def _lose(self, name: str, now_s: float) -> None:
         """What ran there bears on nobody any more, nor on another of the same name."""

@@ -4,10 +4,11 @@ Ties go to the least loaded instance, then to the first name, so that the same e
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from common.policies.routing import Ask, Choice, InstanceKind, Pull, Rule, Site
+from common.policies.routing import Ask, Choice, Pull, Rule
+from common.policies.sites import InstanceKind, Site
 
 _MAX_CONVERSATIONS = 100_000
 # Among decode instances the longest match wins as long as it has at most so many tokens more to look back at than the
@@ -168,11 +169,11 @@ RULES: dict[str, Callable[[], Rule]] = {
 }
 
 
-def make_rule(name: str) -> Rule:
-    """Raises: UnknownRule."""
-    if name not in RULES:
-        raise UnknownRule(f"there is no routing rule {name!r}: use one of {', '.join(RULES)}")
-    return RULES[name]()
+def make_rule(name: str, rules: Mapping[str, Callable[[], Rule]] = RULES) -> Rule:
+    """One of ``rules``. Raises: UnknownRule."""
+    if name not in rules:
+        raise UnknownRule(f"there is no routing rule {name!r}: use one of {', '.join(rules)}")
+    return rules[name]()
 
 
 def choose_decode(prefill: Site, decodes: Sequence[Site]) -> Site:

@@ -11,15 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from common.policies.prefill_profile import PrefillProfile
 from common.policies.rib import DegreeRule, Rib, WrongRib
 from compose.errors import StartError
 from compose.files import prepare_file, write_whole
 from compose.profiling.crew import crew_of
 from compose.profiling.in_stack import check_in_stack, measure_in_stack
+from compose.profiling.language import LanguageProfile, costs_table, measure_language, prefill_table
 from compose.profiling.measure import Measured, measure
 from compose.profiling.plan import Plan, ProfileOptions, make_plan
-from compose.profiling.prefill import measure_prefill, prefill_table
 from compose.profiling.table import milliseconds, table
 from compose.up import report
 
@@ -42,7 +41,7 @@ def run_profile(options: ProfileOptions) -> int:
         if plan.model:
             content |= json.loads(_video(plan).to_json())
         if plan.language_model:
-            content["prefill"] = _prefill(plan).to_content()
+            content |= _language(plan).to_content()
     except KeyboardInterrupt:
         return _INTERRUPTED
     write_whole(options.output, json.dumps(content, indent=1) + "\n")
@@ -60,10 +59,10 @@ def _video(plan: Plan) -> Rib:
     return rib
 
 
-def _prefill(plan: Plan) -> PrefillProfile:
-    profile = asyncio.run(measure_prefill(plan.language_model, plan.options))
+def _language(plan: Plan) -> LanguageProfile:
+    profile = asyncio.run(measure_language(plan.language_model, plan.options))
     separator = "\n" if plan.model else ""
-    sys.stdout.write(f"{separator}{prefill_table(profile)}\n")
+    sys.stdout.write(f"{separator}{prefill_table(profile.prefill)}\n\n{costs_table(profile.costs)}\n")
     return profile
 
 

@@ -8,6 +8,7 @@ available one is what it were, had each prompt gone to the instance with the mos
 
 import argparse
 import asyncio
+import json
 import os
 import platform
 import statistics
@@ -18,8 +19,9 @@ from tempfile import TemporaryDirectory
 import aiohttp
 import numpy as np
 
-from common.policies.routing_rules import RULES, UnknownRule, make_rule
-from loadgen.bench.language_stack import Costs, Replay, language_stack
+from common.policies.chat_rule import CHAT_RULES
+from common.policies.routing_rules import UnknownRule, make_rule
+from loadgen.bench.language_stack import Replay, Told, language_stack, profiled
 from loadgen.bench.process import BenchmarkError
 from loadgen.bench.rounds import MEASURES, Readings, comparison
 from loadgen.bench.trace_excerpt import excerpt
@@ -28,7 +30,7 @@ from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve.trace import read_mooncake
 from loadgen.simulator.outcome import summary
 
-_RULES = ("least_load", "session", "cost")
+_RULES = ("least_load", "session", "cost", "added_time")
 # Of what the best instance has, as the share that "cost" is to find at least.
 _NEAR_BEST = 0.95
 
@@ -40,7 +42,7 @@ class WrongArgument(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
     parser.add_argument("trace", type=Path, metavar="FILE", help="in Mooncake's format")
-    parser.add_argument("--rule", nargs="+", default=list(_RULES), metavar="NAME", help=f"of {', '.join(RULES)}")
+    parser.add_argument("--rule", nargs="+", default=list(_RULES), metavar="NAME", help=f"of {', '.join(CHAT_RULES)}")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default %(default)s)")
     parser.add_argument("--requests", type=int, default=100, metavar="N", help="of a round (default %(default)s)")
     parser.add_argument("--rate", type=float, default=4.0, help="requests a second (default %(default)s)")
@@ -49,8 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, default=256, metavar="N", help="channels of the model (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="(default %(default)s)")
     parser.add_argument(
-        "--prefill-rate", type=float, metavar="TOKENS", help="of an instance, a second (default: measured first)"
+        "--prefill-rate", type=float, metavar="TOKENS", help="of an instance, a second, in the place of a profile"
     )
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="of triptych profile (default: measured first)")
     parser.add_argument(
         "--transfer-rate", type=float, default=20_000.0, metavar="TOKENS", help="a second (default %(default)s)"
     )
@@ -62,7 +65,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         _check(options)
         with TemporaryDirectory(prefix="memserve-live-") as folder:
             model = save_random_language_model(Path(folder) / "random", options.hidden, options.layers)
-            return asyncio.run(_run(options, str(model)))
+            return asyncio.run(_run(options, str(model), Path(folder)))
     except (WrongArgument, WrongTrace, UnknownRule, BenchmarkError) as error:
         raise SystemExit(f"loadgen bench memserve-live: {error}") from None
     except (aiohttp.ClientError, TimeoutError) as error:
@@ -70,14 +73,17 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         raise SystemExit(f"loadgen bench memserve-live: the stack did not answer ({what})") from None
 
 
-async def _run(options: argparse.Namespace, model: str) -> dict[str, object]:
+async def _run(options: argparse.Namespace, model: str, folder: Path) -> dict[str, object]:
     turns = read_mooncake(options.trace)
     if not turns:
         raise WrongArgument(f"{options.trace}: there is no request in it")
-    costs = Costs(options.prefill_rate or await _prefill_rate(options, model), options.transfer_rate)
+    if options.prefill_rate:
+        told = Told("", options.prefill_rate, options.transfer_rate)
+    else:
+        told = Told(str(options.profile) if options.profile else await profiled(model, folder))
     print(
         f"{options.rounds} rounds of about {options.requests} requests, {options.rate:g} a second, on "
-        f"{options.instances} instances that prefill {costs.prefill_tokens_s:.0f} tokens a second"
+        f"{options.instances} instances"
     )
     replays: dict[str, list[Replay]] = {rule: [] for rule in options.rule}
     for number in range(options.rounds):
@@ -85,7 +91,7 @@ async def _run(options: argparse.Namespace, model: str) -> dict[str, object]:
         requests = excerpt(turns, options.requests, options.rate, seed, VOCABULARY)
         first = number % len(options.rule)
         for rule in (*options.rule[first:], *options.rule[:first]):
-            async with language_stack(rule, model, options.instances, VOCABULARY, costs) as stack:
+            async with language_stack(rule, model, options.instances, VOCABULARY, told) as stack:
                 await stack.warm_up(options.instances)
                 replay = await stack.replay(requests)
             replays[rule].append(replay)
@@ -94,14 +100,7 @@ async def _run(options: argparse.Namespace, model: str) -> dict[str, object]:
     print(f"{options.rounds} rounds together")
     print("\n".join(_line(rule, found) for rule, found in replays.items()))
     print("\n".join(_ratios(readings)))
-    return _result(options, costs, replays, readings)
-
-
-async def _prefill_rate(options: argparse.Namespace, model: str) -> float:
-    """Of a prompt alone, on a stack of its own, where no rule weighs times yet."""
-    async with language_stack("least_load", model, options.instances, VOCABULARY, Costs(1.0, 1.0)) as stack:
-        await stack.warm_up(options.instances)
-        return await stack.prefill_tokens_s()
+    return _result(options, told, replays, readings)
 
 
 def hits(replays: Sequence[Replay]) -> dict[str, float]:
@@ -136,7 +135,7 @@ def _ratios(readings: Readings) -> list[str]:
 
 
 def _result(
-    options: argparse.Namespace, costs: Costs, replays: Mapping[str, Sequence[Replay]], readings: Readings
+    options: argparse.Namespace, told: Told, replays: Mapping[str, Sequence[Replay]], readings: Readings
 ) -> dict[str, object]:
     rules = list(replays)
     return {
@@ -147,7 +146,7 @@ def _result(
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "trace": options.trace.name,
             "model": {"hidden": options.hidden, "layers": options.layers},
-            **vars(costs),
+            **_told(told),
         },
         "runs": [
             {
@@ -174,6 +173,13 @@ def _result(
     }
 
 
+def _told(told: Told) -> dict[str, object]:
+    """The costs in full: the file may be a temporary one."""
+    if told.profile:
+        return {"costs": json.loads(Path(told.profile).read_text(encoding="utf-8"))["language_costs"]}
+    return {"prefill_tokens_s": told.prefill_tokens_s, "transfer_tokens_s": told.transfer_tokens_s}
+
+
 def _check(options: argparse.Namespace) -> None:
     for name, least in (("rounds", 1), ("requests", 2), ("instances", 1), ("hidden", 8), ("layers", 1)):
         if getattr(options, name) < least:
@@ -181,5 +187,7 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("rate", "prefill_rate", "transfer_rate"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
             raise WrongArgument(f"--{name.replace('_', '-')} {getattr(options, name):g}: give more than 0")
+    if options.profile is not None and not options.profile.is_file():
+        raise WrongArgument(f"--profile {options.profile}: there is no such file; triptych profile writes one")
     for name in options.rule:
-        make_rule(name)
+        make_rule(name, CHAT_RULES)

@@ -13,7 +13,7 @@ from common.bus.errors import BusError, Refusal
 from common.bus.port import Bus
 from common.mempool.address import TOKEN_BYTES
 from common.messages.chat import ChatEnded, ChatPrefilled, ChatRoute, RouteChat
-from common.messages.cluster import LanguageRole, Service
+from common.messages.cluster import LanguageRole, Member, Service
 from common.messages.failures import Failure, Stage
 from common.messages.mempool import SendPrefix
 from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, ROUTE_CHAT, SEND_PREFIX
@@ -42,7 +42,7 @@ class ChatRouter:
         bus: Bus,
         first_epoch: int,
         doubt: Callable[[str], None],
-        rule: ChatRule | None = None,
+        rule: ChatRule,
         dispatched: bool = False,
     ) -> None:
         self._bus = bus
@@ -75,7 +75,7 @@ class ChatRouter:
         match change:
             case MemberJoined() if member.roles:
                 self._prompts.follow(member.instance)
-                self._tell(event.InstanceJoined(member.instance, member.roles))
+                self._tell(event.InstanceJoined(member.instance, member.roles, _room(member)))
                 self._have_roles(member.instance, member.roles)
             case MemberRolesChanged():
                 self.roles_changed(member.instance, member.roles)
@@ -159,13 +159,17 @@ class ChatRouter:
         pull = route.pull
         assert pull is not None
         asked = SendPrefix(tokens=tokens[: pull.to_token * TOKEN_BYTES], to=route.prefill)
+        moved = 0
         # The gateway does not wait much longer for its route.
         left_s = max(_LEAST_PULL_S, end_s - asyncio.get_running_loop().time())
         try:
             sent = await self._bus.request(SEND_PREFIX, asked, pull.source, deadline_s=left_s)
-            log.debug("pulled", request=route.request_id, source=pull.source, to=route.prefill, tokens=sent.tokens)
+            moved = sent.tokens
+            log.debug("pulled", request=route.request_id, source=pull.source, to=route.prefill, tokens=moved)
         except BusError as error:
             log.info("not pulled", request=route.request_id, source=pull.source, reason=str(error))
+        finally:
+            self._tell(event.PrefixPulled(route.request_id, route.epoch, moved))
 
     def _prefilled(self, report: ChatPrefilled) -> None:
         self._tell(event.ChatPrefilled(report.request_id, report.epoch, report.decode, report.decoding))
@@ -177,11 +181,16 @@ class ChatRouter:
         self._tell(event.ChatEnded(report.request_id, report.epoch))
 
     def _tell(self, happened: event.Event) -> None:
-        for decision in self._policy.handle(happened):
+        for decision in self._policy.handle(happened, asyncio.get_running_loop().time()):
             log.debug("routed", request=decision.request_id, prefill=decision.prefill, reason=decision.reason)
             answer = self._asked.get(decision.request_id)
             if answer is not None and not answer.done():
                 answer.set_result(decision)
+
+
+def _room(member: Member) -> int:
+    """For how many tokens it has memory."""
+    return member.language_model.kv_tokens if member.language_model is not None else 0
 
 
 def _refuse(answer: asyncio.Future[event.RouteSequence], code: str, message: str) -> None:

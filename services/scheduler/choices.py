@@ -2,11 +2,13 @@
 
 import contextlib
 
+import structlog
+
 from common.mempool.address import BLOCK_TOKENS
-from common.policies.chat_rule import ChatRule
+from common.policies.chat_rule import CHAT_RULES, ChatRule, guessed_costs
 from common.policies.flip import FlipPolicy, IdleFlip, QueueFlip
+from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
 from common.policies.policy import Policy
-from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
 from common.policies.registry import UnknownPolicy, make_policy
 from common.policies.rib import Rib, WrongRib
 from common.policies.routing import Costs
@@ -14,6 +16,8 @@ from common.policies.routing_rules import UnknownRule, make_rule
 from common.runtime.process import CannotServe
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.record import EventRecord
+
+log = structlog.get_logger()
 
 
 def choose_policy(settings: SchedulerSettings, first_epoch: int) -> Policy:
@@ -31,27 +35,41 @@ def choose_policy(settings: SchedulerSettings, first_epoch: int) -> Policy:
         raise CannotServe(f"TRIPTYCH_POLICY: {error}") from error
 
 
-def choose_rule(settings: SchedulerSettings) -> ChatRule | None:
-    """The rule that is set for chats; None: none is.
+def choose_rule(settings: SchedulerSettings) -> ChatRule:
+    """The rule that is set for chats, with the profile that is set.
 
     Raises:
-        CannotServe: there is no such rule.
+        CannotServe: there is no such rule, or the file has no costs of a language model.
     """
-    if not settings.routing:
-        return None
     try:
-        rule = make_rule(settings.routing)
+        rule = make_rule(settings.routing or "fewest_tokens", CHAT_RULES)
     except UnknownRule as error:
         raise CannotServe(f"TRIPTYCH_ROUTING: {error}") from error
-    costs = Costs(
-        prefill=RateCost(settings.prefill_tokens_s),
-        # As if each token of an answer were one of a prompt.
-        decode=DecodeCost(0.0, 1 / settings.prefill_tokens_s, 0.0),
-        link=LinkCost(settings.transfer_tokens_s, 0.0),
-        kv_token_bytes=1,
-        block_tokens=BLOCK_TOKENS,
+    return ChatRule(rule, _costs(settings))
+
+
+def log_rule(settings: SchedulerSettings) -> None:
+    """Say what chats are routed by."""
+    rule = settings.routing or "fewest_tokens"
+    if settings.costs is not None:
+        log.info("chats are routed", rule=rule, costs=str(settings.costs))
+    else:
+        rates = {"prefill_tokens_s": settings.prefill_tokens_s, "transfer_tokens_s": settings.transfer_tokens_s}
+        log.info("chats are routed, costs not profiled but set", rule=rule, **rates)
+
+
+def _costs(settings: SchedulerSettings) -> Costs:
+    if settings.costs is None:
+        return guessed_costs(settings.prefill_tokens_s, settings.transfer_tokens_s)
+    try:
+        found = LanguageCosts.from_json(settings.costs.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, WrongLanguageCosts) as error:
+        raise CannotServe(f"TRIPTYCH_COSTS: {settings.costs} cannot be used: {error}") from error
+    if found is None:
+        raise CannotServe(f"TRIPTYCH_COSTS: {settings.costs} has no costs of a language model; triptych profile does")
+    return Costs(
+        found.prefill, found.decode, found.link, found.kv_token_bytes, BLOCK_TOKENS, found.prefill.chunk_tokens
     )
-    return ChatRule(rule, costs, settings.kv_tokens)
 
 
 def choose_flips(settings: SchedulerSettings) -> FlipPolicy | None:

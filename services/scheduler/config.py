@@ -23,10 +23,11 @@ class SchedulerSettings(ServiceSettings):
     ``policy``: by the name it has in the registry. ``rib``: the file with the profile that it decides by (without one,
     the paper's table). ``record``: the file to which all events go, to be played again in the simulator.
 
-    ``routing``: the rule of ``common.policies.routing_rules`` by which chats find their instances; empty: the fewest
-    tokens to prefill. Rules that weigh times take an instance to prefill ``prefill_tokens_s`` tokens a second, to send
-    the keys and values of ``transfer_tokens_s`` of them, and to have room for ``kv_tokens``. ``dispatch``: who decodes
-    is chosen here with ``scheduler``; with any of the rules, by the prefill instances (TetriInfer, section 3.3.4).
+    ``routing``: the rule, of ``common.policies.chat_rule.CHAT_RULES``, by which chats find their instances; empty: the
+    fewest tokens to prefill. ``costs``: the file with the profile of the language model, for rules that weigh times.
+    Without one they take an instance to prefill ``prefill_tokens_s`` tokens a second, and to send the keys and values
+    of ``transfer_tokens_s`` of them. ``dispatch``: who decodes is chosen here with ``scheduler``; with any of the
+    rules, by the prefill instances (TetriInfer, section 3.3.4).
 
     ``flip``: by which policy of ``common.policies.flip`` language instances change their roles, if at all: ``idle``
     after ``flip_idle_s`` without work, ``queue`` once sequences have waited longer for one role than for the other by
@@ -37,9 +38,9 @@ class SchedulerSettings(ServiceSettings):
     rib: OptionalPath = None
     record: OptionalPath = None
     routing: str = ""
+    costs: OptionalPath = None
     prefill_tokens_s: float = Field(default=2000.0, gt=0)
     transfer_tokens_s: float = Field(default=20_000.0, gt=0)
-    kv_tokens: int = Field(default=1 << 20, ge=1)
     dispatch: Literal["scheduler"] | DispatchRule = "scheduler"
     flip: Literal["off", "idle", "queue"] = "off"
     flip_cost_s: float = Field(default=5.0, gt=0)

@@ -37,7 +37,7 @@ from common.runtime.membership import (
 )
 from services.scheduler.chat import ChatRouter
 from services.scheduler.checkpoints import Checkpoints
-from services.scheduler.choices import choose_flips, choose_policy, choose_rule, open_record
+from services.scheduler.choices import choose_flips, choose_policy, choose_rule, log_rule, open_record
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.flips import Flips
 from services.scheduler.job import VideoJob
@@ -363,6 +363,7 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:
                 first_epoch = await take_first_epoch(bus)
                 policy = choose_policy(settings, first_epoch)
                 log.info("scheduler starts", policy=policy.name, rib=str(settings.rib), first_epoch=first_epoch)
+                log_rule(settings)
                 await Scheduler(bus, policy, first_epoch, settings, record).run(registration, stop)
     finally:
         await bus.close()

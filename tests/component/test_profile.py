@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from common.policies.language_costs import LanguageCosts
 from common.policies.prefill_profile import PrefillProfile
 from common.policies.rib import DegreeRule, Rib, VideoKind
 from compose.launch import PACKAGE_ROOT
@@ -35,6 +36,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_model(tmp_path_factory.mktemp("model"))
 
 
+def _parts(lines: list[str]) -> list[list[str]]:
+    """What stands between empty lines."""
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if line:
+            parts[-1].append(line)
+        elif parts[-1]:
+            parts.append([])
+    return [part for part in parts if part]
+
+
 def test_the_profile_of_this_machine_is_what_the_stack_reads(model: Path, language_model: Path, tmp_path: Path) -> None:
     target = tmp_path / "new" / "rib.json"
     options = ["--video-model", str(model), "--slots", "2", "--size", "32x32", "48x32", "--frames", "13"]
@@ -46,7 +58,8 @@ def test_the_profile_of_this_machine_is_what_the_stack_reads(model: Path, langua
     assert rib.degrees == (1, 2) and rib.rule is DegreeRule.THRESHOLD
     profiled = rib.profiles[KIND]
     assert all(0 < seconds < 60 for seconds in (*profiled.step_s.values(), profiled.decode_s, profiled.encode_s))
-    head, first, second, _, notes, _, chunks, *rates, _, chosen, path = done.stdout.splitlines()
+    *lines, note, path = done.stdout.splitlines()
+    (head, first, second), (notes,), (chunks, *rates), (chosen,), (fits, *fitted) = _parts(lines)
     assert head.split()[:3] == ["size", "frames", "tokens"]
     assert first.split()[:3] == ["32x32", "13", "64"] and second.split()[:3] == ["48x32", "13", "96"]
     assert "2 slots of cpu, all slots at work" in notes and path == str(target)
@@ -56,10 +69,16 @@ def test_the_profile_of_this_machine_is_what_the_stack_reads(model: Path, langua
     assert chunks.split() == ["chunk", "tokens/s", "of", "the", "best"] and len(rates) == len(prefill.tokens_per_s) > 2
     assert [line.split()[0] for line in rates if "chosen" in line] == [str(prefill.chunk_tokens)]
     assert chosen.startswith(f"prefill of {language_model.name}: ")
+    assert fits.split() == ["mean", "error", "worst", "points"]
+    assert [line.split()[0] for line in fitted] == ["prefill", "decode", "transfer"] and language_model.name in note
+    costs = LanguageCosts.from_json(target.read_text())
+    assert costs is not None and costs.prefill.chunk_tokens == prefill.chunk_tokens
+    assert costs.prefill.exec_s(100, 0) > 0 and costs.decode.step_s(1, 100) > 0
     served = StackOptions(language_model=str(language_model), rib=target)
     check_scheduling(served)
     with run_directory(None) as directory:
         assert stack_variables(served, directory, 1)["TRIPTYCH_CHUNK_TOKENS"] == str(prefill.chunk_tokens)
+        assert stack_variables(served, directory, 1)["TRIPTYCH_COSTS"] == str(target)
 
 
 def test_videos_of_a_whole_stack_are_measured_too(model: Path, tmp_path: Path) -> None:

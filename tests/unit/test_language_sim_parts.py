@@ -24,7 +24,7 @@ SPLIT = ((LanguageRole.PREFILL,), (LanguageRole.DECODE,))
 
 def _cluster(roles: tuple[tuple[LanguageRole, ...], ...]) -> Cluster:
     clock = Clock()
-    cluster = Cluster(clock, LeastLoad(), Network(clock, LinkKind("test", 1e9, 0.001)))
+    cluster = Cluster(clock, LeastLoad(clock), Network(clock, LinkKind("test", 1e9, 0.001)))
     for number, of_one in enumerate(roles):
         batching = ContinuousBatching(OPT_13B_2_V100.blocks)
         cluster.add(Instance(f"language-{number}", clock, OPT_13B_2_V100, batching, cluster), of_one)

@@ -9,7 +9,7 @@ from common.policies.prefill_profile import PrefillProfile, WrongPrefillProfile
 from common.policies.rib import paper_rib
 from compose.errors import OptionError
 from compose.local import StackOptions, check_scheduling, scheduling_variables, stack_variables
-from compose.profiling.prefill import prefill_table
+from compose.profiling.language import prefill_table
 from compose.rundir import run_directory
 
 PROFILE = PrefillProfile("triptych-demo-language", {64: 1000.0, 128: 1800.0, 256: 1910.0, 512: 2000.0, 1024: 1980.0})

@@ -8,7 +8,6 @@ from common.policies.routing import (
     Costs,
     GlobalScheduler,
     InstanceJoined,
-    InstanceKind,
     InstanceLost,
     Pull,
     RequestArrived,
@@ -18,6 +17,7 @@ from common.policies.routing import (
     Rule,
 )
 from common.policies.routing_rules import RULES, AddedTime, LeastCost, UnknownRule, make_rule
+from common.policies.sites import InstanceKind
 
 BLOCK = 4  # bytes of packed tokens
 BLOCK_TOKENS = 512

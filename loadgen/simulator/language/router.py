@@ -7,10 +7,10 @@ from typing import Protocol
 from common.messages.cluster import LanguageRole
 from common.policies.chat_dispatch import ChatDispatch
 from common.policies.chat_events import ChatArrived, ChatEnded, ChatPrefilled, Event, InstanceJoined, RouteSequence
-from common.policies.least_delay import DelayModel, LeastDelay, SequenceCame, SequenceEnded, SequencePrefilled
-from common.policies.least_delay import InstanceJoined as Joined
-from common.policies.least_delay import InstanceLeft as Left
+from common.policies.chat_rule import ChatRule
+from common.policies.least_delay import LeastDelay
 from common.policies.length_prediction import LengthRange
+from common.policies.routing import Costs
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.requests import ChatRequest
 
@@ -53,18 +53,26 @@ class Router(Protocol):
 class LeastLoad:
     """The least loaded instances, by the live scheduler's own class."""
 
-    def __init__(self) -> None:
-        self._dispatch = ChatDispatch()
+    def __init__(self, clock: Clock, rule: ChatRule | None = None, kv_tokens: int = 1 << 20) -> None:
+        self._clock = clock
+        self._dispatch = ChatDispatch() if rule is None else ChatDispatch(rule=rule)
+        self._kv_tokens = kv_tokens
         self._epochs: dict[str, int] = {}
 
     def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
-        self._tell(InstanceJoined(instance, tuple(roles)))
+        self._tell(InstanceJoined(instance, tuple(roles), self._kv_tokens))
 
     def route(self, request: ChatRequest, predicted: LengthRange | None, held: Mapping[str, int]) -> Route:
         # What the live scheduler knows of the answer is the most that was asked for; here that is the answer itself.
-        arrived = ChatArrived(request.name, _GATEWAY, request.arrival_s, request.prompt_tokens, request.answer_tokens)
+        return self._routed(request, request.answer_tokens, {}, held)
+
+    def _routed(
+        self, request: ChatRequest, answer_tokens: int, cached: Mapping[str, int], held: Mapping[str, int]
+    ) -> Route:
+        name, prompt_tokens = request.name, request.prompt_tokens
+        arrived = ChatArrived(name, _GATEWAY, request.arrival_s, prompt_tokens, answer_tokens, cached=cached)
         (routed,) = self._tell(arrived)
-        self._epochs[request.name] = routed.epoch
+        self._epochs[name] = routed.epoch
         return Route(routed.prefill, routed.decode, held.get(routed.prefill, 0))
 
     def prefilled(self, request: ChatRequest) -> None:
@@ -74,28 +82,16 @@ class LeastLoad:
         self._tell(ChatEnded(request.name, self._epochs.pop(request.name)))
 
     def _tell(self, event: Event) -> list[RouteSequence]:
-        return self._dispatch.handle(event)
+        return self._dispatch.handle(event, self._clock.now_s)
 
 
-class FluidRoles:
-    """Ours: least delay over all instances, whose roles are what they are given."""
+class FluidRoles(LeastLoad):
+    """Ours: least delay over all instances, whose roles are what they are given. It goes by ``costs`` as they are."""
 
-    def __init__(self, clock: Clock, model: DelayModel) -> None:
-        self._clock = clock
-        self._policy = LeastDelay(model)
-
-    def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:
-        self._policy.handle(Joined(instance) if roles else Left(instance), self._clock.now_s)
+    def __init__(self, clock: Clock, rule: LeastDelay, costs: Costs, kv_tokens: int) -> None:
+        super().__init__(clock, ChatRule(rule, costs, corrects=False), kv_tokens)
 
     def route(self, request: ChatRequest, predicted: LengthRange | None, held: Mapping[str, int]) -> Route:
         if predicted is None:
             raise ValueError("delays follow from predicted lengths: give the cluster a predictor")
-        came = SequenceCame(request.name, request.prompt_tokens, predicted, held)
-        (chosen,) = self._policy.handle(came, self._clock.now_s)
-        return Route(chosen.prefill, chosen.decode, chosen.cached_tokens)
-
-    def prefilled(self, request: ChatRequest) -> None:
-        self._policy.handle(SequencePrefilled(request.name), self._clock.now_s)
-
-    def ended(self, request: ChatRequest) -> None:
-        self._policy.handle(SequenceEnded(request.name), self._clock.now_s)
+        return self._routed(request, predicted.middle, held, held)

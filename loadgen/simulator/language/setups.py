@@ -9,9 +9,11 @@ from common.policies.continuous_batching import ContinuousBatching
 from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
 from common.policies.decode_dispatch import DecodeDispatch, DelayCost, DispatchRule, RatioMode
 from common.policies.flip import FlipPolicy
-from common.policies.least_delay import DelayModel
+from common.policies.least_delay import LeastDelay
 from common.policies.length_prediction import LengthBuckets
+from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
 from common.policies.prefill_schedule import PrefillOrder
+from common.policies.routing import Costs
 from loadgen.arrivals import generator
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.cluster import FUSED, Cluster
@@ -48,7 +50,7 @@ class Setup:
         padded: whether a chunk that is not full costs what a full one does.
         chunk_overhead_s: what a chunk costs beside its pass.
         fluid: whether roles are what ``LeastDelay`` makes of them; all instances are fused then.
-        first_token_weight: see ``DelayModel``.
+        first_token_weight: see ``LeastDelay``.
         flips: makes the policy; None: roles stay what they are.
     """
 
@@ -107,7 +109,7 @@ def build(
     predictor = predictor_of(setup, requests, seed)
     names = [f"language-{number}" for number in range(setup.instances)]
     taxes = {name: PredictorTax() for name in names} if setup.taxed else {}
-    router = router or (FluidRoles(clock, _delays(setup, machine, network)) if setup.fluid else LeastLoad())
+    router = router or (_fluid(clock, setup, machine, network) if setup.fluid else LeastLoad(clock))
     histories = Histories(HISTORY_TOKENS // machine.block_tokens, machine.block_tokens)
     cluster = Cluster(clock, router, network, predictor, taxes, setup.fluid, histories)
     if setup.prefill:
@@ -169,20 +171,20 @@ def predictor_of(setup: Setup, requests: list[ChatRequest], seed: int) -> Predic
     return noisy
 
 
-def _delays(setup: Setup, machine: Machine, network: Network) -> DelayModel:
-    """What the router believes that time goes into: measured where a profile is, here asked of the cost model."""
+def _fluid(clock: Clock, setup: Setup, machine: Machine, network: Network) -> FluidRoles:
+    """With what the router believes that time goes into: measured where a profile is, here asked of the cost model."""
     step_s = machine.cost.step_s
     floor_s = step_s(StepWork(0, 0, 0, 0))
-    return DelayModel(
-        prompt_token_s=step_s(StepWork(setup.chunk_tokens, 0, 0, 0)) / setup.chunk_tokens,
-        chunk_tokens=setup.chunk_tokens,
+    decode = DecodeCost(
         floor_s=floor_s,
         sequence_s=step_s(StepWork(0, 0, 1, 0)) - floor_s,
         context_token_s=(step_s(StepWork(0, 0, 0, 1000)) - floor_s) / 1000,
-        transfer_token_s=network.estimate_s(machine.kv_token_bytes, 0),
-        kv_tokens=machine.kv_tokens,
-        first_token_weight=setup.first_token_weight,
     )
+    chunk_s = step_s(StepWork(setup.chunk_tokens, 0, 0, 0))
+    # In tokens, not bytes.
+    link = LinkCost(1 / network.estimate_s(machine.kv_token_bytes, 0), 0.0)
+    costs = Costs(RateCost(setup.chunk_tokens / chunk_s), decode, link, 1, 1, setup.chunk_tokens)
+    return FluidRoles(clock, LeastDelay(setup.first_token_weight), costs, machine.kv_tokens)
 
 
 def delay_cost(machine: Machine, heavy_context: int = 260) -> DelayCost:

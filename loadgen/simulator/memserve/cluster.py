@@ -9,7 +9,6 @@ from common.policies.prompt_tree import PromptTree
 from common.policies.routing import (
     GlobalScheduler,
     InstanceJoined,
-    InstanceKind,
     InstanceLost,
     RequestArrived,
     RequestEnded,
@@ -17,6 +16,7 @@ from common.policies.routing import (
     Route,
     Rule,
 )
+from common.policies.sites import InstanceKind
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.memserve.carrier import Carrier
 from loadgen.simulator.memserve.engine import Engine, Job

@@ -1,30 +1,23 @@
-"""The process that measures prefill: ``python -m compose.profiling.prefill_member REPEATS WARM_UP``.
+"""Prefill throughput by chunk size: in each pass a chunk of so many tokens, sliced and merged from prompts.
 
-It has the environment of a prefill instance and computes what one does: in each pass a chunk of so many tokens, sliced
-and merged from prompts. Sizes are doubled until that no longer helps; what came of it is one line of JSON.
+Sizes are doubled until that no longer helps.
 """
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 
 import torch
 
-from common.language.loading import open_model
-from common.language.settings import LanguageSettings, model_name
 from common.models.causal_lm import BlockTable, CausalLM, Chunk, KVPool
-from common.models.memory import keep_freed_memory
-from common.runtime.process import CannotServe
-from common.runtime.settings import SettingsError, load_settings
-from common.runtime.worker import choose_device, choose_precision
 
 _SMALLEST, _LARGEST = 16, 16384
 # A prompt in the measured chunks is no longer than this, as in most workloads.
 _PROMPT_TOKENS = 512
 # Throughput has stopped rising where two doublings gained less than this.
 _GAIN = 1.02
+# No larger chunks where one takes so long: all that decode beside it would wait.
+_LONG_S = 1.0
 
 
 def measured(model: CausalLM, pool: KVPool, repeats: int, warm_up: int) -> dict[int, float]:
@@ -37,7 +30,7 @@ def measured(model: CausalLM, pool: KVPool, repeats: int, warm_up: int) -> dict[
         seconds = [_timed(model, chunks, pool) for _ in range(warm_up + repeats)][warm_up:]
         rates[size] = size / statistics.median(seconds)
         *_, third, second, last = [0.0, 0.0, *rates.values()]
-        if max(second, last) < _GAIN * third:
+        if max(second, last) < _GAIN * third or statistics.median(seconds) > _LONG_S:
             break
     return rates
 
@@ -74,22 +67,3 @@ def _timed(model: CausalLM, chunks: list[Chunk], pool: KVPool) -> float:
 def _settle(pool: KVPool) -> None:
     if pool.blocks.is_cuda:
         torch.cuda.synchronize(pool.blocks.device)
-
-
-def main(repeats: int, warm_up: int) -> None:
-    """Measure and say so; what goes wrong is said in the last line of standard error."""
-    keep_freed_memory()
-    try:
-        settings = load_settings(LanguageSettings)
-        torch.set_num_threads(settings.threads)
-        device = choose_device(settings)
-        model, pool = open_model(settings, device, choose_precision(settings, device))
-    except (CannotServe, SettingsError) as error:
-        sys.exit(str(error))
-    rates = measured(model, pool, repeats, warm_up)
-    answer = {"model": model_name(settings.language_model), "tokens_per_s": rates}
-    sys.stdout.write(json.dumps(answer) + "\n")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
