@@ -44,7 +44,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not alone' -n 2 --dist loadfile
+	$(BIN)/pytest -m alone
 
 gpu-check: $(INSTALLED)
 	@mkdir -p out

@@ -140,7 +140,7 @@ def _late(supervisor: Supervisor, missing: set[str], timeout_s: float) -> str:
 
 def stack_variables(options: StackOptions, directory: RunDirectory, port: int) -> dict[str, str]:
     """What the compose file's variables stand for here; the caller's own environment may set any other."""
-    nats_port = free_port("127.0.0.1")
+    nats_port = _nats_port()
     return {
         # Loopback for the tensors too, and for DiT workers that share a video, unless the caller knows better.
         "TRIPTYCH_UCX_NET_DEVICES": "lo",
@@ -159,6 +159,16 @@ def stack_variables(options: StackOptions, directory: RunDirectory, port: int) -
         **_profile_variables(options),
         **scheduling_variables(options),
     }
+
+
+def _nats_port() -> int:
+    """A free one, unless the caller's environment names one, so as to reach the broker too."""
+    asked = os.environ.get("TRIPTYCH_NATS_PORT")
+    if asked is None:
+        return free_port("127.0.0.1")
+    if not asked.isascii() or not asked.isdigit():
+        raise OptionError(f"TRIPTYCH_NATS_PORT={asked}: ports go from 1 to 65535")
+    return checked_port("127.0.0.1", int(asked), "TRIPTYCH_NATS_PORT")
 
 
 def _language_variables(options: StackOptions) -> dict[str, str]:
@@ -256,15 +266,15 @@ def model_location(name: str, option: str) -> str:
     return name
 
 
-def checked_port(host: str, port: int) -> int:
-    """``port``, if it can be listened on.
+def checked_port(host: str, port: int, option: str = "--port") -> int:
+    """``port``, if it can be listened on. ``option``: how it was given.
 
     Raises:
         OptionError: it cannot.
     """
     if not 0 < port < 65536:
-        raise OptionError(f"--port {port}: ports go from 1 to 65535")
-    _bind(host, port)
+        raise OptionError(f"{option} {port}: ports go from 1 to 65535")
+    _bind(host, port, option)
     return port
 
 
@@ -273,7 +283,7 @@ def free_port(host: str) -> int:
     return _bind(host, 0)
 
 
-def _bind(host: str, port: int) -> int:
+def _bind(host: str, port: int, option: str = "--port") -> int:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -287,7 +297,7 @@ def _bind(host: str, port: int) -> int:
         if port:
             raise OptionError(
                 f"port {port} on {host} cannot be used ({error.strerror}); "
-                "stop what uses it or choose another with --port"
+                f"stop what uses it or choose another with {option}"
             ) from error
         raise OptionError(f"--host {host}: {error.strerror}") from error
 

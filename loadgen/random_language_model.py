@@ -10,8 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 256
 
 
-def save_random_language_model(folder: Path, hidden: int = 256, layers: int = 4, context: int = 4096) -> Path:
-    """Write a Llama of ``layers`` layers of ``hidden`` channels into ``folder``, which is made if it is not there."""
+def save_random_language_model(
+    folder: Path, hidden: int = 256, layers: int = 4, context: int = 4096, deviation: float = 0.02
+) -> Path:
+    """Write a Llama of ``layers`` layers of ``hidden`` channels into ``folder``, which is made if it is not there.
+
+    Args:
+        deviation: of the weights. The larger, the more an answer depends on all of its prompt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={piece: place for place, piece in enumerate(alphabet)}, merges=[]))
@@ -27,6 +33,7 @@ def save_random_language_model(folder: Path, hidden: int = 256, layers: int = 4,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=context,
+        initializer_range=deviation,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,

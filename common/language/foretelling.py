@@ -14,6 +14,7 @@ from common.language.held import Held
 from common.language.settings import LengthPrediction
 from common.messages.chat import ExpectedAnswer, tokens_in
 from common.models.length_predictor import AnswerLengths
+from common.policies.decode_dispatch import HEAVY_ABOVE
 from common.policies.length_prediction import LengthRange
 
 
@@ -66,6 +67,10 @@ class Foretelling:
         if predicted is not None and predicted.done() and not predicted.cancelled() and predicted.exception() is None:
             return predicted.result()
         return self._lengths.counted(tokens_in(held.prompt))
+
+    def is_heavy(self, held: Held, told: ExpectedAnswer | None = None) -> bool:
+        """Whether the answer will be long, as far as anybody can say (TetriInfer, section 5.1)."""
+        return self.answer(held, told).low > HEAVY_ABOVE
 
     def ended(self, held: Held) -> None:
         """An answer has come to its end here."""

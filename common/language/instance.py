@@ -32,7 +32,6 @@ from common.mempool.transfer import BlockTransfer
 from common.messages.chat import (
     MOVED,
     CancelGeneration,
-    ExpectedAnswer,
     FindGeneration,
     GenerateTokens,
     GenerationFound,
@@ -55,7 +54,6 @@ from common.messages.subjects import (
     TAKE_OVER,
     TELL_INDEX,
 )
-from common.policies.decode_dispatch import HEAVY_ABOVE
 from common.policies.fence import StaleEpoch
 from common.runtime.worker import Equipment
 from common.tensors.errors import TensorError
@@ -194,7 +192,7 @@ class LanguageInstance:
         if asked.park:
             self._giving.begin(held)
         else:
-            held.heavy = self._is_heavy(held)
+            held.heavy = self.foretelling.is_heavy(held)
         now_s = asyncio.get_running_loop().time()
         self._stepper.soon(partial(self._add, held, asked, now_s))
         return Acknowledged()
@@ -208,7 +206,7 @@ class LanguageInstance:
             raise Refusal(self._failure(handed.request, MOVED, f"{self._instance} decodes no more"))
         held, _ = self._take_in(handed.request, park=False)
         held.prefill = handed.prefill
-        held.heavy = self._is_heavy(held, handed.expected)
+        held.heavy = self.foretelling.is_heavy(held, handed.expected)
         try:
             await self.receiving.run(held, handed)
         except Refusal:
@@ -263,9 +261,6 @@ class LanguageInstance:
         if former is not None:
             self._drop(former)
         return held, asked
-
-    def _is_heavy(self, held: Held, told: ExpectedAnswer | None = None) -> bool:
-        return self.foretelling.answer(held, told).low > HEAVY_ABOVE
 
     # --- between two steps ---------------------------------------------------------------------------------------
 

@@ -43,3 +43,27 @@ class IndexTold(Message):
     sequences: tuple[bytes, ...]
     blocks: int = Field(ge=0)
     digest: int = Field(ge=0)
+
+
+class AskView(Message):
+    """Asked of a scheduler: what do you take instances to have?"""
+
+
+class InstanceViewed(Message):
+    """What a scheduler has heard of one instance: up to its change ``number``, with ``blocks`` and ``digest`` then.
+
+    ``awaited``: it knows that it has missed something, and waits for the whole.
+    """
+
+    instance: str
+    incarnation: int = Field(ge=0)
+    number: int = Field(ge=0)
+    awaited: bool
+    blocks: int = Field(ge=0)
+    digest: int = Field(ge=0)
+
+
+class ViewTold(Message):
+    """Every instance of which anything was heard."""
+
+    instances: tuple[InstanceViewed, ...]

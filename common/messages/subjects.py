@@ -138,6 +138,7 @@ DECODE_LOADS = EventSubject("triptych.language.decode_loads", dispatch.DecodeLoa
 # What language instances have cached. Heard at most once: what is missed shows with the next change.
 INDEX_CHANGED = EventSubject("triptych.scheduler.index_changed", kv_index.IndexChanged)
 TELL_INDEX = RequestSubject("triptych.language.{}.tell_index", kv_index.AskIndex, kv_index.IndexTold)
+TELL_VIEW = RequestSubject("triptych.scheduler.tell_view", kv_index.AskView, kv_index.ViewTold)
 
 # The cache store
 STORE_TENSOR = RequestSubject("triptych.cache_store.store", cache.StoreTensor, cache.TensorStored)

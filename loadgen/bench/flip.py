@@ -1,10 +1,10 @@
 """Roles that flip against fixed splits on the live stack, under a workload that turns from prompts to answers and back.
 
-Four language instances each: three that prefill and one that decodes, the other way round, two of each, and one stack
-that begins as the first and whose roles flip by queueing time (TetriInfer, section 3.5). All run at once, each idle but
-for its turn; a round's requests are the same for all, and every other round turns the other way, so that the stack that
-flips begins each but the first as it ended the one before. A JCT runs from the time at which a request is due to its
-last token. Rates are a share of what one instance was measured to do alone, times the cores that three can use.
+Every split of the instances into those that prefill and those that decode, and one stack that begins with a single one
+that decodes and whose roles flip by queueing time (TetriInfer, section 3.5). All run at once, each idle but for its
+turn; a round's requests are the same for all, and every other round turns the other way, so that the stack that flips
+begins each but the first as it ended the one before. A JCT runs from the time at which a request is due to its last
+token. Rates are a share of what one instance was measured to do alone, times the cores that a role can use at most.
 """
 
 import argparse
@@ -32,14 +32,12 @@ from loadgen.bench.trace_excerpt import SmallRequest, random_tokens
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
 from loadgen.simulator.outcome import summary
 
-SPLITS = {"3P1D": (3, 1), "2P2D": (2, 2), "1P3D": (1, 3)}
 FLIPPING = "flipping"
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 _BLOCK_TOKENS = 16
+_SETTINGS = ("instances", "seconds", "load", "cost", "prompts", "answers", "room")
 _CALIBRATION_SEED = 1 << 40
 _FLIPS = "triptych_role_flip_seconds"
-# Instances that have one role at most.
-_MOST_OF_A_ROLE = 3
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,15 @@ def flips_in(metrics: str) -> Flips:
     )
 
 
+def splits(instances: int) -> dict[str, tuple[int, int]]:
+    """How many may prefill and how many decode, by the paper's way to write it."""
+    return {f"{more}P{instances - more}D": (more, instances - more) for more in range(instances - 1, 0, -1)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
-    parser.add_argument("--splits", nargs="*", default=list(SPLITS), choices=tuple(SPLITS), help="to compare with")
+    parser.add_argument("--instances", type=int, default=3, metavar="N", help="of each stack (default %(default)s)")
+    parser.add_argument("--splits", nargs="*", metavar="NAME", help="to compare with, like 2P1D (default: all)")
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="(default %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="of the first round")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each half of a round (default %(default)s)")
@@ -97,6 +101,12 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         or min(options.seconds, options.load, options.cost) <= 0
     ):
         raise SystemExit("loadgen bench flip: rounds, tokens and room are 1 or more, seconds, load and cost above 0")
+    if options.instances < 2:
+        raise SystemExit(f"loadgen bench flip: --instances {options.instances}: give 2 or more, one for each role")
+    known = splits(options.instances)
+    for name in options.splits or ():
+        if name not in known:
+            raise SystemExit(f"loadgen bench flip: --splits {name}: there are {', '.join(known)}")
     try:
         with TemporaryDirectory(prefix="flip-") as folder:
             model = options.model and Path(located(options.model))
@@ -113,9 +123,9 @@ async def _run(options: argparse.Namespace, model: Path) -> dict[str, object]:
     prompts, answers = Kind(*options.prompts), Kind(*options.answers)
     async with contextlib.AsyncExitStack() as exits:
         stacks = {}
-        for name in (*options.splits, FLIPPING):
+        for name in (*(splits(options.instances) if options.splits is None else options.splits), FLIPPING):
             stacks[name] = await exits.enter_async_context(_stack(options, model, name, prompts, answers))
-            await stacks[name].warm_up(4)
+            await stacks[name].warm_up(options.instances)
         rates = await _rates(options, stacks[FLIPPING], prompts, answers)
         print(_head(options, rates), flush=True)
         readings = Readings({name: [] for name in stacks})
@@ -134,8 +144,8 @@ async def _run(options: argparse.Namespace, model: Path) -> dict[str, object]:
 def _stack(
     options: argparse.Namespace, model: Path, name: str, prompts: Kind, answers: Kind
 ) -> contextlib.AbstractAsyncContextManager[LanguageStack]:
-    """A stack of four; the one that flips begins with three that prefill."""
-    prefill, decode = SPLITS.get(name, SPLITS["3P1D"])
+    """One stack; the one that flips begins with a single instance that decodes."""
+    prefill, decode = splits(options.instances).get(name, (options.instances - 1, 1))
     tokens = max(options.room * answers.most_tokens, prompts.most_tokens) + 2 * _BLOCK_TOKENS
     settings = {
         "TRIPTYCH_ROLE": "decode",
@@ -153,7 +163,7 @@ async def _rates(
     options: argparse.Namespace, stack: LanguageStack, prompts: Kind, answers: Kind
 ) -> tuple[float, float]:
     """Requests a second of either kind, by what one instance does alone."""
-    cores = min(os.cpu_count() or 1, _MOST_OF_A_ROLE)
+    cores = min(os.cpu_count() or 1, max(1, options.instances - 1))
 
     async def seconds(kind: Kind, at_once: int, number: int) -> float:
         asked = [
@@ -224,8 +234,8 @@ def _head(options: argparse.Namespace, rates: Sequence[float]) -> str:
     return (
         f"{options.seconds:g} s of {rates[0]:.1f} requests a second with {options.prompts[0]} tokens in and "
         f"{options.prompts[1]} out, {options.seconds:g} s of {rates[1]:.1f} with {options.answers[0]} and "
-        f"{options.answers[1]}, then the other way round; four instances of one thread on {cores} cores, each with "
-        f"room for {options.room} answers"
+        f"{options.answers[1]}, then the other way round; {options.instances} instances of one thread on {cores} "
+        f"cores, each with room for {options.room} answers"
     )
 
 
@@ -253,7 +263,7 @@ def _result(
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "model": options.model or {"hidden": options.hidden, "layers": options.layers},
-            **{name: getattr(options, name) for name in ("seconds", "load", "cost", "prompts", "answers", "room")},
+            **{name: getattr(options, name) for name in _SETTINGS},
             "rates": list(rates),
         },
         "runs": [

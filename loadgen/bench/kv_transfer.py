@@ -1,7 +1,8 @@
-"""When keys and values leave the prefill instance: by request, by chunk or by layer, through real instances.
+"""When keys and values leave the prefill instance, by request, by chunk or by layer, and in which layout of blocks.
 
-One prefill process for each mode, one decode process, and this one as their gateway. A round asks each mode for the
-same prompts; the penalty that a client sees is the time from the first token to the second (MemServe, section 6).
+Modes, through real instances: one prefill process for each mode, one decode process, and this one as their gateway. A
+round asks each mode for the same prompts; the penalty that a client sees is the time from the first token to the second
+(MemServe, section 6). Layouts, of which the instances have one: see ``kv_layout_rounds``.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from common.language.settings import TransferMode
 from common.messages.chat import GenerateTokens, Sampling, TokensGenerated, pack_tokens
 from common.messages.cluster import MemberState
 from common.messages.subjects import GENERATE_TOKENS, MEMBERS, TOKENS_GENERATED
+from loadgen.bench import kv_layout_report
 from loadgen.bench.broker import broker
 from loadgen.bench.process import ROOT, BenchmarkError
 from loadgen.bench.rounds import spread
@@ -35,26 +37,37 @@ _VOCABULARY = 1024
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
+    parser.add_argument(
+        "--compare", nargs="+", choices=("modes", "layouts"), default=["modes", "layouts"], help="(default: both)"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="of each mode (default %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=1024, help="of each prompt (default %(default)s)")
     parser.add_argument("--chunk-tokens", type=int, default=256, help="of one pass (default %(default)s)")
     parser.add_argument("--at-once", type=int, default=1, help="prompts at a time (default %(default)s)")
     parser.add_argument("--hidden", type=int, default=512, help="width of the random model (default %(default)s)")
     parser.add_argument("--layers", type=int, default=8, help="its depth (default %(default)s)")
-    parser.add_argument("--no-checksum", action="store_true", help="do not compare the bytes at both ends")
+    parser.add_argument("--no-checksum", action="store_true", help="modes: do not compare the bytes at both ends")
+    kv_layout_report.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Start the processes, measure, stop them."""
+    result: dict[str, object] = {
+        "options": {name: value for name, value in vars(options).items() if isinstance(value, int | bool)}
+    }
+    if "modes" in options.compare:
+        result["modes"] = _run_modes(options)
+    if "layouts" in options.compare:
+        result["layouts"] = kv_layout_report.run_layouts(options)
+    return result
+
+
+def _run_modes(options: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="triptych-kv-") as folder, broker() as url:
         model = _save_model(Path(folder) / "model", options)
         readings = asyncio.run(_run(url, model, options))
-    told = _told(readings, options)
-    print("\n".join(told))
-    return {
-        "options": {name: value for name, value in vars(options).items() if isinstance(value, int | bool)},
-        "modes": {mode: [vars(reading) for reading in rounds] for mode, rounds in readings.items()},
-    }
+    print("\n".join(_told(readings, options)))
+    return {mode: [vars(reading) for reading in rounds] for mode, rounds in readings.items()}
 
 
 @dataclass(frozen=True)

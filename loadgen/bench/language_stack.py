@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Answer:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     answer_tokens: int = 0
+    text: str = ""
     done: bool = False
 
     @property
@@ -71,6 +72,7 @@ class Answer:
         if told["choices"]:
             self.first_s = now_s if self.first_s is None else self.first_s
             self.last_s = now_s
+        self.text += "".join(choice["text"] for choice in told["choices"])
         if (usage := told.get("usage")) is not None:
             self.prompt_tokens = usage["prompt_tokens"]
             self.answer_tokens = usage["completion_tokens"]
@@ -80,19 +82,28 @@ class Answer:
 @dataclass(frozen=True)
 class Replay:
     """What came of one run. ``best_tokens``: the sum of what the instance had that had the most of each prompt, when
-    it was routed."""
+    it was routed. ``texts``: of the answers, in the order of the requests."""
 
     ttft_s: list[float]
     prompt_tokens: int
     cached_tokens: int
     best_tokens: int
+    texts: list[str] = field(default_factory=list)
 
 
 class LanguageStack:
-    """A running stack, by its address. ``pid``: of the process that runs it."""
+    """A running stack, by its address.
+
+    Attributes:
+        pid: of the process that runs it.
+        answered: how many answers have come to their end.
+        under_way: how many are yet to.
+    """
 
     def __init__(self, session: aiohttp.ClientSession, vocabulary: int, pid: int) -> None:
         self.pid = pid
+        self.answered = 0
+        self.under_way = 0
         self._session = session
         self._vocabulary = vocabulary
         self._warmed = 0
@@ -103,7 +114,11 @@ class LanguageStack:
             await asyncio.gather(*(self._alone() for _ in range(2 * instances)))
 
     async def replay(self, requests: Sequence[SmallRequest]) -> Replay:
-        """Ask for all, each at its time, or when the one before it in its conversation has been answered."""
+        """Ask for all, each at its time, or when the one before it in its conversation has been answered.
+
+        Raises:
+            BenchmarkError: one of them was not answered.
+        """
         best_before = await self._best_tokens()
         # A little later, so that the first one is not late already.
         begin_s = time.monotonic() + 0.2
@@ -116,17 +131,21 @@ class LanguageStack:
             await asyncio.sleep(max(0.0, begin_s + request.due_s - time.monotonic()))
             return await self.ask(request)
 
-        async with asyncio.TaskGroup() as group:
-            for request in requests:
-                task = group.create_task(one(request, before.get(request.conversation)))
-                before[request.conversation] = task
-                tasks.append(task)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for request in requests:
+                    task = group.create_task(one(request, before.get(request.conversation)))
+                    before[request.conversation] = task
+                    tasks.append(task)
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from failed
         answers = [task.result() for task in tasks]
         return Replay(
             [answer.ttft_s for answer in answers],
             sum(answer.prompt_tokens for answer in answers),
             sum(answer.cached_tokens for answer in answers),
             await self._best_tokens() - best_before,
+            [answer.text for answer in answers],
         )
 
     async def _alone(self) -> Answer:
@@ -146,6 +165,15 @@ class LanguageStack:
             "stream_options": {"include_usage": True},
             "prompt_cache_key": request.conversation,
         }
+        self.under_way += 1
+        try:
+            answer = await self._streamed(fields)
+        finally:
+            self.under_way -= 1
+        self.answered += 1
+        return answer
+
+    async def _streamed(self, fields: Mapping[str, Any]) -> Answer:
         answer = Answer(time.monotonic())
         async with asyncio.timeout(_ANSWER_TIMEOUT_S), self._session.post("/v1/completions", json=fields) as response:
             if response.status != 200:

@@ -94,7 +94,7 @@ async def _run(options: argparse.Namespace, model: Path) -> dict[str, object]:
     settings = common_settings(scale, kv_token_bytes(model, _VALUE_BYTES[options.precision]), options.precision)
     chosen = [systems(scale)[name] for name in options.systems]
     print("\n".join(_head(options, scale, chosen)), flush=True)
-    readings = Readings()
+    readings = Readings({of: {system.name: [] for system in chosen} for of in options.classes})
     async with contextlib.AsyncExitStack() as exits:
         stacks = {}
         for system in chosen:

@@ -9,8 +9,8 @@ import structlog
 from common.bus.errors import BusError
 from common.bus.port import Bus
 from common.mempool.address import BLOCK_TOKENS, KEY_BYTES
-from common.messages.kv_index import AskIndex, IndexChanged, IndexTold
-from common.messages.subjects import INDEX_CHANGED, TELL_INDEX
+from common.messages.kv_index import AskIndex, AskView, IndexChanged, IndexTold, InstanceViewed, ViewTold
+from common.messages.subjects import INDEX_CHANGED, TELL_INDEX, TELL_VIEW
 from common.policies.prompt_index import AskSnapshot, IndexChange, IndexSnapshot, PromptIndex
 from common.policies.prompt_tree import Holding
 
@@ -35,7 +35,10 @@ class PromptView:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Listen while the block runs."""
-        subscription = await self._bus.subscribe(INDEX_CHANGED, self._changed)
+        subscriptions = (
+            await self._bus.subscribe(INDEX_CHANGED, self._changed),
+            await self._bus.serve(TELL_VIEW, self._tell),
+        )
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
@@ -47,7 +50,8 @@ class PromptView:
                     for repair in self._repairs.values():
                         repair.cancel()
         finally:
-            await subscription.stop(deadline_s=1.0)
+            for subscription in subscriptions:
+                await subscription.stop(deadline_s=1.0)
 
     def cached(self, tokens: bytes) -> dict[str, int]:
         """How many tokens of the beginning each instance has, as far as is known."""
@@ -76,6 +80,21 @@ class PromptView:
         repair = self._repairs.pop(instance, None)
         if repair is not None:
             repair.cancel()
+
+    async def _tell(self, _: AskView) -> ViewTold:
+        return ViewTold(
+            instances=tuple(
+                InstanceViewed(
+                    instance=view.instance,
+                    incarnation=view.incarnation,
+                    number=view.number,
+                    awaited=view.awaited,
+                    blocks=view.holding.blocks,
+                    digest=view.holding.digest,
+                )
+                for view in self._index.views()
+            )
+        )
 
     def _changed(self, told: IndexChanged) -> None:
         if told.instance not in self._followed:

@@ -183,6 +183,20 @@ def test_a_port_in_use_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> N
     assert "choose another with --port" in capsys.readouterr().err
 
 
+def test_the_broker_takes_the_port_that_the_environment_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port("127.0.0.1")
+    monkeypatch.setenv("TRIPTYCH_NATS_PORT", str(port))
+    with run_directory(None) as directory:
+        variables = stack_variables(StackOptions(), directory, 8080)
+    assert variables["TRIPTYCH_NATS_URL"] == f"nats://127.0.0.1:{port}"
+    for wrong in ("4222x", "0", "70000"):
+        monkeypatch.setenv("TRIPTYCH_NATS_PORT", wrong)
+        assert main(["up", "--port", "0"]) == 1
+        assert "TRIPTYCH_NATS_PORT" in capsys.readouterr().err
+
+
 def test_no_server_names_the_remedy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{free_port('127.0.0.1')}"
     assert main(["video", "a ball", "-o", str(tmp_path / "a.mp4"), "--base-url", address]) == 1

@@ -106,9 +106,7 @@ async def test_answers_are_as_by_one_instance(nats_server: NatsServer, language_
             assert sum(running.taken.values()) > 0
 
 
-async def test_where_nobody_has_room_a_sequence_waits_for_it_or_for_long_enough(
-    nats_server: NatsServer, language_model: Path
-) -> None:
+async def test_with_little_memory_answers_are_the_same(nats_server: NatsServer, language_model: Path) -> None:
     prompts = known_prompts(language_model)
     async with cluster(nats_server.url, language_model, kv_bytes=12 * BLOCK_BYTES, transfer_s=1.0) as running:
         asked = [*prompts, *prompts]

@@ -4,9 +4,15 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
+
 from common.bus.nats_bus import NatsBus
 from common.mempool.address import BLOCK_TOKENS
 from common.messages.chat import pack_tokens
+from common.messages.kv_index import AskIndex, AskView, IndexTold, InstanceViewed, ViewTold
+from common.messages.subjects import TELL_INDEX, TELL_VIEW
+from loadgen.bench.index_agreement import agreement
+from loadgen.bench.process import BenchmarkError
 from services.scheduler.prompt_view import PromptView
 from tests.component.language_support import known_prompts, language_stack, shown
 from tests.support.bus import eventually
@@ -47,6 +53,9 @@ async def test_a_view_follows_an_instance_and_one_that_comes_later_learns_all_of
         async with viewing(nats_server.url) as late:
             for prompt in long:
                 await knows(late, prompt)
+            async with await NatsBus.connect(nats_server.url, name="asking") as bus:
+                agreed = await agreement(bus, ["decode-0"], deadline_s=60.0)
+            assert agreed["decode-0"] >= sum(len(prompt) // BLOCK_TOKENS for prompt in long)
             late.forget("decode-0")
             assert late.cached(pack_tokens(long[0])) == {}
 
@@ -65,3 +74,25 @@ async def test_what_was_evicted_is_not_in_the_view(nats_server: NatsServer, lang
         assert served.model.engine.memory.match(pack_tokens(first)) == []
         await knows(view, others[-1])
         assert view.cached(pack_tokens(first)) == {}
+
+
+async def test_disagreement_is_told_with_both_sides(nats_server: NatsServer) -> None:
+    viewed = InstanceViewed(instance="decode-0", incarnation=1, number=2, awaited=False, blocks=3, digest=4)
+    told = IndexTold(instance="decode-0", incarnation=1, number=2, part=0, parts=1, sequences=(), blocks=3, digest=5)
+
+    async def view(_: AskView) -> ViewTold:
+        return ViewTold(instances=(viewed,))
+
+    async def index(_: AskIndex) -> IndexTold:
+        return told
+
+    async with await NatsBus.connect(nats_server.url, name="both") as bus:
+        await bus.serve(TELL_VIEW, view)
+        await bus.serve(TELL_INDEX, index, "decode-0")
+        with pytest.raises(BenchmarkError, match=r"\(1, 2, 3, 4\).*\(1, 2, 3, 5\)"):
+            await agreement(bus, ["decode-0"], deadline_s=0.0)
+        viewed = viewed.model_copy(update={"digest": 5})
+        assert await agreement(bus, ["decode-0"], deadline_s=60.0) == {"decode-0": 3}
+        viewed = viewed.model_copy(update={"awaited": True})
+        with pytest.raises(BenchmarkError, match="None"):
+            await agreement(bus, ["decode-0"], deadline_s=0.0)

@@ -177,6 +177,7 @@ async def test_a_receiver_that_stops_for_good_does_not_hold_the_memory_and_may_c
             assert same_bytes(await tensors.fetch(theirs), patterned((3 * MB,), seed=seed))
 
 
+@pytest.mark.alone
 async def test_nothing_stays_in_shared_memory_after_kill_9() -> None:
     async with peers(2) as [one, two]:
         pids = {one.pid, two.pid}

@@ -392,6 +392,7 @@ def test_a_killed_encoder_delays_a_video_and_no_more(stack: Stack, made: bytes, 
 # --- the end -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_nothing_is_left_and_what_was_stored_stays(tmp_path: Path, long_video: tuple[dict[str, Any], bytes]) -> None:
     """Ctrl-C first, then, on the same state, kill -9 of the supervisor; a third stack goes on where that one was."""
     long_fields, expected = long_video

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from common.messages.cluster import LanguageRole, RoleFlipped
 from gateway.chat.metrics import LanguageMetrics
 from loadgen.__main__ import main
-from loadgen.bench.flip import Flips, flips_in
+from loadgen.bench.flip import Flips, flips_in, splits
 from loadgen.bench.flip_workload import Kind, turning
 
 PROMPTS, ANSWERS = Kind(400, 8), Kind(20, 100)
@@ -45,3 +45,17 @@ def test_what_makes_no_sense_is_refused_in_one_line(arguments: list[str]) -> Non
     with pytest.raises(SystemExit) as refusal:
         main(["bench", "flip", *arguments])
     assert str(refusal.value).startswith("loadgen bench flip: rounds, tokens and room are 1 or more")
+
+
+def test_every_split_leaves_either_role_somebody() -> None:
+    assert splits(2) == {"1P1D": (1, 1)}
+    assert splits(4) == {"3P1D": (3, 1), "2P2D": (2, 2), "1P3D": (1, 3)}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--instances", "1"], ["--splits", "3P1D"], ["--splits", "2P2D", "--instances", "3"]]
+)
+def test_splits_that_cannot_be_are_refused_in_one_line(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        main(["bench", "flip", *arguments])
+    assert str(refusal.value).startswith(f"loadgen bench flip: {arguments[0]} {arguments[1]}: ")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.policies.prompt_index import AskSnapshot, IndexChange, IndexPublisher, IndexSnapshot, PromptIndex
+from common.policies.prompt_index import AskSnapshot, IndexChange, IndexPublisher, IndexSnapshot, PromptIndex, Viewed
 
 BLOCK = 4
 Told = IndexChange | IndexSnapshot
@@ -67,6 +67,20 @@ def test_an_instance_that_was_not_known_may_begin_with_a_snapshot() -> None:
     assert tell(view, [instance.snapshot(), instance.inserted(prompt(3))]) == []
     assert view.match(prompt(1, 2), 0.0) == {"a": 2}
     assert view.match(prompt(3), 0.0) == {"a": 1}
+
+
+def test_a_view_tells_how_far_it_is() -> None:
+    view, instance = PromptIndex(BLOCK), IndexPublisher("a", 7, BLOCK)
+    first, _, third = (instance.inserted(prompt(block, block + 1)) for block in (1, 3, 5))
+    assert view.views() == []
+    tell(view, [first])
+    assert view.views() == [Viewed("a", 7, 1, False, first.after)]
+    tell(view, [third])
+    assert view.views() == [Viewed("a", 7, 1, True, first.after)]
+    tell(view, [instance.snapshot()])
+    assert view.views() == [Viewed("a", 7, 3, False, third.after)]
+    view.forget("a")
+    assert view.views() == []
 
 
 def test_expectations_die_of_age_unless_renewed() -> None:
