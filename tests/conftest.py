@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,13 @@ from tests.support.nats_server import NatsServer, nats_server_process
 
 # What tests compare to the bit is made on one kind of device, also where there is a GPU; tests of GPUs say so.
 os.environ.setdefault("TRIPTYCH_DEVICE", "cpu")
+# Drawn once for all processes of a run, which must agree on what tests there are.
+os.environ.setdefault("TRIPTYCH_TEST_SEED", str(1 + time.time_ns() % 10**9))
+
+
+def pytest_report_header() -> str:
+    """What repeats the draws of this run."""
+    return f"TRIPTYCH_TEST_SEED={os.environ['TRIPTYCH_TEST_SEED']}"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,7 +5,6 @@ import contextlib
 import os
 import random
 import signal
-import time
 import zlib
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from tests.support.tensor_peer import patterned, same_bytes
 KB = 1024
 FIRST, SECOND = "cache_store-0", "cache_store-1"
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "4"))
-SEED = int(os.environ.get("TRIPTYCH_TEST_SEED", "0")) or time.time_ns() % 10**9
+SEED = int(os.environ["TRIPTYCH_TEST_SEED"])
 
 
 def tensor(key: str, version: int) -> torch.Tensor:

@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import random
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from tests.support.cluster import DIT, NATS, Cluster, running_cluster
 from tests.support.small_model import save_small_model
 
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "3"))
-SEED = int(os.environ.get("TRIPTYCH_TEST_SEED", "0")) or time.time_ns() % 10**9
+SEED = int(os.environ["TRIPTYCH_TEST_SEED"])
 # One that only grows groups, one that shrinks them too, and one that parks.
 ALL_POLICIES = ("ddit", "elastic", "srtf")
 POLICIES = ALL_POLICIES if len(ALL_POLICIES) < KILLS else (random.Random(SEED).choice(ALL_POLICIES),)

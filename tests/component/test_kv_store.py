@@ -10,7 +10,6 @@ import hashlib
 import os
 import random
 import signal
-import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -36,7 +35,7 @@ from tests.support.nats_server import NatsServer
 from tests.support.processes import Processes
 
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "3"))
-SEED = int(os.environ.get("TRIPTYCH_TEST_SEED", "0")) or time.time_ns() % 10**9
+SEED = int(os.environ["TRIPTYCH_TEST_SEED"])
 PATIENCE_S = 60.0
 ANSWER = 8
 BLOCKS = 4

@@ -7,7 +7,6 @@ Real workers, NATS, UCX and Gloo, with random schedules among degrees 1, 2 and 4
 import asyncio
 import os
 import random
-import time
 from itertools import groupby
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tests.support.denoising import DenoisingStage, denoising_stage
 from tests.support.small_model import save_small_model
 
 SCHEDULES = int(os.environ.get("TRIPTYCH_TEST_KILLS", "5"))
-SEED = int(os.environ.get("TRIPTYCH_TEST_SEED", "0")) or time.time_ns() % 10**9
+SEED = int(os.environ["TRIPTYCH_TEST_SEED"])
 STEPS = 24
 ATOL = 1e-4
 WORKERS = ("dit-0", "dit-1", "dit-2", "dit-3")

@@ -28,12 +28,14 @@ class Played:
         self._registration = registration
         self.refuses = False
         self.asked: asyncio.Queue[FlipRole] = asyncio.Queue(100)
+        self.flipped = asyncio.Event()
 
     async def flip(self, asked: FlipRole) -> RoleFlipped:
         self.asked.put_nowait(asked)
         if self.refuses:
             raise Refusal(Failure(stage=Stage.DECODE, code="not_flipped", message="not now", retryable=True))
         await self._registration.change_roles(asked.roles)
+        self.flipped.set()
         return RoleFlipped(instance=self._registration.member.instance, roles=asked.roles, flip_s=0.001)
 
 
@@ -87,6 +89,8 @@ async def test_who_decodes_comes_to_prefill_where_prompts_wait_but_never_the_las
         assert (asked.roles, asked.decode) == (PREFILL, ("decode-1",))
         assert (await asyncio.wait_for(first.asked.get(), PATIENCE_S)).roles == PREFILL
         first.refuses = False
+        # What is routed before that may be routed by a flip that is still being refused.
+        await asyncio.wait_for(first.flipped.wait(), PATIENCE_S)
 
         async def prefills() -> bool:
             nonlocal number

@@ -7,7 +7,6 @@ draw, ``TRIPTYCH_TEST_KILLS`` sets how many videos are disturbed.
 import asyncio
 import os
 import random
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from tests.support.cluster import DIT, Cluster, running_cluster
 from tests.support.small_model import save_small_model
 
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "3"))
-SEED = int(os.environ.get("TRIPTYCH_TEST_SEED", "0")) or time.time_ns() % 10**9
+SEED = int(os.environ["TRIPTYCH_TEST_SEED"])
 STORES = ("cache_store-0", "cache_store-1")
 SERVICES = ("scheduler-0", "encoder-0", *STORES, *DIT)
 STEPS = 40

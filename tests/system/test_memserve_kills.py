@@ -1,7 +1,7 @@
 """Kill -9 during a replayed trace, on a whole stack: right answers, trees that agree, and the hit that there was.
 
-``TRIPTYCH_TEST_KILLS`` says how many die on each topology; where they are many, it is done on all of them.
-``TRIPTYCH_TEST_SEED`` draws other victims and moments.
+``TRIPTYCH_TEST_KILLS`` says how many die on each topology; where they are many, it is done on all of them, and victims
+and moments are drawn anew each time: ``TRIPTYCH_TEST_SEED`` repeats a draw.
 """
 
 import json
@@ -14,7 +14,7 @@ from loadgen.__main__ import main
 from loadgen.bench.memserve_kills import TOPOLOGIES
 
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "2"))
-SEED = os.environ.get("TRIPTYCH_TEST_SEED", "0")
+SEED = os.environ["TRIPTYCH_TEST_SEED"] if len(TOPOLOGIES) < KILLS else "0"
 CONVERSATIONS = 40
 
 

@@ -43,7 +43,7 @@ LONG = 100  # steps: enough for a kill to fall into the middle
 LOST = 3
 # Videos that are disturbed beside those of the tests' own, at a random step; ``TRIPTYCH_TEST_SEED`` repeats a draw.
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "1"))
-SEED = int(os.environ.get("TRIPTYCH_TEST_SEED", "0")) or time.time_ns() % 10**9
+SEED = int(os.environ["TRIPTYCH_TEST_SEED"])
 VICTIMS = (
     "dit-0",
     "scheduler-0",

@@ -3,7 +3,6 @@
 import io
 import os
 import random
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from tests.support.stack import Stack, running_stack
 LONG = 40  # steps: enough for a kill to fall into the middle, and for a worker to come back before the end
 # Videos that are disturbed beside those of the tests' own, at a random step; ``TRIPTYCH_TEST_SEED`` repeats a draw.
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "1"))
-SEED = int(os.environ.get("TRIPTYCH_TEST_SEED", "0")) or time.time_ns() % 10**9
+SEED = int(os.environ["TRIPTYCH_TEST_SEED"])
 VICTIMS = ("dit-1", "scheduler-0", "vae-0", "nats-0", "dit-0", "encoder-0", "vae-1", "cache_store-0", "decode-0")
 
 
