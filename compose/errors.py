@@ -18,7 +18,7 @@ class StartError(StackError):
 
 
 class CrashLoopError(StackError):
-    """A service dies faster than it is worth starting again."""
+    """A service dies faster than it is worth starting again, or cannot start as it is set up."""
 
 
 class ServerError(StackError):

@@ -20,6 +20,8 @@ _LAUNCH_TIMEOUT_S = 120.0
 _KILL_TIMEOUT_S = 10.0
 # What fails while the stack comes up is wrong, not unlucky: a few quick words help more than patience.
 _ATTEMPTS_TO_START = 2
+# The exit code of a service that only a person can mend (``common.runtime.process.run_service``): wrong settings.
+_WRONGLY_SET_UP = 2
 
 
 class Replica:
@@ -65,7 +67,7 @@ class Replica:
         """Fill the place until told to stop.
 
         Raises:
-            CrashLoopError: too many deaths in too short a time.
+            CrashLoopError: too many deaths in too short a time, or settings with which it cannot start.
             StartError: a process could not even be started.
         """
         while not self._stopping.is_set():
@@ -107,6 +109,8 @@ class Replica:
         return self._restart.condition == "any" or (self._restart.condition == "on-failure" and code != 0)
 
     def _delay_after_death_s(self, code: int) -> float:
+        if code == _WRONGLY_SET_UP and not self._settled.is_set():
+            raise CrashLoopError(f"{self.name} cannot start as it is set up. The end of its log:\n{tail(self.log)}")
         now_s = self._clock()
         self._deaths_s.append(now_s)
         recent = sum(now_s - death_s <= self._restart.window_s for death_s in self._deaths_s)

@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser(_chosen(words), words[0] if words else None).parse_args(words)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise SystemExit(f"loadgen: --json {options.json}: the folder does not exist; make it first")
     result: dict[str, object] = options.run(options)
     if options.json is not None:
         write_json(options.json, result)

@@ -65,8 +65,19 @@ def load_settings(kind: type[S]) -> S:
     try:
         return kind()
     except ValidationError as error:
-        problems = "; ".join(
-            f"TRIPTYCH_{str(item['loc'][0]).upper() if item['loc'] else '?'}: {item['msg']} (got {item['input']!r})"
-            for item in error.errors()
-        )
-        raise SettingsError(problems) from error
+        raise SettingsError("; ".join(_problems(error))) from error
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """One for each variable: of a union every member complains apart."""
+    found: dict[str, list[str]] = {}
+    given: dict[str, object] = {}
+    for item in error.errors():
+        name = f"TRIPTYCH_{str(item['loc'][0]).upper() if item['loc'] else '?'}"
+        found.setdefault(name, []).append(item["msg"])
+        given[name] = item["input"]
+    return [
+        f"{name}: {' or '.join([first, *(other.removeprefix('Input should be ') for other in others)])}"
+        f" (got {given[name]!r})"
+        for name, (first, *others) in found.items()
+    ]

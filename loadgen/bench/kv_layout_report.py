@@ -10,6 +10,7 @@ from loadgen.bench.broker import broker
 from loadgen.bench.kv_layout_rounds import Readings, measured, ratio
 from loadgen.bench.kv_layouts import Shape, Way
 from loadgen.bench.rounds import Ratio
+from loadgen.counts import count
 
 _HEAD_DIM = 64
 _MEASURES = {"after_s": "after it is computed", "all_s": "until all is there"}
@@ -39,9 +40,9 @@ CLAIMS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that count for layouts alone."""
     parser.add_argument(
-        "--loaded", type=int, default=4, help="layouts: prompts of a loaded round (default %(default)s)"
+        "--loaded", type=count, default=4, help="layouts: prompts of a loaded round (default %(default)s)"
     )
-    parser.add_argument("--fetches", type=int, default=8, help="layouts: under way at once (default %(default)s)")
+    parser.add_argument("--fetches", type=count, default=8, help="layouts: under way at once (default %(default)s)")
 
 
 def run_layouts(options: argparse.Namespace) -> dict[str, object]:

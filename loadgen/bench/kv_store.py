@@ -20,6 +20,7 @@ from loadgen.bench.broker import broker
 from loadgen.bench.compare import Comparison, Side
 from loadgen.bench.instances import VOCABULARY, Asked, Asking, answered, ready, running_service, save_model
 from loadgen.bench.process import BenchmarkError
+from loadgen.counts import count, width
 
 _STORE = "cache_store-0"
 _SOURCE, _WITH, _WITHOUT = "decode-0", "decode-1", "decode-2"
@@ -29,15 +30,17 @@ _WAIT_S = 120.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
-    parser.add_argument("--rounds", type=int, default=9, help="of either way (default %(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=1024, help="of each prompt (default %(default)s)")
+    parser.add_argument("--rounds", type=count, default=9, help="of either way (default %(default)s)")
+    parser.add_argument("--prompt-tokens", type=count, default=1024, help="of each prompt (default %(default)s)")
     parser.add_argument(
-        "--at-once", type=int, default=4, help="prompts nobody has seen, at a time (default %(default)s)"
+        "--at-once", type=count, default=4, help="prompts nobody has seen, at a time (default %(default)s)"
     )
-    parser.add_argument("--answer-tokens", type=int, default=64, help="of each of their answers (default %(default)s)")
-    parser.add_argument("--hidden", type=int, default=512, help="width of the random model (default %(default)s)")
-    parser.add_argument("--layers", type=int, default=8, help="its depth (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of each instance (default %(default)s)")
+    parser.add_argument(
+        "--answer-tokens", type=count, default=64, help="of each of their answers (default %(default)s)"
+    )
+    parser.add_argument("--hidden", type=width, default=512, help="width of the random model (default %(default)s)")
+    parser.add_argument("--layers", type=count, default=8, help="its depth (default %(default)s)")
+    parser.add_argument("--threads", type=count, default=1, help="of each instance (default %(default)s)")
     parser.add_argument("--disk", action="store_true", help="the cache store keeps nothing in memory")
 
 

@@ -23,6 +23,7 @@ from loadgen.bench import kv_layout_report
 from loadgen.bench.broker import broker
 from loadgen.bench.instances import VOCABULARY, Asking, answered, ready, running_service, save_model
 from loadgen.bench.rounds import spread
+from loadgen.counts import count, width
 
 _DECODE = "decode-0"
 _ANSWER = 3
@@ -33,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", nargs="+", choices=("modes", "layouts"), default=["modes", "layouts"], help="(default: both)"
     )
-    parser.add_argument("--rounds", type=int, default=9, help="of each mode (default %(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=1024, help="of each prompt (default %(default)s)")
-    parser.add_argument("--chunk-tokens", type=int, default=256, help="of one pass (default %(default)s)")
-    parser.add_argument("--at-once", type=int, default=1, help="prompts at a time (default %(default)s)")
-    parser.add_argument("--hidden", type=int, default=512, help="width of the random model (default %(default)s)")
-    parser.add_argument("--layers", type=int, default=8, help="its depth (default %(default)s)")
+    parser.add_argument("--rounds", type=count, default=9, help="of each mode (default %(default)s)")
+    parser.add_argument("--prompt-tokens", type=count, default=1024, help="of each prompt (default %(default)s)")
+    parser.add_argument("--chunk-tokens", type=count, default=256, help="of one pass (default %(default)s)")
+    parser.add_argument("--at-once", type=count, default=1, help="prompts at a time (default %(default)s)")
+    parser.add_argument("--hidden", type=width, default=512, help="width of the random model (default %(default)s)")
+    parser.add_argument("--layers", type=count, default=8, help="its depth (default %(default)s)")
     parser.add_argument("--no-checksum", action="store_true", help="modes: do not compare the bytes at both ends")
     kv_layout_report.add_arguments(parser)
 

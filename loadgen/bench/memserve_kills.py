@@ -130,15 +130,12 @@ async def _measured(topology: str, options: argparse.Namespace, model: Path) -> 
     prefills, decodes, role = TOPOLOGIES[topology]
     print(f"{topology}: {prefills} prefill, {decodes} {role}, {options.kills} kills", flush=True)
     port = free_port()
-    kv_bytes = options.kv_mb << 20
     settings = {
         "TRIPTYCH_ROLE": role,
         "TRIPTYCH_ROUTING": options.rule,
         "TRIPTYCH_PREFILL_TOKENS_S": "5000",
         "TRIPTYCH_NATS_PORT": str(port),
-        "TRIPTYCH_KV_BYTES": str(kv_bytes),
-        # Four key and four value heads of an eighth of the channels each, in float32.
-        "TRIPTYCH_KV_TOKENS": str(kv_bytes // (4 * options.hidden * options.layers)),
+        "TRIPTYCH_KV_BYTES": str(options.kv_mb << 20),
     }
     counts = {"decode": decodes, "cache_store": _STORES, "dit": 1, "vae": 1}
     counts |= {"prefill": prefills} if prefills else {}

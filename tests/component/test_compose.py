@@ -388,6 +388,19 @@ def test_a_crash_loop_is_given_up_with_the_last_words(tmp_path: Path, forked: bo
     asyncio.run(play())
 
 
+def test_a_stack_that_starts_with_wrong_settings_gives_up_at_once(tmp_path: Path) -> None:
+    async def play() -> None:
+        async with _stage(tmp_path, f"  a: {_service('misled')}") as stage:
+            stage.supervisor.settled.clear()
+            await stage.supervisor.start()
+            with pytest.raises(CrashLoopError, match=r"(?s)a-0 cannot start as it is set up.*the last word"):
+                async with asyncio.timeout(_DEADLINE_S):
+                    await stage.supervisor.failed
+            assert len(stage.events) == 1
+
+    asyncio.run(play())
+
+
 def test_a_stack_that_is_still_starting_gives_up_sooner(tmp_path: Path) -> None:
     async def play() -> None:
         async with _stage(tmp_path, f"  a: {_service('broken')}") as stage:

@@ -2,7 +2,8 @@
 
 ``python -m tests.support.worker MODE`` writes what happens to it into the file that ``EVENTS`` names, one line each:
 ``NAME event``, where NAME is ``TRIPTYCH_INSTANCE``. Modes: ``obedient`` ends on SIGTERM, ``deaf`` does not,
-``broken`` ends at once with exit code 3 and a last word, ``serving`` listens on ``PORT`` a moment after its start.
+``broken`` ends at once with exit code 3 and a last word, ``misled`` with exit code 2,
+``serving`` listens on ``PORT`` a moment after its start.
 """
 
 import os
@@ -21,10 +22,10 @@ def tell(event: str) -> None:
 
 def main(mode: str) -> None:
     """Live as ``mode`` says."""
-    if mode == "broken":
+    if mode in ("broken", "misled"):
         tell("started")
         sys.stderr.write("the last word of a broken worker\n")
-        raise SystemExit(3)
+        raise SystemExit(3 if mode == "broken" else 2)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else signal.default_int_handler)
     sys.stderr.write('level=info event=started\nlevel=warning event="something odd"\n')
     tell(f"started slot={os.environ.get('TRIPTYCH_SLOT')} torch={'torch' in sys.modules} json={'json' in sys.modules}")
