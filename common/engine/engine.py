@@ -1,13 +1,12 @@
 """The loop of one instance: ask the policy, run the model, choose tokens, tell the policy what came of it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from common.engine.blocks import Prefixes, SequenceBlocks
+from common.engine.passes import EngineCounts, ForwardPasses
 from common.engine.request import Output, Request
 from common.engine.sequence import Computed
 from common.mempool.address import TOKEN_BYTES, Address
@@ -15,9 +14,8 @@ from common.mempool.allocator import BlockAllocator
 from common.mempool.caching import Caching
 from common.mempool.pool import MemPool
 from common.mempool.tiers import Tier
-from common.messages.chat import tokens_in, unpack_tokens
-from common.models.causal_lm import BLOCK_TOKENS, BlockTable, CausalLM, Chunk, KVPool
-from common.models.causal_lm.sampling import sample
+from common.messages.chat import tokens_in
+from common.models.causal_lm import BLOCK_TOKENS, BlockTable, CausalLM, KVPool
 from common.policies.batching_events import (
     LengthPredicted,
     Piece,
@@ -36,18 +34,6 @@ from common.policies.continuous_batching import ContinuousBatching
 
 class RequestRefused(ValueError):
     """A request can never be answered here: it is longer than the model's context or the pool."""
-
-
-@dataclass(slots=True)
-class EngineCounts:
-    """What an engine has done so far.
-
-    In tokens: computed before a sequence's next token, and found in the memory. ``preempted``: how often one was.
-    """
-
-    prefilled: int = 0
-    found: int = 0
-    preempted: int = 0
 
 
 class Engine:
@@ -85,11 +71,10 @@ class Engine:
         self._sequences: dict[str, Computed] = {}
         self._parked = 0
         self._awaited = 0
-        self.layer_stored: Callable[[Sequence[Chunk], int], None] | None = None
-        """Told the chunks of a step and a layer whose keys and values of them are in the pool, within the step."""
         self.computed: tuple[Piece, ...] = ()
         """What the last step computed."""
         self.counts = EngineCounts()
+        self.passes = ForwardPasses(model, pool, self._sequences, self.counts)
         self.stalled = False
         """Whether the last step could do nothing: blocks that others hold are waited for."""
 
@@ -309,7 +294,7 @@ class Engine:
         self.stalled = step is None
         if step is None:
             return []
-        outputs = self._run(step.pieces)
+        outputs = self.passes.run(step.pieces)
         self._batching.handle(StepFinished(self._leaving(outputs)), now_s)
         return outputs
 
@@ -350,49 +335,3 @@ class Engine:
                 continue
             leaving.append(name)
         return frozenset(leaving)
-
-    def _run(self, pieces: tuple[Piece, ...]) -> list[Output]:
-        self._share(pieces)
-        chunks = [self._chunk(piece) for piece in pieces]
-        stored = None
-        if self.layer_stored is not None and any(self._sequences[piece.sequence].request.park for piece in pieces):
-            stored = partial(self.layer_stored, chunks)
-        logits = self._model.forward(chunks, self._pool, stored)
-        self._note(pieces)
-        names = [piece.sequence for piece in pieces if piece.last]
-        speaking = [self._sequences[name] for name in names]
-        parameters = [sequence.request.sampling for sequence in speaking]
-        sampled = sample(logits, parameters, [sequence.history for sequence in speaking]) if speaking else []
-        ends = self._model.end_tokens
-        return [sequence.take(name, one, ends) for name, sequence, one in zip(names, speaking, sampled, strict=True)]
-
-    def _share(self, pieces: tuple[Piece, ...]) -> None:
-        """Give those who begin in the midst of their tokens the blocks of what is before."""
-        beginning = [(piece, one) for piece in pieces if not (one := self._sequences[piece.sequence]).blocks.addresses]
-        for piece, sequence in beginning:
-            sequence.blocks.share(sequence.span(0, piece.start))
-            sequence.computed = piece.start
-            self.counts.found += piece.start
-            if sequence.cached is None:
-                sequence.cached = piece.start
-        # Only now, as it may take evicting what nobody holds.
-        for _, sequence in beginning:
-            sequence.blocks.bring()
-
-    def _chunk(self, piece: Piece) -> Chunk:
-        sequence = self._sequences[piece.sequence]
-        if piece.new_blocks:
-            sequence.blocks.grow(piece.new_blocks)
-        tokens = unpack_tokens(sequence.span(piece.start, piece.start + piece.count))
-        return Chunk(piece.sequence, tokens, piece.start, sequence.blocks.table, piece.last)
-
-    def _note(self, pieces: tuple[Piece, ...]) -> None:
-        """These are computed now. What a prompt's end completes is kept for others while it goes on."""
-        for piece in pieces:
-            sequence = self._sequences[piece.sequence]
-            sequence.computed = piece.start + piece.count
-            if not sequence.prefilled:
-                self.counts.prefilled += piece.count
-                sequence.prefilled = piece.last
-                if piece.last and sequence.keeps:
-                    sequence.blocks.keep(sequence.known)

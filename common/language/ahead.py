@@ -85,7 +85,7 @@ class SendingAhead:
         self._under_way: dict[str, _Ahead] = {}
         self.sent_bytes = 0
         if settings.transfer_mode is TransferMode.BY_LAYER:
-            engine.layer_stored = self._layer_stored
+            engine.passes.layer_stored = self._layer_stored
 
     def begin(self, held: Held) -> None:
         """From now on, send of this sequence what is computed, and what is already. Between two steps, or before it is

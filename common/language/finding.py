@@ -71,11 +71,16 @@ class FindingPrefixes:
         """Have in the memory what the cache stores have of a prompt and it lacks, as far as that comes in time."""
         useful = _useful(tokens)
         keys = prefix_keys(self._namespace, useful)
-        while (other := self._under_way.get(first := keys[len(keys) - lacking // BLOCK_TOKENS])) is not None:
+        first = keys[len(keys) - lacking // BLOCK_TOKENS]
+        while (other := self._under_way.get(first)) is not None:
             # Whoever looks for the same has a deadline.
             await other.wait()
             lacking = await self._stepper.between(partial(self.lacking, tokens))
             if not lacking:
+                return
+            awaited, first = first, keys[len(keys) - lacking // BLOCK_TOKENS]
+            if first == awaited:
+                # It has just not come, and is computed: nobody is to wait for it once more, all who lack it in turn.
                 return
         self._under_way[first] = asyncio.Event()
         try:
@@ -122,17 +127,24 @@ class FindingPrefixes:
         """Look for blocks from ``place`` on, and put into the memory what is found; how many it are."""
         clock = asyncio.get_running_loop().time
         first = place
-        for ref, checksums in await self._client.find(keys, _AT_ONCE_BYTES, max(_SHORTEST_S, end_s - clock())):
-            blocks = MoveBlocks(
-                source=_SOURCE,
-                block_tokens=BLOCK_TOKENS,
-                kv=(ref,),
-                checksums=checksums if self._checks else (),
-                tokens=tokens[: (place + ref.shape[0]) * KEY_BYTES],
-                first_block=place,
-            )
-            await self._transfers.receive_within(blocks, max(_SHORTEST_S, end_s - clock()))
-            place += ref.shape[0]
+        found = await self._client.find(keys, _AT_ONCE_BYTES, max(_SHORTEST_S, end_s - clock()))
+        try:
+            while found:
+                ref, checksums = found[0]
+                blocks = MoveBlocks(
+                    source=_SOURCE,
+                    block_tokens=BLOCK_TOKENS,
+                    kv=(ref,),
+                    checksums=checksums if self._checks else (),
+                    tokens=tokens[: (place + ref.shape[0]) * KEY_BYTES],
+                    first_block=place,
+                )
+                await self._transfers.receive_within(blocks, max(_SHORTEST_S, end_s - clock()))
+                place += ref.shape[0]
+                del found[0]
+        finally:
+            # A cache store keeps what it gives until it is fetched, and has room for so much of that.
+            await self._client.let_go([ref for ref, _ in found])
         return place - first
 
     async def _forget(self, keys: list[str]) -> None:

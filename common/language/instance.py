@@ -7,11 +7,12 @@ from typing import Any
 
 import structlog
 
-from common.bus.errors import BusError, Refusal
+from common.bus.errors import Refusal
 from common.bus.port import Subscription
 from common.engine import Output, Request, RequestRefused
+from common.language.beginning import Beginning
 from common.language.flipping import Roles
-from common.language.foretelling import Foretelling, told, told_already
+from common.language.foretelling import Foretelling
 from common.language.giving import Giving
 from common.language.handed_on import HandedOn
 from common.language.handover import HandOver
@@ -27,7 +28,7 @@ from common.language.speaker import Crowd, Speaker
 from common.language.stepper import Stepper
 from common.language.stored import StoredPrefixes
 from common.language.takeover import Receiving
-from common.mempool.address import BLOCK_TOKENS, TOKEN_BYTES
+from common.mempool.address import TOKEN_BYTES
 from common.mempool.transfer import BlockTransfer
 from common.messages.chat import (
     MOVED,
@@ -41,7 +42,6 @@ from common.messages.chat import (
 )
 from common.messages.cluster import LanguageRole
 from common.messages.failures import Acknowledged, Failure, Stage
-from common.messages.mempool import MatchPrefix, PrefixMatched, SendPrefix
 from common.messages.subjects import (
     CANCEL_GENERATION,
     FIND_GENERATION,
@@ -56,7 +56,6 @@ from common.messages.subjects import (
 )
 from common.policies.fence import StaleEpoch
 from common.runtime.worker import Equipment
-from common.tensors.errors import TensorError
 
 log = structlog.get_logger()
 
@@ -110,6 +109,9 @@ class LanguageInstance:
         self._prefixes = SendingPrefixes(equipment.bus, model.engine, self._stepper, self.transfers, settings)
         self.sending_back = SendingBack(self._prefixes)
         self.stored = StoredPrefixes(equipment, memory, self.transfers, self._stepper, settings, model.namespace)
+        self._beginning = Beginning(
+            model.engine, self._stepper, self._sequences, self.foretelling, self.stored.finding, self._spawn
+        )
         self.moving = MovingOn(
             equipment.instance,
             equipment.bus,
@@ -131,8 +133,8 @@ class LanguageInstance:
             await self._bus.serve(GENERATE_TOKENS, self._generate, self._instance),
             await self._bus.serve(FIND_GENERATION, self._find, self._instance),
             await self._bus.serve(OFFER_KV, self._offered, self._instance, max_in_flight=_MOST_TAKE_OVERS),
-            await self._bus.serve(MATCH_PREFIX, self._match, self._instance),
-            await self._bus.serve(SEND_PREFIX, self._send_prefix, self._instance, max_in_flight=_MOST_MOVES),
+            await self._bus.serve(MATCH_PREFIX, self._prefixes.match, self._instance),
+            await self._bus.serve(SEND_PREFIX, self._prefixes.answer, self._instance, max_in_flight=_MOST_MOVES),
             await self._bus.serve(MOVE_BLOCKS, self.transfers.receive, self._instance, max_in_flight=_MOST_MOVES),
             await self._bus.serve(TAKE_OVER, self._take_over, self._instance, max_in_flight=_MOST_TAKE_OVERS),
             await self._bus.serve(TELL_INDEX, self._teller.tell, self._instance),
@@ -193,8 +195,7 @@ class LanguageInstance:
             self._giving.begin(held)
         else:
             held.heavy = self.foretelling.is_heavy(held)
-        now_s = asyncio.get_running_loop().time()
-        self._stepper.soon(partial(self._add, held, asked, now_s))
+        self._beginning.soon(held, asked)
         return Acknowledged()
 
     async def _offered(self, offer: OfferKV) -> Acknowledged:
@@ -224,18 +225,6 @@ class LanguageInstance:
             decode=self._handed_on.to(asked.request_id, asked.epoch) if held is None else "",
         )
 
-    async def _match(self, asked: MatchPrefix) -> PrefixMatched:
-        blocks = await self._stepper.between(partial(self._engine.memory.use, asked.tokens))
-        return PrefixMatched(tokens=blocks * BLOCK_TOKENS)
-
-    async def _send_prefix(self, asked: SendPrefix) -> PrefixMatched:
-        try:
-            blocks = await self._prefixes.send(asked.to, asked.tokens)
-        except (BusError, TensorError) as error:
-            failure = Failure(stage=Stage.PREFILL, code="not_sent", message=str(error), retryable=True)
-            raise Refusal(failure) from error
-        return PrefixMatched(tokens=blocks * BLOCK_TOKENS)
-
     async def _cancel(self, cancel: CancelGeneration) -> None:
         held = self._sequences.cancel(cancel.request_id, cancel.epoch)
         self.receiving.cancel(cancel.request_id, cancel.epoch)
@@ -263,35 +252,6 @@ class LanguageInstance:
         return held, asked
 
     # --- between two steps ---------------------------------------------------------------------------------------
-
-    def _add(self, held: Held, asked: Request, now_s: float, looked: bool = False) -> None:
-        if not self._sequences.has(held):
-            return
-        lacking = 0 if looked else self.stored.finding.lacking(held.tokens)
-        if lacking:
-            self._spawn(self._look(held, lacking, asked, now_s), f"look for {held.key}")
-            return
-        if asked.park:
-            self._engine.add(held.key, asked, now_s)
-            return
-        said = told_already(held.expected)
-        self._engine.add(held.key, asked, now_s, self.foretelling.expected_tokens(held, said))
-        if held.expected is not None and said is None:
-            self._spawn(self._expect(held), f"expect of {held.key}")
-        else:
-            self.foretelling.count(said)
-
-    async def _expect(self, held: Held) -> None:
-        """Until the predictor has spoken, a sequence that is decoded here goes by the histogram."""
-        said = await told(held.expected)
-        self.foretelling.count(said)
-        expected, now_s = self.foretelling.expected_tokens(held, said), asyncio.get_running_loop().time()
-        self._stepper.soon(partial(self._engine.expect, held.key, expected, now_s))
-
-    async def _look(self, held: Held, lacking: int, asked: Request, now_s: float) -> None:
-        """Compute it only when what the cache stores have of it is here, or does not come."""
-        await self.stored.finding.bring(held.tokens, lacking)
-        self._stepper.soon(partial(self._add, held, asked, now_s, looked=True))
 
     def _drop(self, held: Held) -> None:
         self._giving.forget(held)

@@ -23,6 +23,7 @@ from common.language.prefixes import prefix_at
 from common.language.settings import LanguageSettings
 from common.language.stepper import Stepper
 from common.messages.chat import SequenceTokens
+from common.messages.failures import Failure
 
 log = structlog.get_logger()
 
@@ -98,12 +99,17 @@ class MovingOn:
                 return "ended"
             if not self._others:
                 break
-            if await self._to(held, others[(turn + place) % len(others)]):
+            failure = await self._to(held, others[(turn + place) % len(others)])
+            if failure is None:
                 return "moved"
+            if failure.code == NOT_RUNNING:
+                # It waits, or has yet to come; with its next token here it is looked at again.
+                self._looked_at.discard(held.key)
+                break
         return "stayed"
 
-    async def _to(self, held: Held, decode: str) -> bool:
-        """Whether it goes on there."""
+    async def _to(self, held: Held, decode: str) -> Failure | None:
+        """Why it does not go on there; None: it does, or would if it were wanted still."""
         known = 0
         if self._engine.caching.keeps_received:
             known = await prefix_at(self._bus, decode, held.tokens, self._ask_s)
@@ -112,12 +118,8 @@ class MovingOn:
         failure = await self._hand_over.move(held, decode, known)
         if failure is not None:
             log.info("not moved", sequence=held.key, to=decode, reason=failure.message)
-            if failure.code == NOT_RUNNING:
-                # It waits, or has yet to come; with its next token here it is looked at again.
-                self._looked_at.discard(held.key)
-        if failure is not None or not self._sequences.has(held):
-            return False
-        await self._tell({held.request.gateway: [held.hand_to(decode)]})
-        self._sequences.remove(held)
-        self._stepper.soon(partial(self._engine.cancel, held.key, asyncio.get_running_loop().time()))
-        return True
+        elif self._sequences.has(held):
+            await self._tell({held.request.gateway: [held.hand_to(decode)]})
+            self._sequences.remove(held)
+            self._stepper.soon(partial(self._engine.cancel, held.key, asyncio.get_running_loop().time()))
+        return failure

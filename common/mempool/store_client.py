@@ -5,7 +5,7 @@ anything at any time, and being slow or away costs its clients the computing aga
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -83,7 +83,8 @@ class StoreClient:
             most_bytes: from one cache store.
 
         Returns:
-            Blocks [n, ...] to be fetched once and their checksums; each goes on from the key where the last one ended.
+            Blocks [n, ...] to be fetched once, or let go, and their checksums; each goes on from the key where the last
+            one ended.
         """
         request = FindTensors(keys=tuple(keys), most_bytes=most_bytes, leading=True)
         parts = (await self._bus.request(FIND_TENSORS, request, deadline_s=deadline_s)).parts
@@ -96,8 +97,13 @@ class StoreClient:
                 place += count
             else:
                 # Two cache stores that both had it.
-                await self._tensors.release(part.tensor)
+                await self.let_go([part.tensor])
         return found
+
+    async def let_go(self, found: Iterable[TensorRef]) -> None:
+        """Of these, which ``find`` gave, nothing will be fetched any more."""
+        for ref in found:
+            await self._tensors.release(ref)
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Forget what is kept under the keys, in every cache store."""

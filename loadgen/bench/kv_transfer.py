@@ -8,32 +8,25 @@ round asks each mode for the same prompts; the penalty that a client sees is the
 import argparse
 import asyncio
 import contextlib
-import os
 import random
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.bus.nats_bus import NatsBus
 from common.language.settings import TransferMode
-from common.messages.chat import GenerateTokens, Sampling, TokensGenerated, pack_tokens
-from common.messages.cluster import MemberState
-from common.messages.subjects import GENERATE_TOKENS, MEMBERS, TOKENS_GENERATED
+from common.messages.subjects import MEMBERS
 from loadgen.bench import kv_layout_report
 from loadgen.bench.broker import broker
-from loadgen.bench.process import ROOT, BenchmarkError
+from loadgen.bench.instances import VOCABULARY, Asking, answered, ready, running_service, save_model
 from loadgen.bench.rounds import spread
 from loadgen.counts import count, width
 
-_GATEWAY = "gateway-bench"
 _DECODE = "decode-0"
-_WAIT_S = 120.0
 _ANSWER = 3
-_VOCABULARY = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +58,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
 def _run_modes(options: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="triptych-kv-") as folder, broker() as url:
-        model = _save_model(Path(folder) / "model", options)
+        model = save_model(Path(folder) / "model", options.hidden, options.layers, options.prompt_tokens + 64)
         readings = asyncio.run(_run(url, model, options))
     print("\n".join(_told(readings, options)))
     return {mode: [vars(reading) for reading in rounds] for mode, rounds in readings.items()}
@@ -80,55 +73,22 @@ class Reading:
     all_s: float
 
 
-@dataclass
-class _Asked:
-    """One sequence: when its first two tokens came."""
-
-    came_s: list[float] = field(default_factory=list)
-    done: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-def _save_model(folder: Path, options: argparse.Namespace) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=options.hidden,
-        intermediate_size=options.hidden * 5 // 2,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=options.hidden // 64,
-        max_position_embeddings=options.prompt_tokens + 64,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 async def _run(url: str, model: Path, options: argparse.Namespace) -> dict[str, list[Reading]]:
-    bus = await NatsBus.connect(url, name=_GATEWAY)
-    try:
+    async with contextlib.AsyncExitStack() as opened:
+        bus = await opened.enter_async_context(await NatsBus.connect(url, name="bench"))
         await bus.prepare(buckets=(MEMBERS,))
-        async with contextlib.AsyncExitStack() as opened:
-            await opened.enter_async_context(_instance(url, model, "decode", _DECODE, TransferMode.BY_REQUEST, options))
-            for mode in TransferMode:
-                await opened.enter_async_context(_instance(url, model, "prefill", f"prefill-{mode}", mode, options))
-            for name in (_DECODE, *(f"prefill-{mode}" for mode in TransferMode)):
-                await _ready(bus, name)
-            return await _measured(bus, options)
-    finally:
-        await bus.close()
+        await opened.enter_async_context(_instance(url, model, "decode", _DECODE, TransferMode.BY_REQUEST, options))
+        for mode in TransferMode:
+            await opened.enter_async_context(_instance(url, model, "prefill", f"prefill-{mode}", mode, options))
+        for name in (_DECODE, *(f"prefill-{mode}" for mode in TransferMode)):
+            await ready(bus, name)
+        return await _measured(bus, options)
 
 
-@contextlib.asynccontextmanager
-async def _instance(
+def _instance(
     url: str, model: Path, service: str, name: str, mode: TransferMode, options: argparse.Namespace
-) -> AsyncIterator[None]:
-    environment = {
-        **os.environ,
-        "TRIPTYCH_NATS_URL": url,
-        "TRIPTYCH_INSTANCE": name,
+) -> contextlib.AbstractAsyncContextManager[None]:
+    settings = {
         "TRIPTYCH_LANGUAGE_MODEL": str(model),
         "TRIPTYCH_ROLE": "decode",
         "TRIPTYCH_KV_BYTES": str(1 << 30),
@@ -136,81 +96,33 @@ async def _instance(
         "TRIPTYCH_TRANSFER_MODE": mode,
         "TRIPTYCH_KV_CHECKSUM": "false" if options.no_checksum else "true",
         "TRIPTYCH_TRANSFER_S": "60",
-        "TRIPTYCH_LOG_LEVEL": "warning",
-        "OMP_NUM_THREADS": "1",
-        "UCX_NET_DEVICES": "lo",
-        "UCX_WARN_UNUSED_ENV_VARS": "n",
     }
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", f"services.{service}", env=environment, cwd=ROOT
-    )
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), _WAIT_S)
-        except TimeoutError:
-            process.kill()
-
-
-async def _ready(bus: NatsBus, name: str) -> None:
-    async with asyncio.timeout(_WAIT_S):
-        while True:
-            with contextlib.suppress(Exception):
-                if (await bus.get(MEMBERS, name)).value.state is MemberState.READY:
-                    return
-            await asyncio.sleep(0.1)
+    return running_service(url, service, name, settings)
 
 
 async def _measured(bus: NatsBus, options: argparse.Namespace) -> dict[str, list[Reading]]:
-    asked: dict[str, _Asked] = {}
-
-    def hear(news: TokensGenerated) -> None:
-        now_s = time.perf_counter()
-        for sequence in news.sequences:
-            one = asked[sequence.request_id]
-            if sequence.failure is not None:
-                raise BenchmarkError(sequence.failure.message)
-            one.came_s += [now_s] * len(sequence.tokens)
-            if sequence.finish is not None:
-                one.done.set()
-
-    await bus.subscribe(TOKENS_GENERATED, hear, _GATEWAY)
+    asking = Asking(bus)
+    await asking.listen()
     readings: dict[str, list[Reading]] = {mode: [] for mode in TransferMode}
     modes = list(TransferMode)
     # The first round is not counted: pages are touched, connections made.
     for number in range(options.rounds + 1):
         for mode in modes[number % len(modes) :] + modes[: number % len(modes)]:
-            reading = await _round(bus, mode, number, asked, options)
+            reading = await _round(asking, mode, number, options)
             if number:
                 readings[mode].append(reading)
     return readings
 
 
-async def _round(
-    bus: NatsBus, mode: str, number: int, asked: dict[str, _Asked], options: argparse.Namespace
-) -> Reading:
+async def _round(asking: Asking, mode: str, number: int, options: argparse.Namespace) -> Reading:
     chance = random.Random(number)
-    names = [f"{mode}-{number}-{place}" for place in range(options.at_once)]
-    asked |= {name: _Asked() for name in names}
     began_s = time.perf_counter()
-    for name in names:
-        prompt = [chance.randrange(_VOCABULARY) for _ in range(options.prompt_tokens)]
-        request = GenerateTokens(
-            request_id=name,
-            epoch=1,
-            tokens=pack_tokens(prompt),
-            sampling=Sampling(temperature=0.0, seed=0, max_tokens=_ANSWER, ignore_end=True),
-            gateway=_GATEWAY,
-            decode=_DECODE,
-            created_at_s=time.time(),
-        )
-        await bus.request(GENERATE_TOKENS, request, f"prefill-{mode}", deadline_s=_WAIT_S)
-    async with asyncio.timeout(_WAIT_S):
-        await asyncio.gather(*(asked[name].done.wait() for name in names))
-    came = [asked[name].came_s for name in names]
+    asked = []
+    for _ in range(options.at_once):
+        prompt = [chance.randrange(VOCABULARY) for _ in range(options.prompt_tokens)]
+        asked.append(await asking.ask(prompt, _ANSWER, f"prefill-{mode}", _DECODE))
+    await answered(asked)
+    came = [one.came_s for one in asked]
     return Reading(
         first_s=statistics.median(one[0] for one in came) - began_s,
         second_s=statistics.median(one[1] - one[0] for one in came),

@@ -13,7 +13,7 @@ from common.bus.errors import BusError, Refusal
 from common.bus.port import Bus
 from common.mempool.address import TOKEN_BYTES
 from common.messages.chat import ChatEnded, ChatPrefilled, ChatRoute, RouteChat
-from common.messages.cluster import LanguageRole, Member, Service
+from common.messages.cluster import LanguageRole, Member, MemberState, Service
 from common.messages.failures import Failure, Stage
 from common.messages.mempool import SendPrefix
 from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, ROUTE_CHAT, SEND_PREFIX
@@ -77,7 +77,8 @@ class ChatRouter:
                 self._prompts.follow(member.instance)
                 self._tell(event.InstanceJoined(member.instance, member.roles, _room(member)))
                 self._have_roles(member.instance, member.roles)
-            case MemberRolesChanged():
+            case MemberRolesChanged() if member.state is MemberState.READY:
+                # Who drains takes nothing new, whatever it was about to do.
                 self.roles_changed(member.instance, member.roles)
             case MemberDraining() if member.roles:
                 self._tell(event.InstanceDraining(member.instance))

@@ -42,12 +42,14 @@ class DecodeLoadMonitor:
     async def running(self) -> AsyncIterator[None]:
         """Hear and tell while the block runs."""
         subscription = await self._bus.subscribe(LOAD_REPORTED, self._reported)
-        telling = asyncio.create_task(self._tell_always(), name="tell decode loads")
         try:
-            yield
+            async with asyncio.TaskGroup() as tasks:
+                telling = tasks.create_task(self._tell_always(), name="tell decode loads")
+                try:
+                    yield
+                finally:
+                    telling.cancel()
         finally:
-            telling.cancel()
-            await asyncio.gather(telling, return_exceptions=True)
             await subscription.stop(deadline_s=1.0)
 
     def has_roles(self, instance: str, roles: Collection[LanguageRole]) -> None:

@@ -12,7 +12,7 @@ import structlog
 
 from common.bus.errors import BusError
 from common.bus.port import Bus
-from common.messages.cluster import FlipRole
+from common.messages.cluster import FlipRole, MemberState
 from common.messages.subjects import FLIP_ROLE
 from common.policies.flip import FlipInstance, FlipPolicy
 from common.runtime.membership import MembershipView
@@ -68,7 +68,7 @@ class Flips:
         except BusError as error:
             log.warning("not flipped", instance=flip.instance, role=flip.role, reason=str(error))
             member = self._view.members.get(flip.instance)
-            if member is not None:
+            if member is not None and member.state is MemberState.READY:
                 self._chats.roles_changed(flip.instance, member.roles)
         finally:
             self._flipping = ""

@@ -5,10 +5,14 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from common.bus.nats_bus import NatsBus
-from common.messages.cluster import LanguageRole
+from common.messages.cluster import LanguageRole, Member, MemberState, Service
 from common.messages.dispatch import DecodeLoad, DecodeLoads
 from common.messages.subjects import DECODE_LOADS, LOAD_REPORTED
+from common.policies.chat_rule import ChatRule, FewestTokens, guessed_costs
+from common.runtime.membership import MemberDraining, MemberJoined, MemberRolesChanged
+from services.scheduler.chat import ChatRouter
 from services.scheduler.decode_loads import DecodeLoadMonitor
+from tests.support.language import INFO
 from tests.support.nats_server import NatsServer
 
 PREFILL, DECODE = (LanguageRole.PREFILL,), (LanguageRole.DECODE,)
@@ -95,3 +99,45 @@ async def test_who_takes_nothing_new_is_left_out_at_once(nats_server: NatsServer
         # It flips.
         monitor.has_roles("prefill-0", DECODE)
         assert await listener.nothing(bus)
+
+
+async def test_who_drains_is_left_out_whatever_its_roles_become(nats_server: NatsServer) -> None:
+    """It was asked to flip, and has begun to leave."""
+    async with (
+        await NatsBus.connect(nats_server.url, name="listener") as bus,
+        await NatsBus.connect(nats_server.url, name="scheduler") as own,
+    ):
+        listener = Listener(bus)
+        await bus.subscribe(DECODE_LOADS, listener.heard.put_nowait)
+        router = ChatRouter(own, 1, lambda _: None, ChatRule(FewestTokens(), guessed_costs(2000.0, 20_000.0)), True)
+        async with router.running():
+            for name, roles in (("decode-0", DECODE), ("decode-1", DECODE), ("prefill-0", PREFILL)):
+                router.member_changed(MemberJoined(member(name, roles)))
+            await listener.report("decode-1")
+            await listener.report("decode-0")
+            leaving = member("decode-1", DECODE, MemberState.DRAINING)
+            router.member_changed(MemberDraining(leaving))
+            router.member_changed(MemberRolesChanged(leaving.model_copy(update={"roles": (*DECODE, *PREFILL)})))
+            free_blocks = 0
+            async with asyncio.timeout(WAIT_S):
+                while free_blocks < 20:
+                    # Until reports of both that came after all this have been told, or would have been.
+                    await listener.report("decode-1", 20)
+                    await listener.report("decode-0", 20)
+                    told = {load.instance: load.free_blocks for load in (await listener.heard.get()).loads}
+                    assert set(told) <= {"decode-0"}
+                    free_blocks = told.get("decode-0", 0)
+
+
+def member(name: str, roles: tuple[LanguageRole, ...], state: MemberState = MemberState.READY) -> Member:
+    return Member(
+        instance=name,
+        incarnation="1",
+        service=Service.DECODE,
+        state=state,
+        host="here",
+        pid=1,
+        started_at_s=0.0,
+        language_model=INFO,
+        roles=roles,
+    )

@@ -33,7 +33,7 @@ class Told:
         self.bus = bus
         self.chosen: asyncio.Queue[Held] = asyncio.Queue(100)
         self.foretelling = Foretelling(lengths, LengthPrediction.OFF)
-        self.dispatching = Dispatching(bus, settings, self.foretelling, self.chosen.put_nowait)
+        self.dispatching = Dispatching("prefill-0", bus, settings, self.foretelling, self.chosen.put_nowait)
 
     async def tell(self, **free_blocks: int) -> None:
         loads = (DecodeLoad(instance=name, free_blocks=free, heavy=0, light=0) for name, free in free_blocks.items())
@@ -73,6 +73,8 @@ async def test_a_sequence_is_held_until_somebody_has_room(nats_server: NatsServe
         held = running.begin()
         deciding = asyncio.create_task(running.dispatching.decided(held))
         await running.tell(d0=1, d1=1)
+        # It has come to decode, and has not to hand anything over to itself.
+        await running.tell(**{"prefill-0": 90})
         await running.tell(d0=1, d1=2)
         assert await asyncio.wait_for(deciding, WAIT_S) is None
         assert running.chosen.get_nowait().request.decode == held.unsaid == "d1"

@@ -21,9 +21,10 @@ from common.bus.errors import DeadlineExceeded, NobodyThere
 from common.language.settings import KVStore
 from common.mempool.address import BLOCK_TOKENS, KEY_BYTES
 from common.mempool.store_client import StoreClient, prefix_keys
-from common.messages.cache import FindTensor
+from common.messages.cache import FindTensor, FindTensors, TensorsFound, TensorsPart
 from common.messages.chat import pack_tokens
-from common.messages.subjects import FIND_COPY
+from common.messages.mempool import MatchPrefix
+from common.messages.subjects import FIND_COPY, FIND_TENSORS, MATCH_PREFIX
 from tests.component.gateway_support import until
 from tests.component.language_support import gathered, language_stack, shown
 from tests.support.asking import Asker, Told, asker
@@ -228,6 +229,40 @@ async def test_stores_die_come_back_and_are_not_trusted(
             forget(watched, other)
             assert await answered(asking, language_model, other) == DEEP
             await watched.settled()
+
+
+async def test_what_cannot_be_used_is_let_go_and_asked_for_once(nats_server: NatsServer, language_model: Path) -> None:
+    """Many lack the same, and what a cache store gives for it does not fit here: the first of them computes it."""
+    url, prompts = nats_server.url, 4
+    prompt = prompt_of(language_model, 1)
+    async with (
+        cache_client(url) as client,
+        asker(url) as asking,
+        language_instance(url, "decode-0", language_model, **STORED) as watched,
+    ):
+
+        async def find(asked: FindTensors) -> TensorsFound:
+            async def all_look() -> bool:
+                return watched.instance.sequences == prompts
+
+            await until(all_look, deadline_s=PATIENCE_S)
+            # An answer that comes between two steps, after the last one has begun to look.
+            await client.bus.request(MATCH_PREFIX, MatchPrefix(tokens=b""), "decode-0", deadline_s=PATIENCE_S)
+            ref = client.tensors.export(torch.ones(len(asked.keys), 3))
+            part = TensorsPart(places=tuple(range(len(asked.keys))), tensor=ref, checksums=(None,) * len(asked.keys))
+            return TensorsFound(parts=(part,))
+
+        subscription = await client.bus.serve(FIND_TENSORS, find)
+        cached = await gathered(*(answered(asking, language_model, prompt) for _ in range(prompts)))
+        assert sorted(cached) == [0, DEEP, DEEP, DEEP]
+        assert watched.instance.stored.finding.outcomes == {"not_wanted": 1}
+
+        async def let_go() -> bool:
+            return client.tensors.exported_count == 0
+
+        await until(let_go)
+        await watched.settled()
+        await subscription.stop()
 
 
 async def test_answers_go_on_whatever_happens_to_stores(

@@ -278,7 +278,7 @@ async def test_without_room_until_the_deadline_it_is_computed_here(
     async with (
         played_prefill(nats_server.url, language_model) as played,
         language_instance(
-            nats_server.url, "decode-0", language_model, DECODE, kv_bytes=8 * BLOCK_BYTES, transfer_s=0.2
+            nats_server.url, "decode-0", language_model, kv_bytes=8 * BLOCK_BYTES, transfer_s=0.2
         ) as decode,
     ):
         refs, value = _exported(played)
@@ -351,7 +351,7 @@ async def test_a_block_is_not_given_out_while_it_may_be_written_to(
         played_prefill(nats_server.url, language_model) as played,
         peers() as (still,),
         language_instance(
-            nats_server.url, "decode-0", language_model, DECODE, kv_bytes=8 * BLOCK_BYTES, transfer_s=30.0
+            nats_server.url, "decode-0", language_model, kv_bytes=8 * BLOCK_BYTES, transfer_s=30.0
         ) as decode,
     ):
         clock = asyncio.get_running_loop().time

@@ -32,7 +32,7 @@ class Sending:
         self._mode = mode
         self._left: dict[str, list[Part]] = {}
         if mode is TransferMode.BY_LAYER:
-            engine.layer_stored = self._layer_stored
+            engine.passes.layer_stored = self._layer_stored
 
     def _layer_stored(self, chunks: list[Chunk], layer: int) -> None:
         for chunk in chunks:
