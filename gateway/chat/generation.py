@@ -107,11 +107,12 @@ class Generation:
                 await self._attempt(deliver)
                 return
             except Broken as broken:
-                log.warning("attempt broken", request=self._request.request_id, why=broken.why, reason=str(broken))
-                if not broken.retryable:
-                    raise GenerationFailed(broken.why, str(broken), retryable=False) from broken
                 # Whoever gives a sequence back has not failed at it.
                 given_back = broken.why == MOVED
+                tell = log.info if given_back else log.warning
+                tell("attempt broken", request=self._request.request_id, why=broken.why, reason=str(broken))
+                if not broken.retryable:
+                    raise GenerationFailed(broken.why, str(broken), retryable=False) from broken
                 if not given_back:
                     attempts = 1 if len(self._generated) > before else attempts + 1
                 if attempts == MAX_ATTEMPTS:
