@@ -38,6 +38,8 @@ MAX_ATTEMPTS = 5
 _PAUSE_S = 0.1
 # Until the scheduler has heard of the other role too.
 _GIVEN_BACK_PAUSE_S = 0.01
+# In a row, before it counts as failing.
+_MOST_GIVEN_BACK = 50
 _RETRY_S = 0.1
 _ANSWER_DEADLINE_S = 5.0
 _ROUTE_WAIT_S = 3.0
@@ -100,15 +102,16 @@ class Generation:
         Raises:
             GenerationFailed: no instance could be found, or none could bring it to its end.
         """
-        attempts = 0
+        attempts = given_back_times = 0
         while True:
             before = len(self._generated)
             try:
                 await self._attempt(deliver)
                 return
             except Broken as broken:
-                # Whoever gives a sequence back has not failed at it.
-                given_back = broken.why == MOVED
+                given_back_times = 0 if len(self._generated) > before else given_back_times + (broken.why == MOVED)
+                # Whoever gives a sequence back has not failed at it, unless nobody keeps it.
+                given_back = broken.why == MOVED and given_back_times < _MOST_GIVEN_BACK
                 tell = log.info if given_back else log.warning
                 tell("attempt broken", request=self._request.request_id, why=broken.why, reason=str(broken))
                 if not broken.retryable:
