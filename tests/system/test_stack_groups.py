@@ -61,13 +61,17 @@ def read(data: bytes) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(np.float32)
 
 
-def degrees(stack: Stack, video_id: str) -> dict[int, int]:
-    """On how many slots each step ran, by what the timeline says; each slot must have a span of its own."""
+def degrees(stack: Stack, video_id: str, untold: int = 0) -> dict[int, int]:
+    """On how many slots each step ran, by what the timeline says; each slot must have a span of its own.
+
+    ``untold``: of so many steps at most nothing is said, as a leader died that had done them and not said so yet.
+    """
     spans = [span for span in stack.json("GET", f"/v1/videos/{video_id}/timeline")["spans"] if span["phase"] == "step"]
     found = {step: sorted(span["slot"] for span in spans if span["step"] == step) for step in range(1, LONG + 1)}
     assert all(len(set(slots)) == len(slots) for slots in found.values())
     stated = {span["step"]: span["degree_of_parallelism"] for span in spans}
-    assert stated == {step: len(slots) for step, slots in found.items()}
+    assert len(found) - len(stated) <= untold
+    assert stated == {step: len(slots) for step, slots in found.items() if slots}
     return stated
 
 
@@ -86,7 +90,7 @@ def test_a_killed_member_costs_a_step_and_no_attempt(
     stack.process_of(victim).kill()
     alike(read(stack.completed(video_id)), undisturbed)
     assert stack.json("GET", f"/v1/videos/{video_id}")["attempt"] == 1, "those who were left went on"
-    assert set(degrees(stack, video_id).values()) == {1, 2}
+    assert set(degrees(stack, video_id, untold=1).values()) == {1, 2}
 
 
 def test_whoever_is_killed_at_whatever_step_the_video_is_the_same(
