@@ -10,8 +10,6 @@ traces that tell which prompts begin alike (``loadgen/simulator/memserve``).
 """
 
 import argparse
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import numpy as np
 
 from common.policies.registry import UnknownPolicy, make_policy, policy_names
 from common.policies.rib import Rib, WrongRib, paper_rib
+from loadgen.environment import this_machine
 from loadgen.simulator.cost import CostModel, Noise, Overheads
 from loadgen.simulator.experiment import Plan, print_summary, run_experiment
 from loadgen.simulator.language.arms import UnknownArm
@@ -253,8 +252,6 @@ def _environment(rib: Rib, overheads: Overheads, options: argparse.Namespace) ->
 
 def _machine() -> dict[str, Any]:
     return {
-        "simulated": True,
-        "python": platform.python_version(),
+        **this_machine(simulated=True),
         "numpy": np.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }

@@ -9,7 +9,6 @@ those of an earlier run, by its profile and setting: what is said at the end is 
 import argparse
 import asyncio
 import os
-import platform
 import sys
 from asyncio.subprocess import DEVNULL
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from loadgen.bench.parity import parities
 from loadgen.bench.process import ROOT, BenchmarkError, located
 from loadgen.bench.rounds import Readings, comparison, lines
 from loadgen.bench.series import Series, WrongSeries, read_series
+from loadgen.environment import this_machine
 from loadgen.random_model import save_random_model
 from loadgen.simulator.outcome import summary
 from loadgen.workloads import MIXES, UnknownMix, Workload, WrongMix, mix_named
@@ -209,9 +209,7 @@ def _result(series: Series, readings: Readings) -> dict[str, object]:
     return {
         "benchmark": "ddit-live",
         "environment": {
-            "simulated": False,
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            **this_machine(simulated=False),
             "rib": series.rib.to_json(),
             "steps": series.steps,
         },

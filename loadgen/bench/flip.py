@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from loadgen.bench.phases_workload import kv_token_bytes
 from loadgen.bench.process import BenchmarkError, located
 from loadgen.bench.rounds import MEASURES, Readings, comparison
 from loadgen.bench.trace_excerpt import SmallRequest, random_tokens
+from loadgen.environment import this_machine
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
 from loadgen.simulator.outcome import summary
 
@@ -259,9 +259,7 @@ def _result(
     return {
         "benchmark": "flip",
         "environment": {
-            "simulated": False,
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            **this_machine(simulated=False),
             "model": options.model or {"hidden": options.hidden, "layers": options.layers},
             **{name: getattr(options, name) for name in _SETTINGS},
             "rates": list(rates),

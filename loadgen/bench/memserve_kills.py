@@ -8,8 +8,6 @@ beside the best available one; see ``memserve-live``.
 
 import argparse
 import asyncio
-import os
-import platform
 import random
 import time
 from collections.abc import Sequence
@@ -30,6 +28,7 @@ from loadgen.bench.language_stack import LanguageStack, Replay, stack_of
 from loadgen.bench.memserve_live import hits
 from loadgen.bench.process import BenchmarkError
 from loadgen.bench.trace_excerpt import SmallRequest, excerpt
+from loadgen.environment import this_machine
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
 from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve.trace import read_mooncake
@@ -211,9 +210,7 @@ def _result(options: argparse.Namespace, found: dict[str, Outcome]) -> dict[str,
     return {
         "benchmark": "memserve-kills",
         "environment": {
-            "simulated": False,
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            **this_machine(simulated=False),
             "trace": options.trace.name,
             "model": {"hidden": options.hidden, "layers": options.layers},
         },

@@ -9,8 +9,6 @@ available one is what it were, had each prompt gone to the instance with the mos
 import argparse
 import asyncio
 import json
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ from loadgen.bench.language_stack import Replay, Told, language_stack, profiled
 from loadgen.bench.process import BenchmarkError
 from loadgen.bench.rounds import MEASURES, Readings, comparison
 from loadgen.bench.trace_excerpt import excerpt
+from loadgen.environment import this_machine
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
 from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve.trace import read_mooncake
@@ -141,9 +140,7 @@ def _result(
     return {
         "benchmark": "memserve-live",
         "environment": {
-            "simulated": False,
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            **this_machine(simulated=False),
             "trace": options.trace.name,
             "model": {"hidden": options.hidden, "layers": options.layers},
             **_told(told),

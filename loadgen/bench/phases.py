@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from loadgen.bench.phases_systems import CONTINUOUS, FIXED, System, common_setti
 from loadgen.bench.phases_workload import TOKENS, Scale, kv_token_bytes, mean_lengths, requests_of, save_predictor
 from loadgen.bench.process import BenchmarkError, located
 from loadgen.bench.trace_excerpt import SmallRequest
+from loadgen.environment import this_machine
 from loadgen.random_language_model import save_random_language_model
 from loadgen.simulator.language.predictors import PAPER_ACCURACY
 from loadgen.simulator.language.workloads import CLASSES
@@ -177,9 +177,7 @@ def _result(options: argparse.Namespace, scale: Scale, readings: Readings) -> di
     return {
         "benchmark": "phases",
         "environment": {
-            "simulated": False,
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            **this_machine(simulated=False),
             "model": options.model or {"hidden": options.hidden, "layers": options.layers},
             "precision": options.precision,
             "scale": options.scale,

@@ -1,11 +1,10 @@
 """The part of ``loadgen sim`` that is MemServe's: its experiment, and traces with block ids."""
 
 import argparse
-import os
-import platform
 from typing import Any
 
 from common.policies.routing_rules import UnknownRule, make_rule
+from loadgen.environment import this_machine
 from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve.experiment import TRACE_SIZES, run_paper, run_trace
 from loadgen.simulator.memserve.machine import PAPER_MACHINE, TRACE_MACHINE
@@ -34,9 +33,7 @@ def run_memserve(options: argparse.Namespace) -> dict[str, Any]:
     except (UnknownRule, WrongTrace) as error:
         raise SystemExit(f"loadgen sim: {error}") from None
     environment = {
-        "simulated": True,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **this_machine(simulated=True),
         "instances": machine.name,
         "trace": str(options.trace) if options.trace is not None else None,
         "speed": options.speed,
