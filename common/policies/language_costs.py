@@ -5,12 +5,12 @@ computed, attention by pairs of tokens, the rest constant. A pass here is the sa
 passes of the whole model, on whatever it runs. A prompt takes as many passes as it has chunks.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from common.policies.prefill_cost import DecodeCost, LinkCost
+from common.policies.profile_file import section_of
 
 _KEY = "language_costs"
 
@@ -96,11 +96,7 @@ class LanguageCosts:
         Raises:
             WrongLanguageCosts: it is not what ``to_content`` makes.
         """
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise WrongLanguageCosts(f"not JSON: {error}") from None
-        entry = content.get(_KEY) if isinstance(content, dict) else None
+        entry = section_of(text, _KEY, WrongLanguageCosts)
         if entry is None:
             return None
         try:

@@ -5,10 +5,11 @@ ones make prompts and decoding sequences beside them wait, and gain nothing. The
 stopped rising; ours is the smallest size within 5 % of the best measured.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from common.policies.profile_file import section_of
 
 SATURATED = 0.95
 
@@ -49,11 +50,7 @@ class PrefillProfile:
         Raises:
             WrongPrefillProfile: it is not what ``to_content`` makes.
         """
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise WrongPrefillProfile(f"not JSON: {error}") from None
-        entry = content.get("prefill") if isinstance(content, dict) else None
+        entry = section_of(text, "prefill", WrongPrefillProfile)
         if entry is None:
             return None
         try:
