@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -106,3 +106,38 @@ async def gathered(*work: Any) -> list[Any]:
     """All results, within a long while."""
     async with asyncio.timeout(120.0):
         return list(await asyncio.gather(*work))
+
+
+class Clients:
+    """``count`` at once, who ask ``stack`` for what is known, one answer after the other, while something is done."""
+
+    def __init__(
+        self, stack: LanguageStack, prompts: dict[tuple[int, ...], list[int]], count: int, chance: random.Random
+    ) -> None:
+        self._stack = stack
+        self._prompts = prompts
+        self._count = count
+        self._chance = chance
+        self._enough = asyncio.Event()
+        self.answered = 0
+
+    async def beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Ask until ``work`` is done, and for the last answers to be right."""
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(self._count):
+                tasks.create_task(self._ask())
+            await work
+            self._enough.set()
+
+    async def some_more(self) -> None:
+        """Return once as many answers have come as there are clients."""
+        enough = self.answered + self._count
+        async with asyncio.timeout(120):
+            while self.answered < enough:  # noqa: ASYNC110 - clients at their work
+                await asyncio.sleep(self._chance.uniform(0.0, 0.02))
+
+    async def _ask(self) -> None:
+        while not self._enough.is_set():
+            prompt = self._chance.choice(list(self._prompts))
+            assert await self._stack.text(prompt) == shown(self._prompts[prompt])
+            self.answered += 1

@@ -21,7 +21,7 @@ from common.runtime.membership import Registration
 from common.runtime.settings import ServiceSettings
 from tests.component.chat_support import DECODE, PREFILL
 from tests.component.gateway_support import until
-from tests.component.language_support import LanguageStack, gathered, known_prompts, language_stack, shown
+from tests.component.language_support import Clients, LanguageStack, gathered, known_prompts, language_stack, shown
 from tests.support.language import FUSED
 from tests.support.language_instance import Watched, language_instance
 from tests.support.language_model import BLOCK_BYTES
@@ -217,30 +217,18 @@ async def test_who_dies_while_roles_flip_costs_no_stream(
     """The one that flips, or the one that is handed what it has. Who comes back has the role it was started with."""
     chance = random.Random(KILLS)
     prompts = known_prompts(language_model)
-    killed = asyncio.Event()
-    answered = 0
     async with (
         language_processes(nats_server.url, language_model, tmp_path, 2, 2, "decode") as processes,
         language_stack(nats_server.url, language_model, silence_s=0.5) as stack,
         await NatsBus.connect(nats_server.url, name="flipper") as bus,
     ):
-        await stack.served(*ROLES)
-
-        async def client() -> None:
-            nonlocal answered
-            while not killed.is_set():
-                prompt = chance.choice(list(prompts))
-                assert await stack.text(prompt) == shown(prompts[prompt])
-                answered += 1
+        clients = Clients(stack, prompts, CLIENTS, chance)
 
         async def busy() -> None:
             await stack.served(*ROLES)
-            enough = answered + CLIENTS
-            async with asyncio.timeout(PATIENCE_S):
-                while answered < enough:  # noqa: ASYNC110 - clients at their work
-                    await asyncio.sleep(chance.uniform(0.0, 0.02))
+            await clients.some_more()
 
-        async def killer() -> None:
+        async def kill() -> None:
             for number in range(KILLS):
                 await busy()
                 leaving, other = ("decode-0", "decode-1") if number % 3 else ("prefill-0", "decode-0")
@@ -254,9 +242,6 @@ async def test_who_dies_while_roles_flip_costs_no_stream(
                     await busy()
                     await flip(bus, leaving, ROLES[leaving][0], [other])
             await busy()
-            killed.set()
 
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(CLIENTS):
-                tasks.create_task(client())
-            tasks.create_task(killer())
+        await stack.served(*ROLES)
+        await clients.beside(kill())
