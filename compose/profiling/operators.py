@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.models.causal_lm import BlockTable, CausalLM, Chunk, KVPool
+from common.models.causal_lm import BLOCK_TOKENS, BlockTable, CausalLM, Chunk, KVPool
 
 _SMALLEST = 16
 _LONGEST = 8192  # what of a long context is measured
@@ -66,7 +66,7 @@ def step_works(longest: int, room: int, held_out: bool = False) -> list[Work]:
         Work(context, context - 1, batch)
         for batch in batches
         for context in contexts
-        if batch * (context + _SMALLEST) <= room
+        if batch * (context + BLOCK_TOKENS) <= room
     ]
 
 
@@ -75,7 +75,7 @@ class Passes:
 
     def __init__(self, model: CausalLM, pool: KVPool, chunk_tokens: int) -> None:
         self._model, self._pool, self.chunk_tokens = model, pool, chunk_tokens
-        self.room = pool.blocks.shape[0] * _SMALLEST
+        self.room = pool.blocks.shape[0] * BLOCK_TOKENS
         self.longest = min(_LONGEST, model.context, self.room)
 
     def timed(self, works: Sequence[Work], repeats: int, warm_up: int) -> list[Timed]:
