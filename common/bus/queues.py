@@ -183,7 +183,7 @@ class _Inbox:
             message = self._waiting.result()
             if message is not None and _status(message) is None:
                 await message.nak()
-        await self._link.drain(self._subscription)
+        await self._link.leave(self._subscription)
 
 
 def _status(message: Msg) -> str | None:

@@ -330,6 +330,9 @@ def test_replicas_start_with_their_own_environment_and_stop_politely(tmp_path: P
             await stage.supervisor.start()
             await stage.until_told("a-0 started slot=0 torch=False")
             await stage.until_told("a-1 started slot=1 torch=False")
+            # Asked to stop before it knows its replicas, the supervisor has nobody to ask politely.
+            for name in stage.supervisor.replicas:
+                await stage.pid_of(name)
             await stage.supervisor.stop()
             assert sorted(line for line in stage.events if "stopped" in line) == ["a-0 stopped", "a-1 stopped"]
             # A forked worker has what the fork server imported; one of its own process does not.
@@ -476,6 +479,7 @@ def test_dependants_stop_first(tmp_path: Path) -> None:
             await stage.supervisor.start()
             for name in "abc":
                 await stage.until_told(f"{name}-0 started")
+                await stage.pid_of(f"{name}-0")
             await stage.supervisor.stop()
             assert [line for line in stage.events if "stopped" in line] == ["c-0 stopped", "b-0 stopped", "a-0 stopped"]
 
