@@ -5,6 +5,7 @@ import contextlib
 import os
 import random
 import signal
+import time
 import zlib
 from pathlib import Path
 
@@ -13,8 +14,13 @@ import torch
 
 from common.bus.errors import BusError, DeadlineExceeded, NobodyThere, RemoteFailure
 from common.mempool.store_client import StoreClient, prefix_keys
-from common.messages.subjects import MEMBERS
+from common.messages.cache import AskDigests, BucketListed, CopyTensor, Digests, ListBucket, TensorStored
+from common.messages.subjects import ASK_DIGESTS, COPY_TENSOR, LIST_BUCKET, MEMBERS
 from common.tensors.errors import TensorError
+from services.cache_store.catalogue import BUCKETS
+from services.cache_store.replica import Replica
+from services.cache_store.store import TensorStore
+from tests.support.bus import eventually
 from tests.support.cache_store import WAIT_S, CacheClient, cache_client, running_store
 from tests.support.nats_server import NatsServer
 from tests.support.processes import Processes
@@ -205,6 +211,36 @@ async def test_what_two_stores_have_of_a_prefix_is_put_together(nats_server: Nat
                 said = await found(blocks_at, client, keys, blocks)
                 assert len(said) == 4
         assert client.tensors.exported_count == 0
+
+
+async def test_what_changes_while_a_store_that_failed_is_compared_is_told_to_it(nats_server: NatsServer) -> None:
+    """The other one is played: it answers only once it has been asked in vain."""
+    copied: list[str] = []
+    async with cache_client(nats_server.url) as client:
+        store = TensorStore(1 << 20, None, time.time)
+        replica = Replica(client.bus, client.tensors, store, SECOND)
+        await store.put("early", 1, tensor("early", 1))
+
+        async def digests(_: AskDigests) -> Digests:
+            return Digests(digests=(0,) * BUCKETS)
+
+        async def listed(_: ListBucket) -> BucketListed:
+            if await store.put("late", 1, tensor("late", 1)):
+                replica.changed("late")
+            return BucketListed(versions={})
+
+        async def copy(asked: CopyTensor) -> TensorStored:
+            copied.append(asked.key)
+            return TensorStored(key=asked.key, tensor_version=asked.tensor_version, stored=True)
+
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(replica.run())
+            await eventually(lambda: replica.failing)
+            await client.bus.serve(COPY_TENSOR, copy, SECOND)
+            await client.bus.serve(LIST_BUCKET, listed, SECOND)
+            await client.bus.serve(ASK_DIGESTS, digests, SECOND)
+            await eventually(lambda: set(copied) == {"early", "late"})
+            running.cancel()
 
 
 async def test_nothing_that_two_stores_have_is_lost_with_either_of_them(
