@@ -210,7 +210,8 @@ class LanguageInstance:
         held.heavy = self.foretelling.is_heavy(held, handed.expected)
         try:
             await self.receiving.run(held, handed)
-        except Refusal:
+        except Exception:
+            # Refused, or nobody knows why: in no case does it go on here.
             self._remove(held)
             raise
         return Acknowledged()
