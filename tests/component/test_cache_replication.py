@@ -14,9 +14,17 @@ import torch
 
 from common.bus.errors import BusError, DeadlineExceeded, NobodyThere, RemoteFailure
 from common.mempool.store_client import StoreClient, prefix_keys
-from common.messages.cache import AskDigests, BucketListed, CopyTensor, Digests, ListBucket, TensorStored
-from common.messages.subjects import ASK_DIGESTS, COPY_TENSOR, LIST_BUCKET, MEMBERS
-from common.tensors.errors import TensorError
+from common.messages.cache import (
+    AskDigests,
+    BucketListed,
+    CopyTensor,
+    Digests,
+    FindTensors,
+    ListBucket,
+    TensorStored,
+)
+from common.messages.subjects import ASK_DIGESTS, COPY_TENSOR, FIND_TENSORS, LIST_BUCKET, MEMBERS
+from common.tensors.errors import TensorError, TensorUnknown
 from services.cache_store.catalogue import BUCKETS
 from services.cache_store.replica import Replica
 from services.cache_store.store import TensorStore
@@ -165,6 +173,20 @@ async def test_batches_of_blocks_go_to_both_and_are_found_wherever_they_are(
             await found(blocks_at, client, [keys[2], "other"], blocks)
         assert await found(blocks_at, client, keys[2:6], blocks[2:], most_bytes=2 * blocks[0].nbytes) == [2, 3]
         assert client.tensors.exported_count == 0
+
+
+async def test_what_was_found_for_who_has_given_up_is_not_kept_for_long(nats_server: NatsServer) -> None:
+    blocks = torch.stack([patterned((KB,), seed=number) for number in range(4)])
+    keys = prefix_keys("kv", bytes(256))
+    async with cache_client(nats_server.url) as client, running_store(client, nats_server.url, None):
+        blocks_at = StoreClient(client.bus, client.tensors)
+        await blocks_at.put(keys, blocks)
+        asked = FindTensors(keys=tuple(keys), most_bytes=1 << 20, leading=True, wait_s=0.01)
+        (part,) = (await client.bus.request(FIND_TENSORS, asked, deadline_s=WAIT_S)).parts
+        await asyncio.sleep(1.5)
+        with pytest.raises(TensorUnknown):
+            await client.tensors.fetch(part.tensor, deadline_s=WAIT_S)
+        assert await found(blocks_at, client, keys, blocks) == [None] * 4
 
 
 async def found(
