@@ -180,7 +180,7 @@ async def stack(
         yield running
 
 
-async def until(condition: Callable[[], Awaitable[bool]], deadline_s: float = 20.0) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], deadline_s: float = 60.0) -> None:
     """Wait for something that comes about by messages."""
     async with asyncio.timeout(deadline_s):
         while not await condition():  # noqa: ASYNC110 - the condition is another process's

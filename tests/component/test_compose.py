@@ -19,8 +19,9 @@ from compose.entrypoint import ReplicaError, filled, replica_of
 from compose.errors import ComposeError, CrashLoopError, OptionError, StartError
 from compose.interpolation import interpolate
 from compose.launch import PACKAGE_ROOT, CommandLauncher, ForkLauncher, Launch
-from compose.local import StackOptions, checked_port, free_port, stack_variables
+from compose.local import StackOptions, stack_variables
 from compose.logs import LogFollower
+from compose.ports import checked_port, free_port
 from compose.rundir import run_directory, sweep
 from compose.spec import read_stack, seconds
 from compose.supervisor import Supervisor

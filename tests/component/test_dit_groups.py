@@ -98,6 +98,7 @@ async def is_parked_and_resumed(
     lease = await stage.start_job(first, REQUEST, job_id)
     await some_steps(stage, lease)
     parked = await stage.park(lease)
+    assert parked is not None
     assert (parked.epoch, parked.instance) == (lease.epoch, first[0])
     assert stage.steps[lease.epoch] == list(range(1, parked.step + 1))
     resume = await stage.checkpoints.newest(job_id)

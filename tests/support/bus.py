@@ -49,7 +49,7 @@ async def connected_bus(
         yield bus
 
 
-async def eventually(condition: Callable[[], object], deadline_s: float = 20.0) -> None:
+async def eventually(condition: Callable[[], object], deadline_s: float = 60.0) -> None:
     """Return once ``condition`` holds."""
     async with asyncio.timeout(deadline_s):
         while not condition():  # noqa: ASYNC110 - what is waited for has no event to wait on

@@ -12,7 +12,9 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-_START_S = 20.0
+from compose.ports import free_port as loopback_port
+
+_START_S = 60.0
 
 
 def server_program() -> str:
@@ -25,10 +27,8 @@ def server_program() -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One that stays free until it is used, and while what uses it is down."""
+    return loopback_port("127.0.0.1")
 
 
 def _state(thread: Path) -> str:

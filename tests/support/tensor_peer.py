@@ -63,7 +63,7 @@ class TensorPeer:
         self._next += 1
         answer = self._answers[self._next] = self._loop.create_future()
         self._pipe.send((self._next, command, arguments))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             return await answer
 
     async def export(self, shape: tuple[int, ...], dtype: str = "uint8", seed: int = 0, **how: Any) -> TensorRef:
@@ -71,7 +71,7 @@ class TensorPeer:
 
     async def counts_become(self, exports: int, size_bytes: int, in_flight: int) -> None:
         """Wait for these counts: uses are counted, and leases end, a moment after what causes it."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while await self.ask("counts") != (exports, size_bytes, in_flight):  # noqa: ASYNC110 - another process's
                 await asyncio.sleep(0.02)
 
@@ -194,7 +194,7 @@ class _Child:
         """Exports, their bytes, and requests in flight."""
         return self._tensors.exported_count, self._tensors.exported_bytes, self._ucx.in_flight
 
-    async def fetch(self, ref: bytes, seed: int = 0, deadline_s: float = 10.0) -> bool:
+    async def fetch(self, ref: bytes, seed: int = 0, deadline_s: float = 60.0) -> bool:
         """Whether what was fetched is what ``patterned`` makes."""
         reference = TensorRef.unpack(ref)
         fetched = await self._tensors.fetch(reference, deadline_s=deadline_s)
