@@ -14,7 +14,7 @@ import openai
 from common.bus.nats_bus import NatsBus
 from gateway.config import GatewaySettings
 from gateway.service import Gateway, bind, running_gateway
-from tests.component.chat_support import scheduler
+from tests.component.chat_support import PATIENT, scheduler
 from tests.component.gateway_support import until
 from tests.support.language_model import greedy
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -67,9 +67,13 @@ class LanguageStack:
 async def language_stack(
     url: str, folder: Path, dispatch: str = "scheduler", **settings: Any
 ) -> AsyncIterator[LanguageStack]:
-    """``folder`` holds the model; ``dispatch`` is the scheduler's, ``settings`` are the gateway's."""
+    """``folder`` holds the model; ``dispatch`` is the scheduler's, ``settings`` are the gateway's.
+
+    ``PATIENT`` among them is for both.
+    """
     async with contextlib.AsyncExitStack() as opened:
-        await opened.enter_async_context(scheduler(url, dispatch=dispatch))
+        both = {name: value for name, value in settings.items() if name in PATIENT}
+        await opened.enter_async_context(scheduler(url, dispatch=dispatch, **both))
         bus = await opened.enter_async_context(await NatsBus.connect(url, name="gateway-0"))
         own = GatewaySettings(
             nats_url=url, port=0, instance="gateway-0", language_model=str(folder), route_s=60.0, **settings
