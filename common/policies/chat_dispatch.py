@@ -26,9 +26,9 @@ from common.policies.chat_events import (
     RolesChanged,
     RouteSequence,
 )
-from common.policies.chat_loads import flip_loads
+from common.policies.chat_loads import Between, ChatCounts, flip_loads
 from common.policies.chat_rule import ChatRule, Chosen, FewestTokens, guessed_costs
-from common.policies.flip import InstanceLoad
+from common.policies.flip import ChatLoad, InstanceLoad
 from common.policies.sites import InstanceKind, Site, free_links, occupy_links
 
 
@@ -36,8 +36,9 @@ from common.policies.sites import InstanceKind, Site, free_links, occupy_links
 class _Routed:
     """A sequence that has its route.
 
-    ``decode``: where its answer counts; empty: nowhere. ``between``: its first token has come, and no other yet, so
-    that it waits to be decoded. ``link_from_s``, ``link_until_s``: when what it pulls was to be on its way.
+    ``decode``: where its answer counts; empty: nowhere. ``prefilled``: its first token has come; ``between``: and no
+    other yet, so that it waits to be decoded. ``link_from_s``, ``link_until_s``: when what it pulls was to be on its
+    way.
     """
 
     gateway: str
@@ -47,6 +48,7 @@ class _Routed:
     answer_tokens: int
     context_tokens: int
     chosen: Chosen
+    prefilled: bool = False
     between: bool = False
     link_from_s: float = 0.0
     link_until_s: float = 0.0
@@ -70,6 +72,7 @@ class ChatDispatch:
     next_epoch: int = 1
     rule: ChatRule = field(default_factory=_fewest_tokens)
     dispatched: bool = False
+    _counts: ChatCounts = field(default_factory=ChatCounts)
     _sites: dict[str, Site] = field(default_factory=dict)
     _routed: dict[str, _Routed] = field(default_factory=dict)
     _waiting: dict[str, ChatArrived] = field(default_factory=dict)
@@ -86,8 +89,18 @@ class ChatDispatch:
 
     def loads(self, flipping: str = "") -> list[InstanceLoad]:
         """See ``chat_loads.flip_loads``."""
-        between = (routed.decode for routed in self._routed.values() if routed.between)
+        between = [
+            Between(routed.prefill, routed.context_tokens - routed.answer_tokens, routed.decode)
+            for routed in self._routed.values()
+            if routed.between
+        ]
         return flip_loads(self._sites.values(), between, flipping)
+
+    def chats(self) -> ChatLoad:
+        """See ``ChatLoad``."""
+        running = sum(one.answer_tokens for one in self._routed.values() if one.prefilled and not one.between)
+        waiting = sum(one.answer_tokens for one in self._routed.values()) - running
+        return self._counts.load(self._sites.values(), waiting, running)
 
     def decoding(self, but: str) -> list[str]:
         """Who decodes, ``but`` one, the least to generate first."""
@@ -121,6 +134,7 @@ class ChatDispatch:
                     self._prefilled(request_id, routed, now_s)
                     if decode:
                         self._goes_on(request_id, routed, decode)
+                    routed.prefilled = True
                     routed.between = not decoding and routed.prefill != routed.decode
             case ChatEnded(request_id, epoch):
                 routed = self._routed.get(request_id)
@@ -170,6 +184,8 @@ class ChatDispatch:
             routed.link_until_s = occupy_links(self._sites[pull.source], prefill, chosen.pull_s, now_s)
             routed.link_from_s = routed.link_until_s - chosen.pull_s
         prefill.take_prefill(request_id, chosen.exec_s, arrived.prompt_tokens - chosen.cached_tokens, now_s)
+        self._counts.prompt_tokens += arrived.prompt_tokens - chosen.cached_tokens
+        self._counts.answer_tokens += answer_tokens
         if decode is not None:
             decode.take_decode(request_id, routed.context_tokens, answer_tokens)
         self._routed[request_id] = routed
@@ -210,6 +226,8 @@ class ChatDispatch:
         routed = self._routed.pop(request_id, None)
         if routed is None:
             return
+        if routed.prefilled:
+            self._counts.answered_tokens += routed.answer_tokens
         if (site := self._sites.get(routed.prefill)) is not None:
             site.end_prefill(request_id, now_s, done=False)
         if (site := self._sites.get(routed.decode)) is not None:

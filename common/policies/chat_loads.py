@@ -1,26 +1,43 @@
-"""How language instances are, as a ``FlipPolicy`` is shown them, by what the routes of chats are known to have done."""
+"""What language instances have to do, as a ``FlipPolicy`` is shown it, by what is known of the routes of chats."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 from common.messages.cluster import LanguageRole
-from common.policies.flip import InstanceLoad
+from common.policies.flip import ChatLoad, InstanceLoad
 from common.policies.sites import InstanceKind, Site
 
 
-def flip_loads(sites: Iterable[Site], between: Iterable[str], flipping: str) -> list[InstanceLoad]:
+@dataclass(frozen=True, slots=True)
+class Between:
+    """A sequence with a first token and no second one.
+
+    Attributes:
+        prefill: who has its keys and values still; ``prompt_tokens``: how many.
+        decode: who is to decode it; empty: nobody yet.
+    """
+
+    prefill: str
+    prompt_tokens: int
+    decode: str
+
+
+def flip_loads(sites: Iterable[Site], between: Collection[Between], flipping: str) -> list[InstanceLoad]:
     """Those that have one role; who drains is left out.
 
     A prompt waits while it is not the only one at its instance, and the sequence after it until its second token comes:
     for its keys and values, and for room where it is decoded. Those that are given to nobody yet are divided among all
-    that decode.
+    that decode. A prefill instance that these fill computes nothing.
 
     Args:
-        between: for each sequence with a first token and no second one, who decodes it; empty: nobody yet.
         flipping: is on its way to another role already.
     """
     there = [site for site in sites if not site.draining]
-    waiting = Counter(between)
+    waiting = Counter(one.decode for one in between)
+    kept = Counter[str]()
+    for one in between:
+        kept[one.prefill] += one.prompt_tokens
     decoding = [site.name for site in there if site.decodes]
     waiting.update({name: len(range(place, waiting[""], len(decoding))) for place, name in enumerate(decoding)})
     found = []
@@ -29,6 +46,37 @@ def flip_loads(sites: Iterable[Site], between: Iterable[str], flipping: str) -> 
             continue
         role = LanguageRole.PREFILL if site.prefills else LanguageRole.DECODE
         waits = max(0, len(site.unfinished) - 1) if site.prefills else waiting[site.name]
-        busy = bool(site.unfinished or site.decoding)
-        found.append(InstanceLoad(site.name, role, waits, busy, site.name == flipping))
+        next_tokens = next((prefill.tokens for prefill in site.unfinished.values()), 0)
+        computes = next_tokens > 0 and kept[site.name] + next_tokens <= site.kv_tokens
+        found.append(
+            InstanceLoad(
+                site.name,
+                role,
+                waits,
+                busy=bool(site.unfinished or site.decoding),
+                flipping=site.name == flipping,
+                running=int(computes) if site.prefills else max(0, len(site.decoding) - waits),
+                room=site.kv_tokens * site.sequences // site.context_tokens if site.context_tokens else 0,
+                prefilled_tokens=site.prefilled_tokens,
+            )
+        )
     return found
+
+
+@dataclass(slots=True)
+class ChatCounts:
+    """What has come and been answered since the scheduler began. Of an answer counts what was asked for at most."""
+
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    answered_tokens: int = 0
+
+    def load(self, sites: Iterable[Site], waiting_tokens: int, running_tokens: int) -> ChatLoad:
+        """Given what all answers will have that nobody decodes yet, and all that are decoded."""
+        return ChatLoad(
+            self.prompt_tokens,
+            self.answer_tokens,
+            to_prefill=sum(site.prefill_tokens for site in sites),
+            to_decode=waiting_tokens,
+            decoded_tokens=self.answered_tokens + running_tokens / 2,
+        )

@@ -44,7 +44,7 @@ class Site:
         queue_s: predicted time of all prefills that are not done, the first part of MemServe's equation 1.
         left_s: the same, less what the first of them has had already.
         link_s: how long the pulls from it and to it will take yet.
-        prefill_tokens: that these have yet to compute.
+        prefill_tokens: that these have yet to compute; ``prefilled_tokens``: that were computed since it came.
         contexts: of each sequence that decodes here or will, prompt and answer, in the order of their routes.
         context_tokens: of all of them; ``answer_tokens``: answers alone.
         decoding: which of them have their first token.
@@ -64,6 +64,7 @@ class Site:
     left_s: float = 0.0
     link_s: float = 0.0
     prefill_tokens: int = 0
+    prefilled_tokens: int = 0
     context_tokens: int = 0
     answer_tokens: int = 0
     cached_tokens: int = 0
@@ -122,6 +123,8 @@ class Site:
         took_s = now_s - self.first_began_s
         if done or first == request_id:
             self.first_began_s = now_s
+        if done:
+            self.prefilled_tokens += prefill.tokens
         self.prefill_tokens -= prefill.tokens
         # Sums of floating-point numbers rarely end at zero.
         self.queue_s = self.queue_s - prefill.exec_s if self.unfinished else 0.0

@@ -1,7 +1,7 @@
 """Roles that flip against fixed splits on the live stack, under a workload that turns from prompts to answers and back.
 
 Every split of the instances into those that prefill and those that decode, and one stack that begins with a single one
-that decodes and whose roles flip by queueing time (TetriInfer, section 3.5). All run at once, each idle but for its
+that decodes and whose roles flip by demand (TetriInfer, section 3.5). All run at once, each idle but for its
 turn; a round's requests are the same for all, and every other round turns the other way, so that the stack that flips
 begins each but the first as it ended the one before. A JCT runs from the time at which a request is due to its last
 token. Rates are a share of what one instance was measured to do alone, times the cores that a role can use at most.

@@ -51,7 +51,7 @@ FLUID = (
 )
 FLIP = (
     "Four instances, two of each role; four minutes of long answers, then four of long prompts. Nobody is ever idle "
-    "for a minute, so that the paper's rule does nothing; counting queueing time it takes one flip. fluid needs none."
+    "for a minute, so that the paper's rule does nothing; by demand there are some flips. fluid needs none."
 )
 ALL = (
     "The baselines with as many cards as TetriInfer (x2) are not in the paper. Where the 16 slots go, most of its lead"

@@ -20,7 +20,7 @@ from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, ROUTE_CHAT, SEN
 from common.policies import chat_events as event
 from common.policies.chat_dispatch import ChatDispatch
 from common.policies.chat_rule import ChatRule
-from common.policies.flip import InstanceLoad
+from common.policies.flip import ChatLoad, InstanceLoad
 from common.runtime.membership import MemberChange, MemberDraining, MemberJoined, MemberLost, MemberRolesChanged
 from services.scheduler.decode_loads import DecodeLoadMonitor
 from services.scheduler.prompt_view import PromptView
@@ -100,6 +100,10 @@ class ChatRouter:
     def loads(self, flipping: str) -> list[InstanceLoad]:
         """See ``ChatDispatch.loads``."""
         return self._policy.loads(flipping)
+
+    def chats(self) -> ChatLoad:
+        """See ``ChatDispatch.chats``."""
+        return self._policy.chats()
 
     def decoding(self, but: str) -> list[str]:
         """See ``ChatDispatch.decoding``."""

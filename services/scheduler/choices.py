@@ -7,6 +7,7 @@ import structlog
 from common.mempool.address import BLOCK_TOKENS
 from common.policies.chat_rule import CHAT_RULES, ChatRule, guessed_costs
 from common.policies.flip import FlipPolicy, IdleFlip, QueueFlip
+from common.policies.flip_demand import doubling_batch
 from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
 from common.policies.policy import Policy
 from common.policies.registry import UnknownPolicy, make_policy
@@ -73,12 +74,16 @@ def _costs(settings: SchedulerSettings) -> Costs:
 
 
 def choose_flips(settings: SchedulerSettings) -> FlipPolicy | None:
-    """The policy that is set for roles; None: they stay what they are."""
+    """The policy that is set for roles; None: they stay what they are.
+
+    Raises:
+        CannotServe: the file has no costs of a language model.
+    """
     match settings.flip:
         case "idle":
             return IdleFlip(settings.flip_idle_s)
         case "queue":
-            return QueueFlip(settings.flip_cost_s)
+            return QueueFlip(settings.flip_cost_s, doubling_batch(_costs(settings).decode))
         case "off":
             return None
 

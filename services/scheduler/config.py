@@ -30,8 +30,8 @@ class SchedulerSettings(ServiceSettings):
     rules, by the prefill instances (TetriInfer, section 3.3.4).
 
     ``flip``: by which policy of ``common.policies.flip`` language instances change their roles, if at all: ``idle``
-    after ``flip_idle_s`` without work, ``queue`` once sequences have waited longer for one role than for the other by
-    ``flip_cost_s`` for each instance.
+    after ``flip_idle_s`` without work, ``queue`` once another split would have spared sequences waiting for
+    ``flip_cost_s`` seconds for each instance.
     """
 
     policy: str = "ddit"

@@ -59,7 +59,7 @@ class Flips:
                 # It leaves, or is gone, and may never answer; another one is thought of when this one is forgotten.
                 self._under_way.cancel()
                 continue
-            for flip in policy.handle(loads, clock()):
+            for flip in policy.handle(loads, clock(), self._chats.chats()):
                 self._flipping = flip.instance
                 self._under_way = tasks.create_task(self._carry_out(flip), name=f"flip {flip.instance}")
 

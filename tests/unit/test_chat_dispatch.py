@@ -19,7 +19,7 @@ from common.policies.chat_events import (
     RouteSequence,
 )
 from common.policies.chat_rule import CHAT_RULES, ChatRule
-from common.policies.flip import InstanceLoad
+from common.policies.flip import ChatLoad, InstanceLoad
 from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
 from common.policies.routing import Costs, Pull
 from common.policies.routing_rules import make_rule
@@ -85,11 +85,16 @@ def test_what_flips_go_by() -> None:
         route(dispatch, arrived(name, most=10))
     dispatch.handle(ChatPrefilled("a", 100, "d0"), 0.0)
     p0, d0, d1 = dispatch.loads("d1")
-    assert p0 == InstanceLoad("p0", LanguageRole.PREFILL, 1, True)
-    assert d0 == InstanceLoad("d0", LanguageRole.DECODE, 1, True)
-    assert d1 == InstanceLoad("d1", LanguageRole.DECODE, 0, False, flipping=True)
+    assert p0 == InstanceLoad("p0", LanguageRole.PREFILL, 1, True, running=1, prefilled_tokens=10)
+    assert (d0.role, d0.waiting, d0.busy, d0.running, d0.flipping) == (LanguageRole.DECODE, 1, True, 0, False)
+    assert d1.flipping and not d1.busy and d0.room > 1000
+    assert dispatch.chats() == ChatLoad(30, 30, to_prefill=20, to_decode=30, decoded_tokens=0)
     dispatch.handle(ChatPrefilled("a", 100, "d0", decoding=True), 0.0)
-    assert dispatch.loads()[1] == InstanceLoad("d0", LanguageRole.DECODE, 0, True)
+    d0 = dispatch.loads()[1]
+    assert (d0.waiting, d0.busy, d0.running) == (0, True, 1)
+    assert dispatch.chats() == ChatLoad(30, 30, to_prefill=20, to_decode=20, decoded_tokens=5)
+    dispatch.handle(ChatEnded("a", 100), 0.0)
+    assert dispatch.chats().decoded_tokens == 10
     assert dispatch.decoding(but="d0") == ["d1"]
 
 

@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.messages.cluster import LanguageRole
-from common.policies.flip import FlipInstance, FlipPolicy, IdleFlip, InstanceLoad, QueueFlip
+from common.policies.flip import ChatLoad, FlipInstance, FlipPolicy, IdleFlip, InstanceLoad, QueueFlip
 
 PREFILL, DECODE = LanguageRole.PREFILL, LanguageRole.DECODE
+NOTHING = ChatLoad()
 
 
 def _asked(
@@ -16,7 +17,7 @@ def _asked(
     """Asked every tenth of a second; with the time of each decision."""
     found = []
     for tenth in range(round(from_s * 10), round(to_s * 10) + 1):
-        found += [(tenth / 10, flip) for flip in policy.handle(loads, tenth / 10)]
+        found += [(tenth / 10, flip) for flip in policy.handle(loads, tenth / 10, NOTHING)]
     return found
 
 
@@ -38,7 +39,7 @@ def test_the_minute_begins_again_with_every_bit_of_work() -> None:
     ]
     busy = [InstanceLoad("p0", PREFILL, 1, True), *idle[1:]]
     policy = IdleFlip()
-    assert _asked(policy, idle, 0, 50) == [] and policy.handle(busy, 50.1) == []
+    assert _asked(policy, idle, 0, 50) == [] and policy.handle(busy, 50.1, NOTHING) == []
     assert _asked(policy, idle, 50.2, 110) == []
     assert _asked(policy, idle, 110.1, 111)[0][0] == pytest.approx(110.2)
 
@@ -52,46 +53,6 @@ def test_nobody_flips_to_where_there_is_nothing_to_do_or_from_a_roles_last_insta
     assert _asked(IdleFlip(), idle_everywhere, 0, 70) == []
     last = [InstanceLoad("p0", PREFILL, 0, False), InstanceLoad("d0", DECODE, 9, True)]
     assert _asked(IdleFlip(), last, 0, 70) == [] and _asked(QueueFlip(), last, 0, 70) == []
-
-
-def test_queueing_time_adds_up_until_it_is_worth_a_flip() -> None:
-    """Four wait at each of two prefill instances, one at each decode instance: 3 s a second, so 5 s after 1.7 s."""
-    loads = [
-        *(InstanceLoad(f"p{number}", PREFILL, 4, True) for number in range(2)),
-        *(InstanceLoad(f"d{number}", DECODE, 1, True) for number in range(3)),
-    ]
-    ((at_s, flip), *_) = _asked(QueueFlip(cost_s=5.0), loads, 0, 3)
-    assert (at_s, flip.instance, flip.role) == (1.7, "d0", PREFILL)
-    assert flip.reason == "4.0 wait for prefill at each instance, 1.0 here"
-
-
-def test_what_was_waited_on_one_side_must_be_paid_back_first() -> None:
-    more_prefill = [
-        InstanceLoad("p0", PREFILL, 2, True),
-        InstanceLoad("p1", PREFILL, 2, True),
-        InstanceLoad("d0", DECODE, 0, True),
-        InstanceLoad("d1", DECODE, 0, True),
-    ]
-    more_decode = [
-        InstanceLoad("p0", PREFILL, 0, True),
-        InstanceLoad("p1", PREFILL, 0, True),
-        InstanceLoad("d0", DECODE, 2, True),
-        InstanceLoad("d1", DECODE, 2, True),
-    ]
-    policy = QueueFlip(cost_s=5.0)
-    assert _asked(policy, more_prefill, 0, 2) == []  # 4 s owed to prefill
-    assert _asked(policy, more_decode, 2.1, 6.4) == []  # 4 s back, then 4.6 s
-    assert _asked(policy, more_decode, 6.5, 7)[0][1].role is DECODE
-
-
-def test_a_flip_that_would_turn_the_tables_is_left() -> None:
-    """Two wait at one decode instance, one at each prefill instance: with one of these both would wait there."""
-    loads = [
-        InstanceLoad("p0", PREFILL, 1, True),
-        InstanceLoad("p1", PREFILL, 1, True),
-        InstanceLoad("d0", DECODE, 2, True),
-    ]
-    assert _asked(QueueFlip(cost_s=1.0), loads, 0, 60) == []
 
 
 def test_one_flip_at_a_time() -> None:
@@ -120,7 +81,7 @@ def test_no_role_is_ever_left_empty(prefill: int, steps: list[tuple[int, list[in
             InstanceLoad(name, role, count, count > 0, name in flipping)
             for (name, role), count in zip(roles.items(), waiting, strict=True)
         ]
-        for flip in policy.handle(loads, now_s):
+        for flip in policy.handle(loads, now_s, ChatLoad(to_prefill=1000 * sum(waiting))):
             assert flip.role is not roles[flip.instance] and not flipping
             flipping[flip.instance] = flip.role
         left = [role for name, role in roles.items() if name not in flipping]
@@ -138,6 +99,6 @@ def test_a_role_that_has_had_nobody_for_a_while_gets_the_least_busy_instance(pol
     assert flip.reason == "nobody has been there for prefill"
     both = [*loads, InstanceLoad("p0", PREFILL, 0, True)]
     # Who comes back in time has its role still, and the last one of all keeps it.
-    assert policy.handle(both, 5.0) == []
-    assert _asked(policy, loads, 10, 11.9) == [] and policy.handle(both, 12.0) == []
+    assert policy.handle(both, 5.0, NOTHING) == []
+    assert _asked(policy, loads, 10, 11.9) == [] and policy.handle(both, 12.0, NOTHING) == []
     assert _asked(policy, loads, 12.1, 14.0) == [] and _asked(policy, loads[:1], 20, 30) == []

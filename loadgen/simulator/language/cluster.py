@@ -83,6 +83,8 @@ class Cluster:
         predicted = self._predictor.predict(request) if self._predictor is not None else None
         route = self._router.route(request, predicted, self.histories.tokens_at(request))
         self.progress[request.name] = Progress(request, prefilled_by=route.prefill, cached_tokens=route.cached_tokens)
+        if self.control is not None:
+            self.control.came(request, route.cached_tokens)
         tax = self._taxes.get(route.prefill)
         predicted_s = tax.predict(request.prompt_tokens, self._clock.now_s) if tax is not None else self._clock.now_s
         decode = None if self.control is not None else route.decode

@@ -18,7 +18,7 @@ from common.policies.decode_dispatch import (
     SequenceBegan,
     SequenceHandedOver,
 )
-from common.policies.flip import FlipInstance, FlipPolicy, InstanceLoad
+from common.policies.flip import ChatLoad, FlipInstance, FlipPolicy, InstanceLoad
 from common.policies.length_prediction import LengthRange
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.history import Histories
@@ -93,6 +93,8 @@ class ControlPlane:
         self._members: dict[str, _Member] = {}
         self._dispatchers: dict[str, DecodeDispatch] = {}
         self._heavy: dict[str, bool] = {}
+        self._come_tokens = [0, 0]
+        self._ended_tokens = 0
 
     def add(self, instance: Instance, role: LanguageRole) -> None:
         """An instance begins to take what its role does."""
@@ -111,10 +113,16 @@ class ControlPlane:
                 self._monitor.handle(LoadReported(_load(member)), now_s)
         self._broadcast(self._monitor.handle(PeriodPassed(), now_s))
         if self._flips is not None:
-            for flip in self._flips.handle([_as_flips_see(member) for member in self._members.values()], now_s):
+            loads = [_as_flips_see(member) for member in self._members.values()]
+            for flip in self._flips.handle(loads, now_s, self._chats()):
                 self._decide(flip)
         for member in self._members.values():
             self._go_on(member)
+
+    def came(self, request: ChatRequest, cached_tokens: int) -> None:
+        """A request has its prefill instance, where so much of its prompt is cached."""
+        self._come_tokens[0] += request.prompt_tokens - cached_tokens
+        self._come_tokens[1] += request.answer_tokens
 
     def began(self, request: ChatRequest, prefill: str, predicted: LengthRange) -> None:
         """A sequence's first chunk is computed, and its length predicted."""
@@ -132,7 +140,20 @@ class ControlPlane:
 
     def ended(self, request: ChatRequest, instance: str) -> None:
         self._heavy.pop(request.name, None)
+        self._ended_tokens += request.answer_tokens
         self._members[instance].decodes.pop(request.name, None)
+
+    def _chats(self) -> ChatLoad:
+        """What the live scheduler knows: of an answer the most that was asked for, here its length."""
+        answers = [member.instance.answer_tokens for member in self._members.values()]
+        prefills = [member.instance for member in self._members.values() if member.role is LanguageRole.PREFILL]
+        return ChatLoad(
+            self._come_tokens[0],
+            self._come_tokens[1],
+            to_prefill=sum(instance.batching.prompt_tokens for instance in prefills),
+            to_decode=sum(waiting for _, waiting in answers),
+            decoded_tokens=self._ended_tokens + sum(decoding for decoding, _ in answers) / 2,
+        )
 
     # --- flips --------------------------------------------------------------------------------------------------
 
@@ -199,5 +220,16 @@ def _load(member: _Member) -> DecodeLoad:
 
 
 def _as_flips_see(member: _Member) -> InstanceLoad:
-    waiting = member.instance.batching.waiting
-    return InstanceLoad(member.instance.name, member.role, waiting, not member.instance.idle, member.flip is not None)
+    instance, prefills = member.instance, member.role is LanguageRole.PREFILL
+    running = instance.batching.running
+    used_blocks = instance.machine.blocks - instance.free_blocks
+    return InstanceLoad(
+        instance.name,
+        member.role,
+        instance.batching.waiting,
+        not instance.idle,
+        member.flip is not None,
+        running=int(instance.computing) if prefills else running,
+        room=instance.machine.blocks * running // used_blocks if used_blocks else 0,
+        prefilled_tokens=instance.computed_prompt_tokens,
+    )

@@ -119,6 +119,22 @@ class Instance:
         return len(self._sequences) + len(self._parked)
 
     @property
+    def answer_tokens(self) -> tuple[int, int]:
+        """Of the answers that are decoded here, and of those that are not decoded yet, what is parked included."""
+        decoding = waiting = 0
+        for one in self._sequences.values():
+            if one.began and one.blocks and not one.hands_over:
+                decoding += one.request.answer_tokens
+            else:
+                waiting += one.request.answer_tokens
+        return decoding, waiting + sum(one.request.answer_tokens for one in self._parked.values())
+
+    @property
+    def computing(self) -> bool:
+        """Whether a step is under way."""
+        return self._stepping
+
+    @property
     def idle(self) -> bool:
         return not self._stepping and not self.sequences
 
