@@ -17,7 +17,7 @@ from common.messages.kv_index import AskView
 from common.messages.subjects import TELL_VIEW
 from gateway.config import GatewaySettings
 from gateway.service import Gateway, bind, running_gateway
-from tests.component.chat_support import scheduler
+from tests.component.chat_support import PATIENT, scheduler
 from tests.component.gateway_support import until
 from tests.support.language_model import greedy
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -85,9 +85,11 @@ async def language_stack(
     """``folder`` holds the model; ``dispatch`` is the scheduler's, ``settings`` are the gateway's.
 
     Unless they say otherwise, nobody is taken for lost, and nothing begun anew, because this machine is busy.
+    ``PATIENT`` among them is for both.
     """
     async with contextlib.AsyncExitStack() as opened:
-        await opened.enter_async_context(scheduler(url, dispatch=dispatch))
+        both = {name: value for name, value in settings.items() if name in PATIENT}
+        await opened.enter_async_context(scheduler(url, dispatch=dispatch, **both))
         bus = await opened.enter_async_context(await NatsBus.connect(url, name="gateway-0"))
         own = GatewaySettings(
             nats_url=url,

@@ -1,4 +1,4 @@
-"""Any schedule of leases gives the latent of one worker (DDiT, section 6): members come, go, park and go on elsewhere.
+"""Any schedule of leases gives the latent of one worker (DDiT): members come, go, park and go on elsewhere.
 
 Real workers, NATS, UCX and Gloo, with random schedules among degrees 1, 2 and 4; the test is their scheduler.
 ``TRIPTYCH_TEST_SEED`` repeats a draw, ``TRIPTYCH_TEST_KILLS`` sets how many schedules there are.

@@ -16,6 +16,7 @@ import torch
 from common.messages.tensors import TensorRef
 from common.tensors import TensorError, Tensors, UcxTensors
 from common.tensors.memory import dtype_named
+from tests.support.stopping import stop_process
 
 _FORK_SERVER_IMPORTS = ["torch", "ucxx", "common.tensors", "tests.support.tensor_peer"]
 
@@ -71,12 +72,16 @@ class TensorPeer:
 
     async def counts_become(self, exports: int, size_bytes: int, in_flight: int) -> None:
         """Wait for these counts: uses are counted, and leases end, a moment after what causes it."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while await self.ask("counts") != (exports, size_bytes, in_flight):  # noqa: ASYNC110 - another process's
                 await asyncio.sleep(0.02)
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+
+    def stop(self) -> None:
+        """Have it stand still, until it is sent SIGCONT."""
+        stop_process(self.pid)
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
@@ -105,7 +110,7 @@ class TensorPeer:
         with contextlib.suppress(ProcessLookupError):
             self.signal(signal.SIGCONT)
         self._loop.remove_reader(self._pipe.fileno())
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(ConnectionError):
             self._pipe.send((0, "stop", {}))
         await asyncio.to_thread(self._process.join, 20)
         if self._process.is_alive():
