@@ -162,7 +162,7 @@ class ForkLauncher:
         request = {"launch": launch_id, "name": what.name, "module": what.command[2], "arguments": what.command[3:]}
         request |= {"environment": dict(what.environment), "preload": what.preload, "log": str(what.log)}
         # While the server imports it takes nothing, and only so much can wait for it.
-        while not self._sent(request):  # noqa: ASYNC110 - the loop can tell only one who waits for room
+        while not self._sent(request):  # noqa: ASYNC110 - nobody announces that there is room
             await asyncio.sleep(_ROOM_PERIOD_S)
         self._launching[launch_id] = answer
         return await answer

@@ -1,15 +1,17 @@
-"""Ports of this machine to listen on: the one asked for, if it is free, or one that stays free for a while."""
+"""Ports of this machine to listen on: one that was asked for, or any."""
 
-import errno
-import secrets
+import contextlib
+import random
 import socket
 from pathlib import Path
 
 from compose.errors import OptionError
 
-_GIVEN_AWAY = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_FIRST = 20_000
-_ATTEMPTS = 100
+_GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST_PORT, _FIRST_GIVEN_PORT = 10_000, 32_768
+_PORT_TRIES = 20
+# Not the one that a program may have seeded: two of them would try the same ports.
+_CHANCE = random.SystemRandom()
 
 
 def checked_port(host: str, port: int, option: str = "--port") -> int:
@@ -20,55 +22,45 @@ def checked_port(host: str, port: int, option: str = "--port") -> int:
     """
     if not 0 < port < 65536:
         raise OptionError(f"{option} {port}: ports go from 1 to 65535")
-    try:
-        _bind(host, port)
-    except socket.gaierror as error:
-        raise _no_host(host, error) from error
-    except OSError as error:
-        raise OptionError(
-            f"port {port} on {host} cannot be used ({error.strerror}); "
-            f"stop what uses it or choose another with {option}"
-        ) from error
+    _bind(host, port, option)
     return port
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on right now.
+    """A port that nobody listens on right now, of those that no connection is given as its own end.
 
-    It is listened on only later. So it is none of those that the system gives to connections, and to listeners that
-    name no port: one of them might get it meanwhile.
-
-    Raises:
-        OptionError: this machine has no such address.
+    One that is could be taken before it is listened on, or while its server is started anew; a client that tries it
+    again and again meanwhile may even be given it, and so reach itself.
     """
-    ours = _not_given_away()
-    # Not by ``random``, whose seed others may share. Where all are in use, one that is given away has to do.
-    drawn = [secrets.choice(ours) for _ in range(_ATTEMPTS)] if ours else []
-    for port in (*drawn, 0):
-        try:
-            return _bind(host, port)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not port:
-                raise _no_host(host, error) from error
-    raise AssertionError("port 0 is bound or refused")
+    given = _bind(host, 0)
+    for _ in range(_PORT_TRIES):
+        with contextlib.suppress(OptionError):
+            return _bind(host, _CHANCE.randrange(_LOWEST_PORT, _first_given_port()))
+    return given
 
 
-def _not_given_away() -> range:
+def _first_given_port() -> int:
+    """Where the range begins from which the kernel gives ports to whoever names none."""
     try:
-        first, _ = _GIVEN_AWAY.read_text(encoding="ascii").split()
+        return max(_LOWEST_PORT + 1, int(_GIVEN_PORTS.read_text().split()[0]))
     except OSError:
-        return range(0)
-    return range(_FIRST, int(first))
+        return _FIRST_GIVEN_PORT
 
 
-def _bind(host: str, port: int) -> int:
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
-        bound: int = probe.getsockname()[1]
-        return bound
-
-
-def _no_host(host: str, error: OSError) -> OptionError:
-    return OptionError(f"--host {host}: {error.strerror}")
+def _bind(host: str, port: int, option: str = "--port") -> int:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            bound: int = probe.getsockname()[1]
+            return bound
+    except socket.gaierror as error:
+        raise OptionError(f"--host {host}: {error.strerror}") from error
+    except OSError as error:
+        if port:
+            raise OptionError(
+                f"port {port} on {host} cannot be used ({error.strerror}); "
+                f"stop what uses it or choose another with {option}"
+            ) from error
+        raise OptionError(f"--host {host}: {error.strerror}") from error

@@ -26,7 +26,7 @@ SERIES = (
 )
 DISPATCH = (
     "Figure 19: 32 heavy decodes in all and 32 requests for each instance; seconds until the slowest is done. Of the "
-    "brief's readings of the ratio rule none spreads light ones (by a ratio alone, they all go where few are heavy), "
+    "readings of the ratio rule none spreads light ones (by a ratio alone, they all go where few are heavy), "
     "so that power_of_two here sends heavy ones by their ratio and light ones to the freest memory: then the slowest "
     "of four has 8 heavy and 24 light ones, as in the paper. Its 4.0 s on eight instances are not explained, and not "
     "aimed at."

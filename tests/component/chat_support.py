@@ -80,7 +80,10 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, An
 async def scheduler(url: str, **settings: Any) -> AsyncIterator[None]:
     """A real scheduler, in this process."""
     stop = asyncio.Event()
-    own = SchedulerSettings(nats_url=url, instance="scheduler-0", drain_s=0.0, **settings)
+    # Longer than a broker on a busy machine stands still.
+    own = SchedulerSettings(
+        nats_url=url, instance="scheduler-0", drain_s=0.0, **({"member_timeout_s": 20.0} | settings)
+    )
     running = asyncio.create_task(serve_scheduler(own, stop))
     try:
         yield

@@ -135,6 +135,18 @@ async def test_who_drains_is_left_out_whatever_its_roles_become(nats_server: Nat
                     free_blocks = told.get("decode-0", 0)
 
 
+async def test_it_stops_when_it_is_told_to_whatever_has_just_come(nats_server: NatsServer) -> None:
+    async with await NatsBus.connect(nats_server.url, name="scheduler") as bus:
+        for turns in range(6):
+            monitor = DecodeLoadMonitor(bus)
+            async with asyncio.timeout(WAIT_S):
+                async with monitor.running():
+                    await asyncio.sleep(0.01)
+                    monitor.has_roles("decode-0", DECODE)
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+
+
 def member(name: str, roles: tuple[LanguageRole, ...], state: MemberState = MemberState.READY) -> Member:
     return Member(
         instance=name,

@@ -64,7 +64,7 @@ class DenoisingStage(Processes):
     def __init__(self, server: NatsServer, bus: NatsBus, tensors: UcxTensors, model: Path, folder: Path) -> None:
         super().__init__(server, bus, model, folder)
         self.tensors = tensors
-        self.checkpoints = Checkpoints(bus, lambda: False)
+        self.checkpoints = Checkpoints(bus, lambda: True)
         self.workers = Workers(bus, lambda instance: None)
         self.reports: list[StepFinished] = []
         self.lost: list[GroupLost] = []
@@ -72,7 +72,7 @@ class DenoisingStage(Processes):
         self.steps: dict[int, list[int]] = defaultdict(list)
         self._reports: dict[int, list[StepFinished]] = defaultdict(list)
         self.stored: dict[str, list[int]] = defaultdict(list)
-        self.done: dict[int, DenoisingFinished] = {}
+        self.latents: asyncio.Queue[DenoisingFinished] = asyncio.Queue(100)
         self.failures: list[PhaseFailed] = []
         self._epoch = int(time.time() * 1000)
         self._news = asyncio.Event()
@@ -117,20 +117,18 @@ class DenoisingStage(Processes):
             meeting=self.workers.meetings[members[0]],
         )
 
-    async def park(self, lease: Lease) -> JobParked:
-        """Have a job parked; its report.
-
-        Raises:
-            Outrun: it was done.
-        """
-        before = len(self.parked)
+    async def park(self, lease: Lease) -> JobParked | None:
+        """Have a job parked; its report. None: its last step was done before."""
         await self.bus.request(
             PARK_JOB, ParkJob(job_id=lease.job_id, epoch=lease.epoch), lease.leader, deadline_s=WAIT_S
         )
-        await self.until(lambda: len(self.parked) > before or lease.epoch in self.done)
-        if len(self.parked) == before:
-            raise Outrun
-        return self.parked[-1]
+
+        # Of an earlier one it may be told once more.
+        def parked() -> JobParked | None:
+            return next((report for report in self.parked if report.epoch == lease.epoch), None)
+
+        await self.until(lambda: parked() is not None or self.done(lease))
+        return parked()
 
     async def revoke(self, lease: Lease) -> None:
         """Take a job from its members, one after the other in any order."""
@@ -142,18 +140,25 @@ class DenoisingStage(Processes):
         """Its steps, as they were reported."""
         return [report for report in self.reports if report.job_id == job_id]
 
-    async def finished(self, lease: Lease) -> torch.Tensor:
-        """The final latent of a lease.
+    def done(self, lease: Lease) -> bool:
+        """Whether the last step of its job was reported."""
+        return any(report.step == report.steps for report in self.of_job(lease.job_id))
+
+    async def finished(self, lease: Lease, begun: int | None = None) -> torch.Tensor:
+        """The final latent of a lease, or of one since the epoch ``begun`` whose change to it came too late.
 
         Raises:
-            Outrun: the job was done under the lease before.
+            Outrun: the change came too late, and no other latent was asked for.
         """
-        await self.until(lambda: lease.epoch in self.done or bool(self._late(lease)))
-        if late := self._late(lease):
-            for failed in late:
-                self.failures.remove(failed)
-            raise Outrun
-        return await self.tensors.fetch(self.done[lease.epoch].latent, deadline_s=WAIT_S)
+        first = lease.epoch if begun is None else begun
+        while True:
+            await self.until(lambda: not self.latents.empty() or bool(self._late(lease)))
+            if self.latents.empty():
+                self.failures = [failed for failed in self.failures if failed not in self._late(lease)]
+                raise Outrun
+            report = self.latents.get_nowait()
+            if first <= report.epoch <= lease.epoch:
+                return await self.tensors.fetch(report.latent, deadline_s=WAIT_S)
 
     def _late(self, lease: Lease) -> list[PhaseFailed]:
         return [
@@ -198,7 +203,7 @@ class DenoisingStage(Processes):
                 await subscription.stop()
 
     async def _denoised(self, report: DenoisingFinished) -> Acknowledged:
-        self.done[report.epoch] = report
+        self.latents.put_nowait(report)
         self._news.set()
         return Acknowledged()
 
