@@ -47,7 +47,7 @@ def flip_loads(sites: Iterable[Site], between: Collection[Between], flipping: st
         role = LanguageRole.PREFILL if site.prefills else LanguageRole.DECODE
         waits = max(0, len(site.unfinished) - 1) if site.prefills else waiting[site.name]
         next_tokens = next((prefill.tokens for prefill in site.unfinished.values()), 0)
-        computes = next_tokens > 0 and kept[site.name] + next_tokens <= site.kv_tokens
+        full = kept[site.name] > 0 and kept[site.name] + next_tokens > site.kv_tokens
         found.append(
             InstanceLoad(
                 site.name,
@@ -55,7 +55,9 @@ def flip_loads(sites: Iterable[Site], between: Collection[Between], flipping: st
                 waits,
                 busy=bool(site.unfinished or site.decoding),
                 flipping=site.name == flipping,
-                running=int(computes) if site.prefills else max(0, len(site.decoding) - waits),
+                running=int(bool(site.unfinished) and not full)
+                if site.prefills
+                else max(0, len(site.decoding) - waits),
                 room=site.kv_tokens * site.sequences // site.context_tokens if site.context_tokens else 0,
                 prefilled_tokens=site.prefilled_tokens,
             )
