@@ -15,7 +15,7 @@ transports that raise no event, as UCX allows.
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Any
 
@@ -65,6 +65,28 @@ class Peer:
         self.failed = False
 
 
+class _Awaited:
+    """Requests that end together. Looked at from the last one on: a look at many costs no more than at one."""
+
+    __slots__ = ("done", "error", "left")
+
+    def __init__(self, left: list[tuple[Any, Any]], done: Done) -> None:
+        """``left``: each with the array over its memory, which it keeps."""
+        self.left = left
+        self.done = done
+        self.error: Exception | None = None
+
+    def ended(self, failure: type[Exception]) -> bool:
+        """Whether all have. ``failure`` is what UCX raises where one has failed."""
+        left = self.left
+        while left and left[-1][0].completed:
+            try:
+                left.pop()[0].check_error()
+            except failure as error:
+                self.error = PeerGone(str(error))
+        return not left
+
+
 class Engine:
     """Owns the UCX context and worker of one ``UcxTensors``. Used from its event loop only."""
 
@@ -89,7 +111,7 @@ class Engine:
         self._worker = libucxx.UCXWorker(self._context)
         self._worker.init_blocking_progress_mode()
         self._any_tag, self._any_mask = libucxx.UCXXTag(0), libucxx.UCXXTagMask(0)
-        self._requests: list[tuple[Any, Any, Done]] = []
+        self._awaited: list[_Awaited] = []
         self._peers: dict[bytes, Peer] = {}
         self._connections: dict[bytes, int] = {}
         self._turn_handle: asyncio.Handle | None = None
@@ -163,17 +185,25 @@ class Engine:
         Raises:
             PeerGone: the endpoint has failed.
         """
-        array = self._array(data)
+        self.send_all(peer, ((data, tag),), done)
+
+    def send_all(self, peer: Peer, messages: Iterable[tuple[ByteRange | bytes, int]], done: Done) -> None:
+        """The same with several, each under its tag. ``done`` when all have ended, with one's error if there is any."""
+        posted = []
         try:
-            request = peer.endpoint.tag_send(array, self._ucx.UCXXTag(tag))
+            for data, tag in messages:
+                array = self._array(data)
+                posted.append((peer.endpoint.tag_send(array, self._ucx.UCXXTag(tag)), array))
         except self._ucx.UCXError as error:
+            if posted:
+                self._follow(posted, _ignore)
             raise PeerGone(str(error)) from error
-        self._follow(request, array, done)
+        self._follow(posted, done)
 
     def receive(self, arrival: Arrival, buffer: ByteRange | bytearray, done: Done) -> None:
         """Receive into ``buffer``, which must be of the message's size and stay alive until ``done``."""
         array = self._array(buffer)
-        self._follow(self._worker.tag_recv_with_handle(array, arrival.probe), array, done)
+        self._follow([(self._worker.tag_recv_with_handle(array, arrival.probe), array)], done)
 
     def expect(self, peer: Peer, buffer: ByteRange, tag: int, done: Done) -> None:
         """Receive the message that ``peer`` will send under ``tag`` into ``buffer``, which stays alive until ``done``.
@@ -186,7 +216,7 @@ class Engine:
             request = peer.endpoint.tag_recv(array, self._ucx.UCXXTag(tag))
         except self._ucx.UCXError as error:
             raise PeerGone(str(error)) from error
-        self._follow(request, array, done)
+        self._follow([(request, array)], done)
 
     def drop(self, arrival: Arrival) -> None:
         """Refuse a message. Its sender sees it as sent; no byte of a large one is moved.
@@ -197,23 +227,17 @@ class Engine:
         size = 1 if arrival.size_bytes else 0
         self.receive(arrival, bytearray(size), _ignore)
 
-    def _follow(self, request: Any, array: Any, done: Done) -> None:
-        if request.completed:
-            done(self._error(request))
+    def _follow(self, posted: list[tuple[Any, Any]], done: Done) -> None:
+        awaited = _Awaited(posted, done)
+        if awaited.ended(self._ucx.UCXError):
+            done(awaited.error)
             return
-        self._requests.append((request, array, done))
+        self._awaited.append(awaited)
         self._schedule()
-
-    def _error(self, request: Any) -> Exception | None:
-        try:
-            request.check_error()
-        except self._ucx.UCXError as error:
-            return PeerGone(str(error))
-        return None
 
     @property
     def in_flight(self) -> int:
-        return len(self._requests)
+        return sum(len(awaited.left) for awaited in self._awaited)
 
     # Progress
 
@@ -256,7 +280,7 @@ class Engine:
             self._turn_handle = self._loop.call_soon(self._turn)
 
     def _beat(self) -> None:
-        delay_s = _HEARTBEAT_IN_FLIGHT_S if self._requests else _HEARTBEAT_S
+        delay_s = _HEARTBEAT_IN_FLIGHT_S if self._awaited else _HEARTBEAT_S
         self._heartbeat = self._loop.call_later(delay_s, self._beat)
         self._schedule()
 
@@ -297,7 +321,7 @@ class Engine:
             steps += 1
         if not steps:
             return False
-        if self._requests:
+        if self._awaited:
             self._complete()
         return True
 
@@ -310,31 +334,31 @@ class Engine:
             self._on_arrival(Arrival(probe))
 
     def _complete(self) -> None:
-        finished = [entry for entry in self._requests if entry[0].completed]
+        finished = [awaited for awaited in self._awaited if awaited.ended(self._ucx.UCXError)]
         if not finished:
             return
-        self._requests = [entry for entry in self._requests if not entry[0].completed]
-        for request, _, done in finished:
-            done(self._error(request))
+        self._awaited = [awaited for awaited in self._awaited if awaited.left]
+        for awaited in finished:
+            awaited.done(awaited.error)
 
     # End
 
     async def close(self, deadline_s: float) -> None:
         """Let what is in flight end until ``deadline_s`` (the loop's time), then close every endpoint."""
-        while self._requests and self._loop.time() < deadline_s:
+        while self._awaited and self._loop.time() < deadline_s:
             self._schedule()
             await asyncio.sleep(0.005)
         for peer in list(self._peers.values()):
             self.break_off(peer)
         grace_s = self._loop.time() + 0.2
-        while self._requests and self._loop.time() < grace_s:
+        while self._awaited and self._loop.time() < grace_s:
             self._schedule()
             await asyncio.sleep(0.001)
         self.closed = True
         self._rouse()
         if self._heartbeat is not None:
             self._heartbeat.cancel()
-        self._requests.clear()
+        self._awaited.clear()
         self._peers.clear()
         del self._worker, self._context
 

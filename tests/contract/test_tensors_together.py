@@ -1,0 +1,150 @@
+"""The tensor transport's contract, part three: many tensors of one owner, fetched together."""
+
+import asyncio
+import signal
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from common.messages.tensors import TensorRef
+from common.tensors import TensorFetchTimeout, TensorMismatch, TensorUnknown, UcxTensors
+from common.tensors.wire import MAXIMUM_TENSORS
+from tests.support.bus import eventually
+from tests.support.tensor_peer import TensorPeer, patterned, peers, same_bytes
+
+MB = 1 << 20
+# More than are asked for at a time, some of no bytes, some of several pieces.
+SIZES = [(number * 7_919) % 60_000 for number in range(MAXIMUM_TENSORS + 20)] + [0, 3 * MB + 1, 1, MB, 2 * MB]
+
+
+async def exported(peer: TensorPeer, sizes: Sequence[int]) -> list[TensorRef]:
+    """One tensor of each size, for one use."""
+    return [await peer.export((size,), seed=number) for number, size in enumerate(sizes)]
+
+
+def are_as_sent(fetched: Sequence[torch.Tensor]) -> bool:
+    """Whether they are what ``exported`` keeps, in order."""
+    return all(same_bytes(one, patterned(tuple(one.shape), seed=number)) for number, one in enumerate(fetched))
+
+
+async def test_all_come_in_order_to_the_places_given_and_are_counted() -> None:
+    async with peers() as [peer], await UcxTensors.open("test", stripe_bytes=MB) as tensors:
+        refs = await exported(peer, SIZES)
+        home = torch.zeros(sum(SIZES), dtype=torch.uint8)
+        places = [place if number % 3 else None for number, place in enumerate(home.split(SIZES))]
+        fetched = await tensors.fetch_all(refs, places)
+        assert [one.numel() for one in fetched] == SIZES and are_as_sent(fetched)
+        for one, place in zip(fetched, places, strict=True):
+            assert place is None or one is place
+        await peer.counts_become(0, 0, 0)
+
+
+async def test_one_that_is_unknown_is_named_and_none_is_counted() -> None:
+    async with peers() as [peer], await UcxTensors.open("test") as tensors:
+        refs = await exported(peer, [1000] * (MAXIMUM_TENSORS + 2))
+        gone = refs[-1]
+        await tensors.fetch(gone)
+        with pytest.raises(TensorUnknown) as raised:
+            await tensors.fetch_all(refs, [None] * len(refs))
+        assert raised.value.ref == gone
+        assert are_as_sent(await tensors.fetch_all(refs[:-1], [None] * (len(refs) - 1)))
+        await peer.counts_become(0, 0, 0)
+
+
+async def test_those_of_two_owners_and_what_does_not_fit_are_refused_before_anything_is_sent() -> None:
+    async with peers(2) as [one, two], await UcxTensors.open("test") as tensors:
+        [first], [second] = await exported(one, [10]), await exported(two, [10])
+        with pytest.raises(TensorMismatch, match="one owner"):
+            await tensors.fetch_all([first, second], [None, None])
+        with pytest.raises(TensorMismatch, match="2 places"):
+            await tensors.fetch_all([first], [None, None])
+        with pytest.raises(TensorMismatch, match=r"\(11,\)"):
+            await tensors.fetch_all([first, first], [None, torch.zeros(11, dtype=torch.uint8)])
+        assert await tensors.fetch_all([], []) == []
+        assert are_as_sent(await tensors.fetch_all([first], [None]))
+        await one.counts_become(0, 0, 0)
+
+
+async def test_own_ones_are_copied_and_counted() -> None:
+    async with await UcxTensors.open("test") as tensors:
+        refs = [tensors.export(patterned((size,), seed=number)) for number, size in enumerate(SIZES)]
+        fetched = await tensors.fetch_all(
+            refs, [None, torch.zeros(SIZES[1], dtype=torch.uint8), *[None] * len(refs[2:])]
+        )
+        assert are_as_sent(fetched) and tensors.exported_count == 0
+        with pytest.raises(TensorUnknown):
+            await tensors.fetch_all(refs[:2], [None, None])
+
+
+async def test_many_at_once_do_not_get_into_each_others_way() -> None:
+    async with peers(2) as [one, two], await UcxTensors.open("test", stripe_bytes=MB) as tensors:
+        groups = [await exported((one, two)[number % 2], SIZES) for number in range(3)]
+        fetching = [tensors.fetch_all(refs, [None] * len(refs), deadline_s=60.0) for refs in groups]
+        assert all(are_as_sent(fetched) for fetched in await asyncio.gather(*fetching))
+        for peer in (one, two):
+            await peer.counts_become(0, 0, 0)
+
+
+async def test_a_stopped_owner_times_out_and_writes_nowhere_when_it_goes_on() -> None:
+    async with peers() as [owner], await UcxTensors.open("test", stripe_bytes=MB) as tensors:
+        refs = await exported(owner, SIZES)
+        home = torch.zeros(sum(SIZES), dtype=torch.uint8)
+        warm = await owner.export((MB,), uses=None)
+        await tensors.fetch(warm)
+        owner.signal(signal.SIGSTOP)
+        with pytest.raises(TensorFetchTimeout, match="did not answer") as raised:
+            await tensors.fetch_all(refs, home.split(SIZES), deadline_s=0.5)
+        assert raised.value.ref == refs[0]
+        home.fill_(7)
+        owner.signal(signal.SIGCONT)
+        # The late request is answered before this one.
+        await tensors.fetch(warm)
+        await owner.counts_become(len(refs) + 1, sum(SIZES) + MB, 0)
+        assert bool((home == 7).all())
+        assert are_as_sent(await tensors.fetch_all(refs, home.split(SIZES)))
+        await owner.counts_become(1, MB, 0)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_cancelled_or_bereft_in_the_middle_the_places_are_left_alone(killed: bool) -> None:
+    size, count = 8 * MB, 16
+    async with peers(2) as [owner, survivor], await UcxTensors.open("test") as tensors:
+        small = await survivor.export((MB,), seed=3, uses=None)
+        refs = await exported(owner, [size] * count)
+        home = torch.zeros(size * count, dtype=torch.uint8)
+        fetch = asyncio.create_task(tensors.fetch_all(refs, home.split(size)))
+        await eventually(lambda: home[0] != 0 or fetch.done())
+        if killed:
+            owner.kill()
+        else:
+            fetch.cancel()
+        [outcome] = await asyncio.gather(fetch, return_exceptions=True)
+        # It may have been too fast to be caught.
+        if isinstance(outcome, list):
+            assert are_as_sent(outcome)
+        else:
+            assert isinstance(outcome, TensorFetchTimeout if killed else asyncio.CancelledError)
+            home.fill_(1)
+            assert same_bytes(await tensors.fetch(small), patterned((MB,), seed=3))
+            if not killed:
+                assert are_as_sent(await tensors.fetch_all(refs[:2], [None] * 2))
+                await owner.counts_become(count - 2, (count - 2) * size, 0)
+            assert bool((home == 1).all())
+        await eventually(lambda: tensors.in_flight == 0)
+
+
+async def test_a_killed_receiver_leaves_all_to_their_leases() -> None:
+    async with peers(2) as [victim, other], await UcxTensors.open("test") as tensors:
+        refs = [tensors.export(patterned((300_000,), seed=number)) for number in range(MAXIMUM_TENSORS)]
+        asked = asyncio.create_task(victim.ask("fetch_all", refs=[ref.pack() for ref in refs], deadline_s=1.0))
+        await eventually(lambda: tensors.in_flight > 0 or asked.done())
+        victim.kill()
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        again = tensors.export(patterned((MB,), seed=0))
+        assert await other.ask("fetch_all", refs=[again.pack()])
+        for ref in refs:
+            await tensors.release(ref)
+        await eventually(lambda: tensors.in_flight == 0)
+        assert tensors.exported_bytes == 0
