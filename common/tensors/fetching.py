@@ -11,7 +11,7 @@ from common.tensors.engine import Arrival, Engine, Peer, PeerGone
 from common.tensors.errors import TensorOwnerLost, TensorUnknown
 from common.tensors.incoming import Fetch
 from common.tensors.memory import TensorBytes
-from common.tensors.wire import MAXIMUM_TENSORS, FetchRequest, Kind, pack_ids, piece_size, tag_of
+from common.tensors.wire import MAXIMUM_TENSORS, FetchRequest, Kind, pack_ids, tag_of
 
 _SETTLE_S = 0.2
 _MAXIMUM_NOTED = 64
@@ -41,25 +41,19 @@ class Fetching:
 
         Raises: see ``Tensors.fetch_all``.
         """
-        here: list[TensorBytes] = []
-        taken: list[tuple[Peer, Sequence[TensorRef]]] = []
-        for first in range(0, len(refs), MAXIMUM_TENSORS):
-            some = slice(first, first + MAXIMUM_TENSORS)
-            fetch = await self._fetch(refs[some], memories[some], deadline, settle)
-            here += [memory for memory in fetch.memories if memory is not None]
-            if fetch.peer is not None:
-                taken.append((fetch.peer, fetch.refs))
-        for peer, some_refs in taken:
-            self._note_taken(peer, some_refs)
+        groups = [slice(first, first + MAXIMUM_TENSORS) for first in range(0, len(refs), MAXIMUM_TENSORS)]
+        here = [await self._fetch(refs[group], memories[group], deadline, settle) for group in groups]
+        for fetch in here:
+            self._note_taken(fetch)
         if self._engine.starving():
             await asyncio.sleep(0)
-        return here
+        return [memory for fetch in here for memory in fetch.memories if memory is not None]
 
     async def _fetch(
         self, refs: Sequence[TensorRef], memories: Sequence[TensorBytes | None], deadline: float, settle: bool
     ) -> Fetch:
         from_before = self._engine.knows(refs[0].address)
-        fetch = self._new(refs, memories, deadline)
+        fetch = Fetch(refs, memories, self._stripe_bytes, deadline, self._loop)
         try:
             await self._run(fetch, settle)
             return fetch
@@ -68,13 +62,9 @@ class Fetching:
             # still. As long as nothing has come, a fresh one can be tried.
             if not from_before or not fetch.nothing_came() or self._loop.time() >= deadline:
                 raise
-        fetch = self._new(refs, memories, deadline)
+        fetch = Fetch(refs, memories, self._stripe_bytes, deadline, self._loop)
         await self._run(fetch, settle)
         return fetch
-
-    def _new(self, refs: Sequence[TensorRef], memories: Sequence[TensorBytes | None], deadline: float) -> Fetch:
-        piece_bytes = piece_size([ref.size_bytes for ref in refs], self._stripe_bytes)
-        return Fetch(refs, memories, piece_bytes, deadline, self._loop)
 
     async def _run(self, fetch: Fetch, settle: bool) -> None:
         fetch_id = self._next_fetch = (self._next_fetch + 1) % (1 << 40)
@@ -99,7 +89,8 @@ class Fetching:
     def _ask(self, fetch_id: int, fetch: Fetch) -> None:
         peer = fetch.peer = self._engine.peer(fetch.refs[0].address)
         request = FetchRequest(
-            tuple((ref.tensor_id, ref.size_bytes) for ref in fetch.refs),
+            tuple([ref.tensor_id for ref in fetch.refs]),
+            fetch.sizes_bytes,
             fetch.piece_bytes,
             fetch.deadline - self._loop.time(),
             peer.connection,
@@ -108,14 +99,14 @@ class Fetching:
         )
         self._engine.send(peer, request.pack(), tag_of(Kind.FETCH, fetch_id), fetch.requested)
         # While the request is on its way. Nothing arrives before UCX is advanced again.
-        whole = fetch.in_one_piece and fetch.memories[0] is None
-        places = [
-            self._take(ref) if given is None else given for ref, given in zip(fetch.refs, fetch.memories, strict=True)
-        ]
-        fetch.memories = places
-        if whole:
+        given = fetch.memories
+        if None not in given:
+            return
+        fetch.memories = [self._take(ref) if one is None else one for ref, one in zip(fetch.refs, given, strict=True)]
+        whole = fetch.whole()
+        if whole is not None:
             done = fetch.expect_whole(self._engine.hand_on)
-            self._engine.expect(peer, places[0].range(0, places[0].size_bytes), tag_of(Kind.PIECE, fetch_id), done)
+            self._engine.expect(peer, whole, tag_of(Kind.PIECE, fetch_id), done)
 
     async def _settle(self, fetch: Fetch) -> None:
         """Hold the caller's memory until UCX has let go of it: wait a little, then cut the connection."""
@@ -149,10 +140,12 @@ class Fetching:
 
     # What has been taken
 
-    def _note_taken(self, peer: Peer, refs: Sequence[TensorRef]) -> None:
+    def _note_taken(self, fetch: Fetch) -> None:
         """Have it said with the next fetch from that owner, or in the loop's next turn, whichever is first."""
+        peer = fetch.peer
+        assert peer is not None
         noted = self._taken.setdefault(peer, [])
-        noted.extend(ref.tensor_id for ref in refs)
+        noted.extend([ref.tensor_id for ref in fetch.refs])
         if len(noted) >= _MAXIMUM_NOTED:
             self._say_taken(peer)
         elif self._taken_timer is None:

@@ -9,7 +9,7 @@ from common.messages.tensors import TensorRef
 from common.tensors.engine import Peer
 from common.tensors.errors import TensorFetchTimeout, TensorOwnerLost
 from common.tensors.memory import ByteRange, TensorBytes
-from common.tensors.wire import pieces_of
+from common.tensors.wire import piece_size, pieces_of
 
 _SLICE_BYTES = 1 << 20
 
@@ -21,20 +21,21 @@ class Fetch:
         self,
         refs: Sequence[TensorRef],
         memories: Sequence[TensorBytes | None],
-        piece_bytes: int,
+        stripe_bytes: int,
         deadline: float,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         """``deadline`` is in the loop's time. Memories may be given later, before the first piece can arrive."""
         self.refs = refs
+        self.sizes_bytes = tuple([ref.size_bytes for ref in refs])
         self.memories = memories
-        self.piece_bytes = piece_bytes
+        self.piece_bytes = piece_size(self.sizes_bytes, stripe_bytes)
         self.deadline = deadline
         self.peer: Peer | None = None
         self.receiving = 0
         self.done: asyncio.Future[None] = loop.create_future()
         self._loop = loop
-        self._pieces = pieces_of([ref.size_bytes for ref in refs], piece_bytes)
+        self._pieces = pieces_of(self.sizes_bytes, self.piece_bytes)
         self._missing = set(range(len(self._pieces)))
         self._idle: asyncio.Event | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -42,11 +43,12 @@ class Fetch:
     @property
     def awaited(self) -> TensorRef:
         """The first tensor of which something has not begun to come; the last one where all has."""
-        return self.refs[self._pieces[min(self._missing, default=-1)].tensor]
+        return self.refs[self._pieces[min(self._missing, default=-1)][0]]
 
-    @property
-    def in_one_piece(self) -> bool:
-        return len(self._pieces) == 1
+    def whole(self) -> ByteRange | None:
+        """The place of all that comes, where that is one piece."""
+        memory = self.memories[0]
+        return memory.range(0, memory.size_bytes) if memory is not None and len(self._pieces) == 1 else None
 
     async def wait(self) -> None:
         """Until all of it is here. Raises what ``fail`` was given, or TensorFetchTimeout at the deadline."""

@@ -41,7 +41,7 @@ class Outgoing:
             return  # whoever asked is no more
 
     def _send(self, fetch_id: int, request: FetchRequest, exports: Sequence[Export], peer: Peer) -> None:
-        pieces = pieces_of([size for _, size in request.tensors], request.piece_bytes)
+        pieces = pieces_of(request.sizes_bytes, request.piece_bytes)
         memories = [export.memory for export in exports]
         tag = tag_of(Kind.PIECE, fetch_id)
         ends_s = self._loop.time() + max(0.0, request.remaining_s) + _GRACE_S

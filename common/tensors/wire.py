@@ -8,7 +8,6 @@ all tensors of a fetch are counted through, in the order in which they were aske
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
-from itertools import chain
 from typing import NamedTuple
 
 MAXIMUM_PIECES = 1 << 16
@@ -42,7 +41,7 @@ def read_tag(tag: int) -> tuple[int, int, int]:
 
 
 class FetchRequest(NamedTuple):
-    """Ask for ``tensors``, each by identifier and size in bytes, in pieces of ``piece_bytes``, each one's last shorter.
+    """Ask for tensors of ``sizes_bytes`` in pieces of ``piece_bytes``, each one's last shorter.
 
     ``address`` is the fetcher's worker address. ``connection`` counts how often the fetcher has begun anew with this
     owner: a higher number than before tells it that its own endpoint leads to nowhere. ``remaining_s`` is what is left
@@ -50,7 +49,8 @@ class FetchRequest(NamedTuple):
     for the next tensor at once needs no message of its own for the one before.
     """
 
-    tensors: tuple[tuple[int, int], ...]
+    tensor_ids: tuple[int, ...]
+    sizes_bytes: tuple[int, ...]
     piece_bytes: int
     remaining_s: float
     connection: int
@@ -59,9 +59,9 @@ class FetchRequest(NamedTuple):
 
     def pack(self) -> bytes:
         head = _HEAD.pack(
-            _VERSION, len(self.address), len(self.tensors), self.piece_bytes, self.remaining_s, self.connection
+            _VERSION, len(self.address), len(self.tensor_ids), self.piece_bytes, self.remaining_s, self.connection
         )
-        return head + self.address + pack_ids((*chain.from_iterable(self.tensors), *self.taken))
+        return head + self.address + pack_ids(self.tensor_ids + self.sizes_bytes + self.taken)
 
     @classmethod
     def unpack(cls, data: bytes | bytearray) -> "FetchRequest":
@@ -73,11 +73,10 @@ class FetchRequest(NamedTuple):
         address, numbers = bytes(data[_HEAD.size : end]), unpack_ids(data[end:])
         if not 1 <= count <= MAXIMUM_TENSORS or len(numbers) < 2 * count:
             raise ValueError(f"{count} tensors in {len(data)} bytes")
-        sizes = numbers[1 : 2 * count : 2]
-        if piece_bytes < 1 or sum(piece_count(size, piece_bytes) for size in sizes) > MAXIMUM_PIECES:
+        tensor_ids, sizes, taken = numbers[:count], numbers[count : 2 * count], numbers[2 * count :]
+        if piece_bytes < 1 or sum(sizes) // piece_bytes + count > MAXIMUM_PIECES:
             raise ValueError(f"{sizes} bytes in pieces of {piece_bytes}")
-        tensors = tuple(zip(numbers[0 : 2 * count : 2], sizes, strict=True))
-        return cls(tensors, piece_bytes, remaining_s, connection, address, numbers[2 * count :])
+        return cls(tensor_ids, sizes, piece_bytes, remaining_s, connection, address, taken)
 
 
 def pack_ids(tensor_ids: Sequence[int]) -> bytes:
@@ -91,23 +90,15 @@ def unpack_ids(data: bytes | bytearray) -> tuple[int, ...]:
     return struct.unpack(f"<{len(data) // _ID_BYTES}Q", data) if data else ()
 
 
-def piece_count(size_bytes: int, piece_bytes: int) -> int:
-    """At least one, so that a tensor of no bytes is asked for and answered like any other."""
-    return max(1, -(-size_bytes // piece_bytes))
+def pieces_of(sizes_bytes: Sequence[int], piece_bytes: int) -> list[tuple[int, int, int]]:
+    """The pieces of a fetch in order: number of the tensor, first byte in it, and the first after.
 
-
-class Piece(NamedTuple):
-    """Bytes ``start`` to ``stop`` of the tensor with this number among those of a fetch."""
-
-    tensor: int
-    start: int
-    stop: int
-
-
-def pieces_of(sizes_bytes: Sequence[int], piece_bytes: int) -> list[Piece]:
-    """The pieces of a fetch in order."""
+    Of each tensor there is at least one, so that one of no bytes is asked for and answered like any other.
+    """
+    if max(sizes_bytes) <= piece_bytes:
+        return [(tensor, 0, size) for tensor, size in enumerate(sizes_bytes)]
     return [
-        Piece(tensor, start, min(size, start + piece_bytes))
+        (tensor, start, min(size, start + piece_bytes))
         for tensor, size in enumerate(sizes_bytes)
         for start in range(0, max(1, size), piece_bytes)
     ]

@@ -148,3 +148,15 @@ async def test_a_killed_receiver_leaves_all_to_their_leases() -> None:
             await tensors.release(ref)
         await eventually(lambda: tensors.in_flight == 0)
         assert tensors.exported_bytes == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("source", "target"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])
+async def test_many_travel_between_devices(source: str, target: str) -> None:
+    async with peers(device=source) as [peer], await UcxTensors.open("test", device=target) as tensors:
+        refs = await exported(peer, SIZES)
+        places = [torch.zeros(size, dtype=torch.uint8, device=target) if size % 2 else None for size in SIZES]
+        assert are_as_sent(await tensors.fetch_all(refs, places))
+        ours = [tensors.export(patterned((size,), seed=number).to(source)) for number, size in enumerate(SIZES)]
+        assert await peer.ask("fetch_all", refs=[ref.pack() for ref in ours])
