@@ -142,7 +142,7 @@ class UcxTensors:
                 f"max_exported_bytes={limit}: release some, or raise the limit"
             )
         export = self._exports.add(memory, uses, self._loop.time() + lease_s)
-        if tensor.device.type == "cuda":
+        if tensor.is_cuda:
             export.ready = torch.cuda.current_stream(tensor.device).record_event()
         self._watch_leases()
         return TensorRef(
