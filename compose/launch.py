@@ -17,6 +17,8 @@ from compose.errors import ComposeError, StartError
 from compose.forkserver import MAX_PACKET_BYTES
 from compose.tether import tether_to
 
+_ROOM_PERIOD_S = 0.02
+
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 """Where the packages lie: every command runs here, so ``python -m services.dit`` finds its module."""
 
@@ -146,7 +148,7 @@ class ForkLauncher:
             self._server = execute(command, self._environment, log.fileno(), pass_fds=[theirs.fileno()])
         self._control = ours
         asyncio.get_running_loop().add_reader(ours.fileno(), self._receive, ours)
-        self._send({"preload": self._preload})
+        self._sent({"preload": self._preload})
         return self._server
 
     async def launch(self, what: Launch) -> Running:
@@ -155,11 +157,14 @@ class ForkLauncher:
         if self._control is None:
             self.start()
         self._next_id += 1
+        launch_id = self._next_id
         answer: asyncio.Future[Running] = asyncio.get_running_loop().create_future()
-        self._launching[self._next_id] = answer
-        request = {"launch": self._next_id, "name": what.name, "module": what.command[2], "arguments": what.command[3:]}
+        request = {"launch": launch_id, "name": what.name, "module": what.command[2], "arguments": what.command[3:]}
         request |= {"environment": dict(what.environment), "preload": what.preload, "log": str(what.log)}
-        self._send(request)
+        # While the server imports it takes nothing, and only so much can wait for it.
+        while not self._sent(request):  # noqa: ASYNC110 - nobody announces that there is room
+            await asyncio.sleep(_ROOM_PERIOD_S)
+        self._launching[launch_id] = answer
         return await answer
 
     async def close(self) -> None:
@@ -171,13 +176,17 @@ class ForkLauncher:
         if self._control is not None:
             self._forget_server(self._control)
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _sent(self, message: dict[str, Any]) -> bool:
+        """Whether there was room for it."""
         if self._control is None:
             raise StartError("the fork server is gone")
         try:
             self._control.send(json.dumps(message).encode())
+        except BlockingIOError:
+            return False
         except OSError as error:
             raise StartError(f"the fork server does not take requests: {error}; see {self._log}") from error
+        return True
 
     def _receive(self, control: socket.socket) -> None:
         try:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from common.policies.rib import Rib, WrongRib
 from compose.errors import OptionError, StartError
 from compose.launch import CommandLauncher, ForkLauncher, Launcher
 from compose.logs import LogFollower
+from compose.ports import checked_port, free_port
 from compose.readiness import wait_ready
 from compose.rundir import RunDirectory, run_directory
 from compose.spec import COMPOSE_FILE, ServiceSpec, StackSpec, read_stack
@@ -264,42 +264,6 @@ def model_location(name: str, option: str) -> str:
     if name.startswith((".", "/", "~")):
         raise OptionError(f"{option} {name}: no such folder")
     return name
-
-
-def checked_port(host: str, port: int, option: str = "--port") -> int:
-    """``port``, if it can be listened on. ``option``: how it was given.
-
-    Raises:
-        OptionError: it cannot.
-    """
-    if not 0 < port < 65536:
-        raise OptionError(f"{option} {port}: ports go from 1 to 65535")
-    _bind(host, port, option)
-    return port
-
-
-def free_port(host: str) -> int:
-    """A port that nobody listens on right now."""
-    return _bind(host, 0)
-
-
-def _bind(host: str, port: int, option: str = "--port") -> int:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            bound: int = probe.getsockname()[1]
-            return bound
-    except socket.gaierror as error:
-        raise OptionError(f"--host {host}: {error.strerror}") from error
-    except OSError as error:
-        if port:
-            raise OptionError(
-                f"port {port} on {host} cannot be used ({error.strerror}); "
-                f"stop what uses it or choose another with {option}"
-            ) from error
-        raise OptionError(f"--host {host}: {error.strerror}") from error
 
 
 def _reachable(host: str) -> str:

@@ -1,9 +1,11 @@
 """``triptych up``: the stack in the foreground."""
 
 import asyncio
+import os
 import signal
 import sys
 
+from compose.environment import overruled, unknown
 from compose.errors import StackError
 from compose.local import StackOptions, running_stack
 from compose.supervisor import Supervisor
@@ -47,6 +49,8 @@ def run_up(options: StackOptions) -> int:
 
 async def _up(options: StackOptions) -> int:
     interruption = Interruption()
+    for line in (*unknown(os.environ, options), *overruled(os.environ, options)):
+        report(line)
     try:
         async with running_stack(options, report, interruption.hurries) as stack:
             sys.stdout.write(f"ready {stack.base_url}\n")

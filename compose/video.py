@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from compose.client import StackClient
+from compose.environment import unknown
 from compose.errors import ServerError, StackError
 from compose.files import prepare_file
 from compose.local import StackOptions, running_stack
@@ -105,6 +107,8 @@ async def _server(
     if private_stack is None:
         yield base_url
         return
+    for line in unknown(os.environ, private_stack):
+        report(line)
     async with contextlib.AsyncExitStack() as held:
         with console.status("starting the stack"):
             stack = await held.enter_async_context(running_stack(private_stack, report, interruption.hurries))

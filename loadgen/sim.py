@@ -243,7 +243,7 @@ def _environment(rib: Rib, overheads: Overheads, options: argparse.Namespace) ->
     return {
         **_machine(),
         "rib": rib.to_json(),
-        "rib_from": str(options.rib) if options.rib else "the paper's figures (brief, section 2.6)",
+        "rib_from": str(options.rib) if options.rib else "the paper's figures (common.policies.rib.paper_rib)",
         "overheads_s": {name: getattr(overheads, name) for name in overheads.__slots__},
         "noise": options.noise,
         "saturation": "GPUs over the mean GPU-seconds of a request at degree 1, VAE included",

@@ -124,6 +124,7 @@ class JetStream:
     ) -> dict[str, Any]:
         clock = asyncio.get_running_loop().time
         end_s = clock() + deadline_s
+        reason: Exception | None = None
         while True:
             left_s = end_s - clock()
             try:
@@ -137,14 +138,15 @@ class JetStream:
                 rejection = _rejection(subject, error)
                 if error["code"] != _UNAVAILABLE or not isinstance(rejection, Rejected) or rejection.full:
                     raise rejection
-                reason: Exception = BusUnavailable(f"{subject}: {error.get('description', 'unavailable')}")
+                reason = BusUnavailable(f"{subject}: {error.get('description', 'unavailable')}")
             except NobodyThere as nobody:
                 # No stream listens on the subject, or JetStream is not up yet: in both cases nothing was stored.
                 reason = nobody
             except (BusUnavailable, DeadlineExceeded) as late:
-                if not again or clock() >= end_s or self._link.closed:
+                if not again or self._link.closed:
                     raise
-                reason = late
+                # What was answered before says more than that the last attempt, a short one maybe, was too short.
+                reason = reason if isinstance(reason, NobodyThere) else late
             if clock() + _PAUSE_S >= end_s:
                 raise self._given_up(subject, reason)
             await asyncio.sleep(_PAUSE_S)

@@ -21,8 +21,10 @@ _UNANSWERED_PINGS = 3
 _LOG_EVERY_ATTEMPTS = 20
 # The client notices a lost connection a moment before it says so.
 _UP_SOON_S = 0.01
-# How late a message may come that was on its way when its subscription ended; a fraction of a millisecond is common.
-_STRAGGLER_S = 0.2
+# How late a message may come that was on its way when its subscription ended. A fraction of a millisecond is common,
+# but a broker on a busy machine may stand still for a while. Who closes does not wait for so long.
+_STRAGGLER_S = 10.0
+_STRAGGLER_AT_CLOSING_S = 0.2
 _NO_RESPONDERS = "503"
 
 
@@ -50,6 +52,7 @@ class Link:
         self._dropped = 0
         self._on_reconnect: set[Callable[[], None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
         self._inbox = self.client.new_inbox() + "."
         self._request_numbers = itertools.count(1)
         self._waiting: dict[str, asyncio.Future[Msg]] = {}
@@ -223,7 +226,9 @@ class Link:
             if self.client.is_connected:
                 await self.client._send_unsubscribe(subscription._id)
                 await self.settle()
-                await asyncio.sleep(_STRAGGLER_S)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_STRAGGLER_S):
+                        await self._closing.wait()
         await self.drop(subscription)
 
     async def drop(self, subscription: Subscription) -> None:
@@ -257,7 +262,10 @@ class Link:
     async def close(self, deadline_s: float = 1.0) -> None:
         """Give clean-up ``deadline_s`` seconds, then close."""
         if self._tasks:
-            _, late = await asyncio.wait(set(self._tasks), timeout=deadline_s)
+            _, late = await asyncio.wait(set(self._tasks), timeout=min(_STRAGGLER_AT_CLOSING_S, deadline_s))
+            self._closing.set()
+            if late:
+                _, late = await asyncio.wait(late, timeout=deadline_s)
             for task in late:
                 task.cancel()
         await self._close_client()

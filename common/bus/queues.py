@@ -137,6 +137,8 @@ class _Inbox:
         self._subject = link.client.new_inbox()
         # None: the connection was made anew, and the broker has forgotten what it was asked.
         self._waiting: asyncio.Future[Msg | None] = asyncio.get_running_loop().create_future()
+        # Each pull gets one answer, a job or a status; a broker that was lost gives none.
+        self._unanswered = 0
         self._handed_over = False
         self._undo_reconnect = link.on_reconnect(self._forgotten)
 
@@ -146,18 +148,19 @@ class _Inbox:
 
     async def __aexit__(self, *_: object) -> None:
         self._undo_reconnect()
-        if self._handed_over:
+        unwanted = self._waiting.result() if self._waiting.done() and not self._handed_over else None
+        self._waiting.cancel()
+        if unwanted is None and not self._unanswered:
             await self._link.drop(self._subscription)
         else:
-            arrived = self._waiting.done()
-            self._waiting.cancel()
-            self._link.spawn(self._leave(arrived), "leaving a queue")
+            self._link.spawn(self._leave(unwanted), "leaving a queue")
 
     async def ask(self, wait_s: float) -> Msg | None:
         """Ask for one message that is there within ``wait_s``; a status message or None when there is none."""
         if self._waiting.done():
             self._waiting = asyncio.get_running_loop().create_future()
         pull = {"batch": 1, "expires": nanoseconds(wait_s)} if wait_s > 0 else {"batch": 1, "no_wait": True}
+        self._unanswered += 1
         await self._link.publish(
             f"$JS.API.CONSUMER.MSG.NEXT.{self._queue_name}.{CONSUMER}", json.dumps(pull).encode(), self._subject
         )
@@ -173,16 +176,15 @@ class _Inbox:
             self._waiting.set_result(None)
 
     async def _heard(self, message: Msg) -> None:
+        self._unanswered -= 1
         if not self._waiting.done():
             self._waiting.set_result(message)
         elif _status(message) is None:
             await message.nak()
 
-    async def _leave(self, arrived: bool) -> None:
-        if arrived:
-            message = self._waiting.result()
-            if message is not None and _status(message) is None:
-                await message.nak()
+    async def _leave(self, unwanted: Msg | None) -> None:
+        if unwanted is not None and _status(unwanted) is None:
+            await unwanted.nak()
         await self._link.leave(self._subscription)
 
 

@@ -1,6 +1,6 @@
 """What leaves a prefill instance while its prompt is still being computed.
 
-``by_chunk``: after each pass the blocks that it filled, as they lie. ``by_layer`` (MemServe, sections 4 and 6): a copy
+``by_chunk``: after each pass the blocks that it filled, as they lie. ``by_layer`` (MemServe, figure 5): a copy
 of each layer while later ones are computed. One offer of a sequence is under way at a time; what is computed meanwhile
 goes with the next one, so that at most the keys and values of the prompts in the pool are kept a second time. An offer
 that is refused, or a preemption, ends sending ahead: then all goes at the end.

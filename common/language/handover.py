@@ -1,7 +1,7 @@
 """The giving end of a hand-over: it offers a parked sequence's blocks and keeps them until they are taken.
 
-MemServe, sections 4 and 6: with all layers at once after the prompt (by request, aggregated), or with what was not sent
-while the prompt was computed (``ahead``). What runs already is handed on between two steps, all of it at once.
+MemServe, section 4.3 and figure 5: with all layers at once after the prompt (by request, aggregated), or with what was
+not sent while the prompt was computed (``ahead``). What runs already is handed on between two steps, all of it at once.
 """
 
 import asyncio

@@ -25,7 +25,7 @@ from common.language.prefixes import SendingPrefixes
 from common.language.sendback import SendingBack
 from common.language.settings import LanguageSettings
 from common.language.speaker import Crowd, Speaker
-from common.language.stepper import Stepper
+from common.language.stepper import DRAINING, Stepper
 from common.language.stored import StoredPrefixes
 from common.language.takeover import Receiving
 from common.mempool.address import TOKEN_BYTES
@@ -167,7 +167,7 @@ class LanguageInstance:
             )
             self._ahead.stop()
             self.foretelling.close()
-            await self._tell_failed(self._sequences.all, "draining", f"{self._instance} is leaving")
+            await self._tell_failed(self._sequences.all, DRAINING, f"{self._instance} is leaving")
 
     def holds(self, request_id: str) -> bool:
         """Whether a sequence waits or runs here."""
@@ -210,7 +210,8 @@ class LanguageInstance:
         held.heavy = self.foretelling.is_heavy(held, handed.expected)
         try:
             await self.receiving.run(held, handed)
-        except Refusal:
+        except Exception:
+            # Refused, or nobody knows why: in no case does it go on here.
             self._remove(held)
             raise
         return Acknowledged()
@@ -235,6 +236,8 @@ class LanguageInstance:
 
     def _take_in(self, request: GenerateTokens, park: bool) -> tuple[Held, Request]:
         """Raises: Refusal."""
+        if self._stepper.ended:
+            raise Refusal(self._failure(request, DRAINING, f"{self._instance} is leaving"))
         if self._sequences.full:
             held_here = f"{self._instance} has {len(self._sequences)} sequences"
             raise Refusal(self._failure(request, "overloaded", held_here))

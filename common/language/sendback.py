@@ -1,4 +1,4 @@
-"""Step 5 of PD-Caching-3 (MemServe, section 5): the answer's keys and values go back to who prefilled the prompt.
+"""Step 5 of PD-Caching-3 (MemServe, figure 4): the answer's keys and values go back to who prefilled the prompt.
 
 Behind the answer, one sequence at a time: what cannot be sent now is left out, and costs the next turn nothing but some
 tokens more to prefill. While it waits its blocks may be evicted like any other's.

@@ -19,7 +19,7 @@ _DEMO_NAME = "triptych-demo-language"
 
 
 class TransferMode(StrEnum):
-    """When keys and values leave the prefill instance (MemServe, sections 4 and 6)."""
+    """When keys and values leave the prefill instance (MemServe, figure 5)."""
 
     BY_REQUEST = "by_request"
     BY_CHUNK = "by_chunk"
@@ -63,7 +63,7 @@ class LanguageSettings(ComputeSettings):
     ``transfer_s`` seconds is given up: its receiver computes the keys and values itself. ``transfer_mode`` says when
     they leave: ``by_request`` all at once after the prompt, ``by_chunk`` whole blocks after each pass, ``by_layer``
     each layer's while later ones are computed. ``kv_checksum`` compares the bytes at both ends. ``caching`` says what
-    is kept for later sequences (MemServe, section 5): in what is free of ``kv_bytes``, then in ``kv_dram_bytes`` of the
+    is kept for later sequences (MemServe, figure 4): in what is free of ``kv_bytes``, then in ``kv_dram_bytes`` of the
     host's memory, then in ``kv_disk_bytes`` of a file in ``kv_disk_folder``; and, by ``kv_store``, beginnings of
     ``kv_store_tokens`` tokens at least in the cache stores. ``length_prediction`` says when lengths of
     answers are predicted, ``victim_rule`` who leaves where there are too few blocks for all: who came last, or who is

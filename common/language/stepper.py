@@ -5,16 +5,21 @@ So the event loop stays free during a step, and nothing changes under the engine
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
+from common.bus.errors import Refusal
 from common.engine import Engine, Output
+from common.messages.failures import Failure, Stage
 from common.runtime.worker import ComputeThread
 
 log = structlog.get_logger()
 
 R = TypeVar("R")
+
+DRAINING = "draining"
+"""The code of what is refused, and of sequences that are given up, because the process leaves."""
 
 # A step that fails may be one sequence's fault. So many in a row are the process's, which then ends.
 _FAILED_STEPS = 3
@@ -40,7 +45,10 @@ class Stepper:
         self._work: list[Callable[[], object]] = []
         self._asked = asyncio.Event()
         self._attempts: list[Callable[[], bool]] = []
+        self._awaited: set[asyncio.Future[Any]] = set()
         self._failed = 0
+        self.ended = False
+        """Whether there will be no further step."""
         self.computed: Callable[[int, float], None] | None = None
         """Told how many tokens of prompts a step computed, and in how many seconds."""
 
@@ -55,8 +63,12 @@ class Stepper:
         self._asked.set()
 
     async def between(self, work: Callable[[], R]) -> R:
-        """Do ``work`` before the next step, and wait for what it returns or raises."""
-        result: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        """Do ``work`` before the next step, and wait for what it returns or raises.
+
+        Raises:
+            Refusal: there is no further step.
+        """
+        result: asyncio.Future[R] = self._result()
 
         def settle() -> None:
             # Done even if nobody waits any more: it may be what gives something back.
@@ -77,9 +89,12 @@ class Stepper:
 
         None: nothing had by ``deadline_s`` (the loop's time). There is no other way to end it: what came of an attempt
         must not get lost.
+
+        Raises:
+            Refusal: there is no further step.
         """
         loop = asyncio.get_running_loop()
-        result: asyncio.Future[R | None] = loop.create_future()
+        result: asyncio.Future[R | None] = self._result()
 
         def settle() -> bool:
             if (value := attempt()) is not None or loop.time() >= deadline_s:
@@ -94,8 +109,27 @@ class Stepper:
         finally:
             timer.cancel()
 
+    def _result(self) -> asyncio.Future[Any]:
+        """Of something that is waited for. Raises: Refusal: there is no further step."""
+        if self.ended:
+            raise _leaving()
+        result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._awaited.add(result)
+        result.add_done_callback(self._awaited.discard)
+        return result
+
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Work until cancelled. What is waited for then, and what is asked for later, is refused."""
+        try:
+            await self._run()
+        finally:
+            self.ended = True
+            for result in tuple(self._awaited):
+                result.set_exception(_leaving())
+                # Whoever asked may have been cancelled, and does not look at it.
+                result.exception()
+
+    async def _run(self) -> None:
         clock = asyncio.get_running_loop().time
         while True:
             if not self._engine.busy or self._engine.stalled:
@@ -123,3 +157,8 @@ class Stepper:
             tokens = sum(piece.count for piece in self._engine.computed if piece.count > 1)
             self.computed(tokens, asyncio.get_running_loop().time() - now_s)
         await self._absorb(outputs)
+
+
+def _leaving() -> Refusal:
+    failure = Failure(stage=Stage.DECODE, code=DRAINING, message="this instance is leaving", retryable=True)
+    return Refusal(failure)

@@ -1,4 +1,4 @@
-"""Who keeps keys and values for later: one setting, from no caching at all to MemServe's whole design (section 5)."""
+"""Who keeps keys and values for later: one setting, from no caching at all to MemServe's design (figure 4)."""
 
 from enum import StrEnum
 

@@ -1,4 +1,4 @@
-"""What a pool tells of its index, so that somebody elsewhere can know what it has (MemServe, section 10)."""
+"""What a pool tells of its index, so that somebody elsewhere can know what it has (ours, for MemServe's section 6)."""
 
 from dataclasses import dataclass
 from enum import Enum, auto

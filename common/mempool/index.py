@@ -1,6 +1,6 @@
 """The index of historical KV: a radix tree over whole blocks of packed tokens.
 
-MemServe, section 5: keys are token ids, granularity is the block, a value may point to any medium. Ours beyond that: a
+MemServe, section 4: keys are token ids, granularity is the block, a value may point to any medium. Ours beyond that: a
 node is in one medium, and nothing below it is in a warmer one, for what is evicted from a medium is always the end of
 what it has of a sequence. Nodes carry the time of their last use, by a clock that counts uses, so that the same calls
 always evict the same blocks. Who holds a block is the allocator's to know, not the tree's.

@@ -1,4 +1,4 @@
-"""MemPool: one instance's memory of keys and values, and what is in it (MemServe, sections 3 to 5).
+"""MemPool: one instance's memory of keys and values, and what is in it (MemServe, section 4).
 
 Blocks that a sequence computes with are its own (active KV) until ``insert`` gives them to the index as well, where
 other sequences find them (historical KV). Holding a block pins it: what nobody but the index holds is evicted when

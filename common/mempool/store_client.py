@@ -81,12 +81,13 @@ class StoreClient:
 
         Args:
             most_bytes: from one cache store.
+            deadline_s: until then they must have been fetched; a cache store keeps them little longer.
 
         Returns:
             Blocks [n, ...] to be fetched once, or let go, and their checksums; each goes on from the key where the last
             one ended.
         """
-        request = FindTensors(keys=tuple(keys), most_bytes=most_bytes, leading=True)
+        request = FindTensors(keys=tuple(keys), most_bytes=most_bytes, leading=True, wait_s=deadline_s)
         parts = (await self._bus.request(FIND_TENSORS, request, deadline_s=deadline_s)).parts
         found = []
         place = 0

@@ -1,6 +1,6 @@
 """The memory that a pool's blocks lie in: one tier for each medium, each with its own books.
 
-MemServe, section 3 has HBM and DRAM; the disk is ours. A tier is a tensor of blocks, wherever that lies: a disk's is a
+MemServe has HBM and DRAM; the disk is ours. A tier is a tensor of blocks, wherever that lies: a disk's is a
 file mapped into memory, which is nobody's once the process has ended.
 """
 

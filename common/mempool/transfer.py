@@ -1,4 +1,4 @@
-"""Moving blocks to another instance's pool: ``transfer`` and ``transfer_with_insert`` (MemServe, sections 3.3 and 6).
+"""Moving blocks to another instance's pool: ``transfer`` and ``transfer_with_insert`` (MemServe, section 4.3).
 
 The receiver allocates, fetches the bytes from where they lie, and only then, if asked to, inserts: nobody finds what is
 half written. Whatever goes wrong, by a deadline both ends have let go of the blocks, so that a peer that died costs no

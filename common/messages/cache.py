@@ -103,12 +103,14 @@ class FindTensors(Message):
     """The tensors kept under ``keys``, each part exported for one fetch. All of one call are of one shape and dtype.
 
     ``most_bytes``: of one part; what does not fit is not looked for. ``leading``: only what comes before the first that
-    is not found is of use.
+    is not found is of use. ``wait_s``: for so long from now on the asker waits, the fetches included; None: it does not
+    say.
     """
 
     keys: tuple[str, ...] = Field(max_length=MAX_BATCH)
     most_bytes: int = Field(ge=0)
     leading: bool = False
+    wait_s: float | None = Field(default=None, ge=0)
 
 
 class TensorsPart(Message):

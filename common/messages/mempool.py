@@ -1,4 +1,4 @@
-"""What language instances say to one another about the keys and values that they keep (MemServe, sections 4 and 6)."""
+"""What language instances say to one another about the keys and values that they keep (MemServe, section 4)."""
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ class PrefixMatched(Message):
 class SendPrefix(Message):
     """Send to ``to`` what it lacks of these packed ``tokens`` and you have; answered when it has that.
 
-    How a prompt's instance pulls what another has (MemServe, section 8).
+    How a prompt's instance pulls what another has (MemServe, section 5.3).
     """
 
     tokens: bytes

@@ -184,7 +184,7 @@ def checkpoint_key(job_id: str) -> str:
 
 
 class Lease(Message):
-    """The right of ``members`` to denoise one job together, until revoked, changed or done (DDiT, section 3).
+    """The right of ``members`` to denoise one job together, until revoked, changed or done (DDiT's grant).
 
     ``epoch`` grows with every lease that any scheduler grants; a worker refuses any older than it has seen.
     ``members`` are DiT instances in rank order, each on the slot at its place in ``slots``; ``leader``, the first, is

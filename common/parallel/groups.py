@@ -1,4 +1,4 @@
-"""The keeper of a process's groups: made on demand, kept, reused, dropped when a member dies (DDiT, section 6).
+"""The keeper of a process's groups: made on demand, kept, reused, dropped when a member dies (for DDiT).
 
 What is kept may differ from process to process: each drops by its own count and by what it heard of. Where one has
 dropped a group that the others still hold, they notice when they enter it, and all form it anew. That costs the price

@@ -66,7 +66,8 @@ class CachedPrefix:
     """What of a waiting sequence somebody else has computed.
 
     Attributes:
-        tokens: its first so many are in blocks that it may share; whole blocks, and not all it has.
+        tokens: its first so many are in blocks that it may share; whole blocks, and not all it has. Of one that is
+            brought back from elsewhere they need not be whole: the last one comes as a new block.
         held_blocks: how many of those others hold too, so that sharing them takes none of the free ones.
         awaited: much of the rest is just being computed by another sequence: it waits for that.
     """

@@ -179,8 +179,11 @@ class ChatDispatch:
         if (pull := routed.chosen.pull) is None:
             return
         free_links(self._sites.get(pull.source), self._sites.get(routed.prefill), routed.link_until_s, now_s)
-        if tokens:
-            self.rule.pulls.saw(self.rule.costs.send_s(tokens), now_s - routed.link_from_s, now_s)
+        fitted_s = self.rule.costs.send_s(tokens or pull.to_token - pull.from_token)
+        took_s = now_s - routed.link_from_s
+        # What was refused at once says nothing of the link; what has not come in time says more than what has.
+        if tokens or took_s > fitted_s:
+            self.rule.pulls.saw(fitted_s, took_s, now_s)
 
     def _prefilled(self, request_id: str, routed: _Routed, now_s: float) -> None:
         if (site := self._sites.get(routed.decode)) is not None:

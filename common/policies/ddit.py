@@ -1,9 +1,9 @@
 """DDiT's greedy allocation: GPUs are given out one denoising step at a time.
 
-Source: DDiT (arXiv 2506.13497), section 5 of our brief, with its gaps filled as marked there: a newcomer starts on the
-largest power of two of free GPUs of one server, up to its optimal degree B; a video below B is *hungry* and gets freed
-GPUs of its server in descending order of its starvation time; nothing is taken from a running video; B is a hard cap.
-The two ablations of section 8 and the order of hungry and waiting videos are subclasses here.
+Source: DDiT (arXiv 2506.13497), the greedy algorithm for requests as they arrive: a video gets what is free, up to its
+optimal degree B; one below B is *hungry* and gets freed GPUs in descending order of its starvation time; nothing is
+taken from a running video; B is a hard cap. The gaps are filled by us: a degree is a power of two, a group lies in one
+server, hungry videos come before waiting ones. The paper's two ablations and the other order are subclasses here.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from common.policies.state import Job, Phase
 
 
 def starvation_time(rib: Rib, job: Job, optimal: int) -> float:
-    """Seconds the job has lost for lack of GPUs since its lease last changed (section 4).
+    """Seconds the job has lost for lack of GPUs since its lease last changed.
 
     Restarts at zero with every grant, as the formula is printed. ``optimal`` is the degree it should have.
     """
@@ -31,7 +31,7 @@ class Ddit(Policy):
     name = "ddit"
     # Whether running videos get more GPUs (DoP promotion).
     promotes: ClassVar[bool] = True
-    # Whether waiting videos come before hungry ones (brief, section 8.3).
+    # Whether waiting videos come before hungry ones. Which of the two the paper does is not known.
     waiting_first: ClassVar[bool] = False
 
     def __init__(self, first_epoch: int = 1, rib: Rib | None = None, placement: Placement | None = None) -> None:
@@ -142,14 +142,14 @@ class DditNoDecoupling(Ddit):
 
 
 class DditWaitingFirst(Ddit):
-    """The other order: waiting videos before hungry ones (brief, section 8.3)."""
+    """The other order: waiting videos before hungry ones."""
 
     name = "ddit-waiting-first"
     waiting_first: ClassVar[bool] = True
 
 
 class DynamicPartition(Ddit):
-    """DP (section 7.3): like DDiT, but the degree is fixed at the start and the group is held through the decoding."""
+    """The paper's DP: like DDiT, but the degree is fixed at the start and the group is held through the decoding."""
 
     name = "dp"
     promotes: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 A sequence needs blocks for the tokens it has, and one more for every so many that it generates. Whoever is let in too
 early is thrown out later, and what was computed for it is computed again. How many tokens a sequence will come to have
-is a prediction; the arithmetic is the brief's reading (section 8), the paper gives none.
+is a prediction; the paper gives the rules in words, the arithmetic is ours.
 
     greedy            let in while there is room for the tokens it has (vLLM's rule)
     reserve_static    while there is room now for all tokens it is predicted to come to have

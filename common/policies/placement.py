@@ -1,7 +1,7 @@
 """Which slots are free, server by server, and which of them make a good group.
 
 Groups are aligned blocks of a power of two of a server's slots, as in a buddy allocator: few different member sets then
-occur, so that their communication groups can be kept ready (DDiT, section 6 of our brief; how the authors did it is not
+occur, so that their communication groups can be kept ready (as DDiT needs; how its authors did it is not
 known). A group never spans servers. What cannot be had aligned is taken from any free slots of one server.
 
 A server's free slots are the bits of one integer, so that every question below is a handful of shifts; servers are kept

@@ -72,7 +72,7 @@ class Policy(ABC):
     """
 
     name: str
-    # Whether all GPUs but the master are free while it decodes (DDiT's inter-phase decoupling, section 6).
+    # Whether all GPUs but the master are free while it decodes (DDiT's inter-phase decoupling).
     decoupled: ClassVar[bool] = True
     # Whether a prompt is also encoded out of turn, if its video would be the next to start.
     encodes_next: ClassVar[bool] = False
@@ -140,7 +140,7 @@ class Policy(ABC):
         return decisions
 
     def decode(self) -> list[Decision]:
-        """Send finished latents to VAE workers: on the master's slot, all others being free again (DDiT, section 6).
+        """Send finished latents to VAE workers: on the master's slot, all others being free again (DDiT).
 
         A master whose slot has no VAE worker goes on to other videos; its latent waits for a slot that has one. Where
         phases are not decoupled, the rest of the group stays held.
@@ -163,7 +163,7 @@ class Policy(ABC):
         return {job.job_id: place for place, job in enumerate(order, 1)}
 
     def best_degree(self, job: Job) -> int:
-        """B of the job's kind (DDiT, section 4), or as much of it as a server has slots for, at least 1."""
+        """B of the job's kind (DDiT's optimal degree), or as much of it as a server has slots for, at least 1."""
         best = self._best_degrees.get(job.kind)
         if best is None:
             most = max(1, power_of_two_within(self.state.placement.largest_server))
@@ -258,7 +258,7 @@ class Policy(ABC):
         return decisions
 
     def _go_on_without(self, job: Job, lost: str, now_s: float) -> list[Decision]:
-        """Those left of a group have the latent of the last step (brief, section 6): only the step under way is lost.
+        """Those left of a group each have the whole latent of the last step: only the step under way is lost.
 
         The largest power of two of them goes on. It is led by the old master if that is one of them, else by one that
         has the latent already; they go on too if they were to be parked. Nothing if nobody has the latent.

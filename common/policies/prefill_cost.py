@@ -128,7 +128,7 @@ class LinkCost:
 
 _HIDDEN, _INNER = 5120, 13_824
 
-# Llama2-13B on two H800, fitted to figure 14a, which ends at 4,000 tokens (brief, section 9): 5 % from it on average.
+# Llama2-13B on two H800, fitted to MemServe's figure 14a, which ends at 4,000 tokens: 5 % from it on average.
 LLAMA2_13B = OperatorCost(
     layers=40,
     products=((_HIDDEN, 3 * _HIDDEN), (_HIDDEN, _HIDDEN), (_HIDDEN, 2 * _INNER), (_INNER, _HIDDEN)),
@@ -142,7 +142,7 @@ LLAMA2_13B = OperatorCost(
     parallelism=2,
     floor_s=0.017,
 )
-# The same for prompts of any length: attention as in the brief's section 15, 0.046 ms by square of a thousand tokens.
+# The same for prompts of any length: attention by a parabola through that figure, 0.046 ms by (1,000 tokens) squared.
 # Beyond its measured range the fit above would take attention for several times what the card computes.
 LLAMA2_13B_LONG = replace(LLAMA2_13B, attention_pair_s=0.092e-9, cached_pair_s=0.092e-9, token_s=0.3e-6)
 # Time per output token of figure 8: 11 ms alone. What a batch adds goes by the tokens that it looks back at: by the law

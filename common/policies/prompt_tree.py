@@ -133,7 +133,7 @@ class PromptTree:
         self._unused.append(place)
 
     def expire(self) -> None:
-        """Forget whatever was not inserted again since the last call, of all instances (MemServe, section 10: TTL)."""
+        """Forget whatever was not inserted again since the last call, of all instances (MemServe's TTL)."""
         left = [(self._root, child, 0) for child in self._root.children.values()]
         while left:
             above, one, place = left.pop()

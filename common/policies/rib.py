@@ -1,6 +1,6 @@
 """DDiT's RIB: what the offline profile knows of every kind of video, and the optimal degree of parallelism from it.
 
-Source: DDiT (arXiv 2506.13497), section 2.6 (derived times), 3 (the store) and 4 (the rule) of our brief.
+Source: DDiT (arXiv 2506.13497), the offline profiler's store and the rule for the optimal degree.
 Departures: the store keeps step times by degree and not only the optimum, because the starvation time needs them;
 gains too small to be told from noise count as none; a kind that was not profiled is scaled from the nearest one.
 """
@@ -125,7 +125,7 @@ class Rib:
             raise UnknownDegree(f"{degree} is not among the profiled degrees {self.degrees}") from None
 
     def decode_s(self, kind: VideoKind) -> float:
-        """Seconds of decoding, on any number of GPUs (the VAE does not scale: brief, section 2.3)."""
+        """Seconds of decoding, on any number of GPUs (the VAE does not scale: DDiT, figure 5)."""
         return self.profile(kind).decode_s
 
     def encode_s(self, kind: VideoKind) -> float:
@@ -133,7 +133,7 @@ class Rib:
         return self.profile(kind).encode_s
 
     def optimal_degree(self, kind: VideoKind) -> int:
-        """B of the brief's section 4: beyond it, more GPUs do not pay off."""
+        """DDiT's B: beyond it, more GPUs do not pay off."""
         optimal = self._optimal.get(kind)
         if optimal is None:
             optimal = optimal_degree(self.profile(kind).step_s, self.rule, self.threshold)
@@ -183,10 +183,11 @@ class Rib:
 
 
 def paper_rib(base_240p_s: float = 0.25) -> Rib:
-    """The paper's three resolutions at 51 frames, up to 8 GPUs (brief, section 2.6).
+    """The paper's three resolutions at 51 frames, up to 8 GPUs.
 
-    Relative step times follow from the reported gains; absolute ones are known for 360p alone, with the text encoder
-    counted into the steps. ``base_240p_s`` is the 240p step on one GPU, between 0.15 and 0.27 s.
+    Relative step times follow from the gains by doubling that are reported of its figures 5 and 8; absolute ones are
+    known for 360p alone, with the text encoder counted into the steps. ``base_240p_s`` is the 240p step on one GPU,
+    between 0.15 and 0.27 s.
     """
     table = (
         (VideoKind(256, 144, 51), 0.10, (1.0, 1.00, 1.07, 1.09), 0.14),
@@ -202,7 +203,7 @@ def paper_rib(base_240p_s: float = 0.25) -> Rib:
 
 
 def doubling_gains(step_s: Mapping[int, float]) -> dict[int, float]:
-    """z of the brief's section 2.4 by degree: the share of the step time that doubling up to it saves.
+    """DDiT's z by degree: the share of the step time that doubling up to it saves.
 
     Less than 3 % either way is noise and counts as 0.
     """

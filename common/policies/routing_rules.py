@@ -12,7 +12,7 @@ from common.policies.sites import InstanceKind, Site
 
 _MAX_CONVERSATIONS = 100_000
 # Among decode instances the longest match wins as long as it has at most so many tokens more to look back at than the
-# least loaded one, as a share of its memory (brief, section 8.6: no value is published).
+# least loaded one, as a share of its memory (ours: the paper does not say how they are chosen).
 _DECODE_LOAD_GAP = 0.25
 
 

@@ -1,4 +1,4 @@
-"""GPUs cut into groups in advance: the baselines SDoP, SPCI and DPCI of the DDiT paper (section 7.3 of our brief).
+"""GPUs cut into groups in advance: the baselines SDoP, SPCI and DPCI of the DDiT paper.
 
 * SDoP (static DoP): all groups have one size, and every video runs on one of them.
 * SPCI (static partition and cluster isolation): the GPUs are split among the resolutions beforehand; no borrowing.

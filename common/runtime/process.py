@@ -1,7 +1,9 @@
 """The life of a service process: settings, logs, an event loop, signals that ask for a drain."""
 
 import asyncio
+import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -11,6 +13,7 @@ import structlog
 import uvloop
 
 from common.runtime.settings import ServiceSettings, SettingsError, load_settings
+from common.runtime.variables import settings_variables, stack_variables, unknown_variables
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
 
@@ -29,6 +32,7 @@ def run_service(kind: type[Settings], serve: Callable[[Settings, asyncio.Event],
     try:
         settings = load_settings(kind)
         configure_logging(settings.log_level)
+        _warn_of_unknown_variables(kind)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_until_done(serve, settings))
     except (SettingsError, CannotServe) as error:
@@ -51,6 +55,15 @@ def configure_logging(level: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+def _warn_of_unknown_variables(kind: type[ServiceSettings]) -> None:
+    # An installation without the compose file cannot tell what other services' variables are.
+    with contextlib.suppress(OSError):
+        known = stack_variables() | settings_variables(kind)
+        for name, nearest in unknown_variables(os.environ, known).items():
+            hint = {} if nearest is None else {"nearest": nearest}
+            structlog.get_logger().warning("variable has no effect: no setting has this name", variable=name, **hint)
 
 
 async def _until_done(serve: Callable[[Settings, asyncio.Event], Awaitable[None]], settings: Settings) -> None:

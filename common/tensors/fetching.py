@@ -110,10 +110,9 @@ class Fetching:
 
     async def _settle(self, fetch: Fetch) -> None:
         """Hold the caller's memory until UCX has let go of it: wait a little, then cut the connection."""
-        async with asyncio.timeout(4 * _SETTLE_S):
-            if not await fetch.wait_idle(_SETTLE_S) and fetch.peer is not None:
-                self._engine.break_off(fetch.peer)
-                await fetch.wait_idle(_SETTLE_S)
+        if not await fetch.wait_idle(_SETTLE_S) and fetch.peer is not None:
+            self._engine.break_off(fetch.peer)
+            await fetch.wait_idle(_SETTLE_S)
 
     # What comes in
 

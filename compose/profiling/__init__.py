@@ -1,4 +1,4 @@
-"""``triptych profile``: DDiT's offline profiler (section 3 of our brief), which fills the RIB that the scheduler reads.
+"""``triptych profile``: DDiT's offline profiler, which fills the RIB that the scheduler reads.
 
 ``command`` carries it out: it makes a ``plan``, starts a ``crew`` of processes, one for each slot, each of which
 measures as a ``member``, and writes and prints what came of it (``table``). Beside it stands how fast a language model

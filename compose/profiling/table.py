@@ -6,7 +6,7 @@ from common.policies.rib import Rib, VideoKind, doubling_gains
 
 
 def table(rib: Rib, tokens: Mapping[VideoKind, int]) -> str:
-    """Lines of equal columns. z of section 2.4 of the brief stands behind each step time from degree 2 on."""
+    """Lines of equal columns. DDiT's z (``doubling_gains``) stands behind each step time from degree 2 on."""
     head = ["size", "frames", "tokens", *(f"step at {degree}" for degree in rib.degrees), "optimal", "VAE"]
     rows = [head]
     for kind, profile in rib.profiles.items():

@@ -30,7 +30,7 @@ class Burst:
     def resource_s(self) -> float:
         """What the paper calls resource usage time: how long each instance is needed, from the burst's beginning.
 
-        In its figures that is the last first token and the last token of all (brief, section 10.2).
+        By its figures 11 to 15 that is the last first token and the last token of all.
         """
         return sum(use.last_s for use in self.uses.values())
 

@@ -2,8 +2,8 @@
 
 All but one have two instances of one thread each, so that the hardware is equal, and so is an instance: what prefills
 or decodes alone in one system does both in another. The paper gave its own system twice the cards of its baseline
-(section 5). That comparison is against ``coupled-16``, which also batches as that baseline's curves show it to (brief,
-section 10.1): 16 slots, given out again one by one. Names that the simulator has too mean the same there.
+(section 5). That comparison is against ``coupled-16``, which also batches as that baseline's curves show it to
+(figures 12 to 14): 16 slots, given out again one by one. Names that the simulator has too mean the same there.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from loadgen.bench.phases_workload import Scale
 
 FIXED, CONTINUOUS = "coupled-fixed", "coupled"
-SLOTS = 16  # of the paper's baseline (brief, section 10.1)
+SLOTS = 16  # of the paper's baseline (section 5.2.1)
 SORTED = 16  # prompts at a time, PrefillSchedBatch (section 5.1)
 
 

@@ -1,4 +1,4 @@
-"""The paper's figures (brief, section 8.2) and the runs that stand beside them, with what makes them differ.
+"""DDiT's published figures (arXiv 2506.13497) and the runs that stand beside them, with what makes them differ.
 
 The paper's body could not be read: the figures other than the two headline ones come from third parties' accounts.
 """
@@ -55,8 +55,8 @@ _SATURATED = (
 )
 _BURST = (
     "The paper's burst trace is not known. Ours is the hardest there is, everything at once: then one GPU a video "
-    "wastes nothing, every wider group costs GPU-seconds, and hungry videos come before waiting ones. The brief "
-    "foresees it (8.3)."
+    "wastes nothing, every wider group costs GPU-seconds, and hungry videos come before waiting ones. An "
+    "independent simulation of the same system shows it too."
 )
 _GENTLE = "A gentler burst on a base load: a quarter of every four minutes at saturation, the rest at a fifth of it."
 _WAVE = (

@@ -8,6 +8,7 @@ from loadgen.report import tetriinfer_words as words
 from loadgen.report.charts import Line, bar_chart, cdf_chart, policy_class
 from loadgen.report.style import SCRIPT, STYLE, policy_colours
 from loadgen.report.tetriinfer_paper import CLASSES, DISPATCH, PREFILL, RESERVE
+from loadgen.simulator.language.points import SWAPPING
 from loadgen.simulator.language.verdicts import (
     BASELINE,
     Place,
@@ -172,11 +173,12 @@ def _reserve(found: Mapping[Place, By]) -> str:
     by_policy = found.get(("reserve", "ShareGPT", None), {})
     if "greedy" not in by_policy:
         return ""
-    greedy = mean(by_policy["greedy"], "jct_s")
     rows = []
     for name, runs in by_policy.items():
         own = mean(runs, "jct_s")
-        paper = RESERVE.get(name)
+        rule, swapping, _ = name.partition(SWAPPING)
+        greedy = mean(by_policy.get("greedy" + swapping, runs), "jct_s")
+        paper = RESERVE.get(rule)
         published = f"{paper:.1f} ({100 * (paper / RESERVE['greedy'] - 1):+.1f} %)" if paper is not None else ""
         rows.append(
             f'<tr><td>{name}</td><td class="number">{published}</td>'

@@ -1,4 +1,4 @@
-"""TetriInfer's published figures that the simulation stands beside (brief, sections 5 to 10), and what differs why."""
+"""TetriInfer's published figures (arXiv 2401.11181, section 5) beside the simulation's, and what differs why."""
 
 from dataclasses import dataclass
 

@@ -30,7 +30,7 @@ SLOTS = (
     "video; the master's decoding follows its steps on the same slot."
 )
 COST = (
-    "The bound is the paper's dynamic programme (section 7.2): every class has a block of GPUs and one degree "
+    "The bound is the paper's dynamic programme (algorithm 1): every class has a block of GPUs and one degree "
     "of its own, the mix being known. For a burst it counts GPU-seconds; a policy is charged what its videos "
     "held or, as a bill would be, all GPUs until the last video is done. For Poisson arrivals the bound is "
     "the sum of block size times mean latency by M/D/c (only the waiting halved; with the whole halved, as "

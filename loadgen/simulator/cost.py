@@ -11,7 +11,7 @@ from loadgen.arrivals import generator
 
 @dataclass(frozen=True, slots=True)
 class Overheads:
-    """Seconds added where a lease changes. The defaults are the paper's figures: "below 1 ms" each (section 6)."""
+    """Seconds added where a lease changes. The defaults are the paper's figures: "below 1 ms" each."""
 
     regroup_s: float = 0.001  # forming a group of two or more, at a start and at every change
     broadcast_s: float = 0.001  # latent and embeddings to those who join a running group
@@ -53,5 +53,5 @@ class CostModel:
         return self.rib.step_s(kind, degree)
 
     def request_s(self, kind: VideoKind, steps: int, degree: int) -> float:
-        """Denoising at one degree and decoding, without any waiting: the "execution time" of section 7.2."""
+        """Denoising at one degree and decoding, without any waiting: the "execution time" of DDiT's algorithm 1."""
         return steps * self.step_s(kind, degree) + self.rib.decode_s(kind)

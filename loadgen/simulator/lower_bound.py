@@ -1,4 +1,4 @@
-"""The paper's offline lower bound (DDiT, section 7.2): the cheapest fixed partition of the GPUs, the mix being known.
+"""The paper's offline lower bound (DDiT, algorithm 1): the cheapest fixed partition of the GPUs, the mix being known.
 
 A dynamic programme gives every class of requests one contiguous block of GPUs and one degree of parallelism, so that
 the summed occupied time of all GPUs is least. Departure: the reported online formula for several groups halves the
@@ -51,7 +51,7 @@ def groups(first: int, gpus: int, degree: int, server_size: int) -> int:
 
 
 def lower_bound(gpus: int, classes: int, degrees: Sequence[int], server_size: int, occupied: OccupiedTime) -> Bound:
-    """The programme of section 7.2. GPUs in front of the first block may stay unused, as in the paper's dp[i][0] = 0.
+    """Algorithm 1. GPUs in front of the first block may stay unused, as in the paper's dp[i][0] = 0.
 
     Raises:
         ValueError: no partition serves every class (too few GPUs, or a load that no partition carries).

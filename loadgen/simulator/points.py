@@ -1,4 +1,4 @@
-"""The points of ``loadgen sim --experiment ddit``: section 8 of the brief, on 8 and on 64 GPUs."""
+"""The points of ``loadgen sim --experiment ddit``: DDiT's evaluation, on 8 and on 64 GPUs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -37,6 +37,8 @@ log = structlog.get_logger()
 # At the rate of a slow disk and a busy link.
 FETCH_DEADLINE_S = 10.0
 MAX_BATCHES_IN_FLIGHT = 2
+# So much longer than its asker waits is kept what was found, for requests and fetches that are on their way.
+GRACE_S = 1.0
 ONLY_VERSION = 0
 
 
@@ -128,7 +130,9 @@ class Batches(StoreDesk):
             return TensorsFound()
         self._used(request.keys)
         together = await asyncio.to_thread(torch.stack, tensors)
-        ref = self._tensors.export(together, uses=1, lease_s=self._found_lease_s)
+        # An asker that has given up does not say so.
+        wait_s = self._found_lease_s if request.wait_s is None else request.wait_s + GRACE_S
+        ref = self._tensors.export(together, uses=1, lease_s=min(wait_s, self._found_lease_s))
         return TensorsFound(parts=(TensorsPart(places=tuple(places), tensor=ref, checksums=tuple(checksums)),))
 
     def _used(self, keys: Sequence[str]) -> None:

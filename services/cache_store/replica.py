@@ -68,7 +68,6 @@ class Replica:
                 await self._tell_changes()
                 if self._differs:
                     await self._compare()
-                self._recovered()
                 await self._wake.wait()
             except (BusError, TensorError) as error:
                 self._failed(error)
@@ -138,6 +137,8 @@ class Replica:
             await self._bus.request(ASK_DIGESTS, AskDigests(), self.instance, deadline_s=COMPARE_DEADLINE_S)
         ).digests
         ours = self._store.catalogue.digests
+        # Of what changes from here on, no digest tells.
+        self._recovered()
         differing = [number for number, digest in enumerate(ours) if digest != theirs[number]]
         before = self.copied
         for number in differing:

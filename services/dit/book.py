@@ -111,7 +111,7 @@ class LeaseBook:
         return lease if lease is not None and lease.job_id == job_id else None
 
     def at_boundary(self, lease: Lease) -> Verdict:
-        """What comes after the step that ``lease``'s leader has just finished (DDiT, section 6). Waits for nobody."""
+        """What comes after the step that ``lease``'s leader has just finished (DDiT). Waits for nobody."""
         if self.void(lease):
             return Stop()
         job_id, epoch = self._parking

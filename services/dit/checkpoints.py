@@ -27,6 +27,8 @@ log = structlog.get_logger()
 
 # A store that was killed while asked never answers, and until it is given up no newer latent is kept: so not for long.
 STORE_DEADLINE_S = 1.0
+# What a parked job has come to is asked to be kept for so long, as nothing else keeps it.
+KEEP_WITHIN_S = 10.0
 # After so long, or five times what the last store took, it is asked once more: another one, if that one has died.
 FIRST_STORE_DEADLINE_S = 0.05
 # So many cache stores have a checkpoint that is said to be stored, or all that are in reach.
@@ -138,13 +140,20 @@ class CheckpointWriter:
             self.idle.set()
 
     async def keep(self, snapshot: Snapshot) -> None:
-        """Store it now; returns once it lies there.
+        """Store it now; returns once it lies there. Nothing newer comes, so one that is slow is waited for.
 
         Raises:
-            BusError: the cache store is away, slow or full.
+            BusError: the cache store is away, full, or slow for longer than that.
         """
         self._waiting.pop(snapshot.job_id, None)
-        await self._ask(snapshot)
+        ends_s = time.monotonic() + KEEP_WITHIN_S
+        while True:
+            try:
+                await self._ask(snapshot)
+                return
+            except (BusUnavailable, DeadlineExceeded):
+                if time.monotonic() >= ends_s:
+                    raise
 
     async def _store(self, snapshot: Snapshot) -> None:
         started_s = time.monotonic()

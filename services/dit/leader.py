@@ -1,7 +1,7 @@
 """Leading a job: step after step, alone or with a group, reporting each one and waiting for nobody.
 
 Between two steps the leader looks what it has heard meanwhile (`LeaseBook.at_boundary`), tells its group, and goes on
-(DDiT, sections 3 and 6: the engine controller).
+(DDiT's engine controller).
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """The DiT process: one slot, at most one job at a time, alone or with others, one denoising step after the other.
 
 Nothing in the step loop waits for the scheduler: steps are reported, not acknowledged, and a lease that was changed,
-revoked or overtaken is noticed between two steps (DDiT, section 6: changes take effect at the next step boundary). Nor
+revoked or overtaken is noticed between two steps (DDiT: changes take effect at the next step boundary). Nor
 does it wait for the cache store, to which the latent goes every few steps.
 """
 
@@ -99,7 +99,7 @@ class DitWorker:
         return None
 
     async def _left_over(self, led: bool, broken: GroupBroken) -> Rest | None:
-        """A group fell apart. Those left of it have the latent of the last whole step (DDiT, section 6)."""
+        """A group fell apart. Those left of it have the latent of the last whole step."""
         rest = self._rest(owed=led, broken=True)
         lease = rest.lease
         log.warning("group broken", job=lease.job_id, epoch=lease.epoch, reason=broken.reason)

@@ -75,7 +75,7 @@ class Checkpoints:
     async def _find_once_there(self, request: FindTensor) -> TensorFound:
         while True:
             try:
-                return await self._find(request)
+                return await self._find(request, FIND_DEADLINE_S)
             except BusUnavailable:
                 log.info("no broker, asking for the checkpoint again", key=request.key)
             except (NobodyThere, DeadlineExceeded):
@@ -83,5 +83,5 @@ class Checkpoints:
                     raise
             await asyncio.sleep(_RETRY_S)
 
-    async def _find(self, request: FindTensor, deadline_s: float = FIND_DEADLINE_S) -> TensorFound:
+    async def _find(self, request: FindTensor, deadline_s: float) -> TensorFound:
         return await self._bus.request(FIND_TENSOR, request, deadline_s=deadline_s)

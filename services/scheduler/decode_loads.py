@@ -74,7 +74,9 @@ class DecodeLoadMonitor:
     async def _tell_always(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stirred.wait(), PERIOD_S)
+                # ``wait_for`` forgets, before Python 3.12, a cancellation that comes together with the event.
+                async with asyncio.timeout(PERIOD_S):
+                    await self._stirred.wait()
             self._stirred.clear()
             broadcasts, self._broadcasts = self._broadcasts, []
             for broadcast in broadcasts or self._monitor.handle(PeriodPassed(), self._clock()):

@@ -54,7 +54,12 @@ class Flips:
         clock = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(_PERIOD_S)
-            for flip in policy.handle(self._chats.loads(self._flipping), clock()):
+            loads = self._chats.loads(self._flipping)
+            if self._under_way is not None and self._flipping and not any(load.flipping for load in loads):
+                # It leaves, or is gone, and may never answer; another one is thought of when this one is forgotten.
+                self._under_way.cancel()
+                continue
+            for flip in policy.handle(loads, clock()):
                 self._flipping = flip.instance
                 self._under_way = tasks.create_task(self._carry_out(flip), name=f"flip {flip.instance}")
 

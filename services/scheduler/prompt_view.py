@@ -124,11 +124,13 @@ class PromptView:
         del self._repairs[instance]
 
     async def _ask(self, instance: str) -> IndexSnapshot:
-        sequences: list[bytes] = []
-        first = told = await self._part(instance, 0)
-        sequences += told.sequences
-        while told.part + 1 < first.parts:
-            told = await self._part(instance, told.part + 1)
+        first = await self._part(instance, 0)
+        sequences = list(first.sequences)
+        for part in range(1, first.parts):
+            told = await self._part(instance, part)
+            if (told.incarnation, told.number, told.part) != (first.incarnation, first.number, part):
+                # Somebody else has asked, or it has begun anew: what fits is taken when it is asked again.
+                break
             sequences += told.sequences
         after = Holding(first.blocks, first.digest)
         return IndexSnapshot(instance, first.incarnation, first.number, tuple(sequences), after)

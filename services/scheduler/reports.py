@@ -114,7 +114,8 @@ class WorkerReports:
     async def _decoding_finished(self, report: DecodingFinished) -> Acknowledged:
         job = self._jobs.get(report.job_id)
         known = self._state.jobs.get(report.job_id)
-        if job is not None and known is not None:
+        # Of a worker that was given up, nothing counts.
+        if job is not None and known is not None and known.epoch == report.epoch:
             job.files[report.epoch] = report.file
             job.spans.append(
                 TimelineSpan(

@@ -136,7 +136,8 @@ class Workers:
         None if it is not ``above`` so many steps. Of several as far as each other, that of ``leader``, the next one.
         """
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._all_heard.wait(), HEARD_DEADLINE_S)
+            async with asyncio.timeout(HEARD_DEADLINE_S):
+                await self._all_heard.wait()
         at_hand = self._at_hand.pop(job_id, set())
         found = await asyncio.gather(*(self._find_latent(instance, FindLatent(job_id=job_id)) for instance in at_hand))
         kept = sorted(

@@ -97,7 +97,7 @@ class Stack:
     # --- the scheduler's part ---
 
     async def take(self) -> str:
-        taken = await self.bus.take(VIDEO_JOBS, deadline_s=10.0)
+        taken = await self.bus.take(VIDEO_JOBS, deadline_s=60.0)
         assert taken is not None
         await taken.ack()
         return taken.job_id
@@ -166,9 +166,10 @@ async def stack(
 ) -> AsyncIterator[Stack]:
     """A gateway with these services announced, ready to take videos if all are."""
     async with contextlib.AsyncExitStack() as opened:
-        own = await opened.enter_async_context(await NatsBus.connect(broker.url, name="test"))
-        bus = await opened.enter_async_context(await NatsBus.connect(broker.url, name="gateway-0"))
-        own_settings = GatewaySettings(port=0, **settings)
+        own = await opened.enter_async_context(await NatsBus.connect(broker.url, name="test", deadline_s=60.0))
+        bus = await opened.enter_async_context(await NatsBus.connect(broker.url, name="gateway-0", deadline_s=60.0))
+        # Whoever leaves here says so: nobody's silence means anything, where this machine stands still for a while.
+        own_settings = GatewaySettings(port=0, **{"member_timeout_s": 60.0, "bus_deadline_s": 60.0} | settings)
         listener = opened.enter_context(bind(own_settings))
         gateway = await opened.enter_async_context(running_gateway(bus, own_settings, listener))
         http = await opened.enter_async_context(aiohttp.ClientSession(gateway.url))
@@ -180,7 +181,7 @@ async def stack(
         yield running
 
 
-async def until(condition: Callable[[], Awaitable[bool]], deadline_s: float = 20.0) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], deadline_s: float = 60.0) -> None:
     """Wait for something that comes about by messages."""
     async with asyncio.timeout(deadline_s):
         while not await condition():  # noqa: ASYNC110 - the condition is another process's
@@ -204,7 +205,7 @@ class ThreadedStack:
         async def awaited() -> T:
             return await work
 
-        return asyncio.run_coroutine_threadsafe(awaited(), self._loop).result(60.0)
+        return asyncio.run_coroutine_threadsafe(awaited(), self._loop).result(120.0)
 
 
 @contextlib.contextmanager

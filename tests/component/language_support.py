@@ -11,10 +11,13 @@ from typing import Any
 
 import openai
 
+from common.bus.errors import BusError
 from common.bus.nats_bus import NatsBus
+from common.messages.kv_index import AskView
+from common.messages.subjects import TELL_VIEW
 from gateway.config import GatewaySettings
 from gateway.service import Gateway, bind, running_gateway
-from tests.component.chat_support import scheduler
+from tests.component.chat_support import PATIENT, scheduler
 from tests.component.gateway_support import until
 from tests.support.language_model import greedy
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -26,6 +29,7 @@ ANSWER = 64
 
 @dataclass(frozen=True)
 class LanguageStack:
+    bus: NatsBus
     gateway: Gateway
     client: openai.AsyncOpenAI
     model: str
@@ -45,41 +49,62 @@ class LanguageStack:
         return "".join([chunk.choices[0].text async for chunk in stream])
 
     async def served(self, *instances: str) -> None:
-        """Return once these instances are ready."""
+        """Return once gateway and scheduler have these instances ready."""
 
         async def ready() -> bool:
             edge = self.gateway.edge
             states = {name: member.state for name, member in edge.members().items()}
-            return bool(edge.catalogue.language_models) and all(states.get(name) == "ready" for name in instances)
+            if not edge.catalogue.language_models or any(states.get(name) != "ready" for name in instances):
+                return False
+            known = await self._routed_to()
+            return known is not None and known.issuperset(instances)
 
         await until(ready, deadline_s=120.0)
 
     async def lost(self, instance: str) -> None:
-        """Return once the gateway knows that it is gone."""
+        """Return once gateway and scheduler know that it is gone."""
 
         async def gone() -> bool:
-            return instance not in self.gateway.edge.members()
+            known = await self._routed_to()
+            return instance not in self.gateway.edge.members() and known is not None and instance not in known
 
         await until(gone, deadline_s=120.0)
+
+    async def _routed_to(self) -> set[str] | None:
+        """Of whom the scheduler knows, and what they have; None: it does not say."""
+        with contextlib.suppress(BusError):
+            view = await self.bus.request(TELL_VIEW, AskView())
+            return {viewed.instance for viewed in view.instances if not viewed.awaited}
+        return None
 
 
 @contextlib.asynccontextmanager
 async def language_stack(
     url: str, folder: Path, dispatch: str = "scheduler", **settings: Any
 ) -> AsyncIterator[LanguageStack]:
-    """``folder`` holds the model; ``dispatch`` is the scheduler's, ``settings`` are the gateway's."""
+    """``folder`` holds the model; ``dispatch`` is the scheduler's, ``settings`` are the gateway's.
+
+    Unless they say otherwise, nobody is taken for lost, and nothing begun anew, because this machine is busy.
+    ``PATIENT`` among them is for both.
+    """
     async with contextlib.AsyncExitStack() as opened:
-        await opened.enter_async_context(scheduler(url, dispatch=dispatch))
+        both = {name: value for name, value in settings.items() if name in PATIENT}
+        await opened.enter_async_context(scheduler(url, dispatch=dispatch, **both))
         bus = await opened.enter_async_context(await NatsBus.connect(url, name="gateway-0"))
         own = GatewaySettings(
-            nats_url=url, port=0, instance="gateway-0", language_model=str(folder), route_s=60.0, **settings
+            nats_url=url,
+            port=0,
+            instance="gateway-0",
+            language_model=str(folder),
+            route_s=60.0,
+            **({"member_timeout_s": 20.0, "silence_s": 20.0} | settings),
         )
         listener = opened.enter_context(bind(own))
         gateway = await opened.enter_async_context(running_gateway(bus, own, listener))
         client = await opened.enter_async_context(
             openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
         )
-        yield LanguageStack(gateway, client, folder.name)
+        yield LanguageStack(bus, gateway, client, folder.name)
 
 
 @cache
@@ -104,7 +129,7 @@ def shown(tokens: list[int]) -> str:
 
 async def gathered(*work: Any) -> list[Any]:
     """All results, within a long while."""
-    async with asyncio.timeout(120.0):
+    async with asyncio.timeout(240.0):
         return list(await asyncio.gather(*work))
 
 

@@ -5,6 +5,7 @@ import contextlib
 import os
 import random
 import signal
+import time
 import zlib
 from pathlib import Path
 
@@ -13,8 +14,21 @@ import torch
 
 from common.bus.errors import BusError, DeadlineExceeded, NobodyThere, RemoteFailure
 from common.mempool.store_client import StoreClient, prefix_keys
-from common.messages.subjects import MEMBERS
-from common.tensors.errors import TensorError
+from common.messages.cache import (
+    AskDigests,
+    BucketListed,
+    CopyTensor,
+    Digests,
+    FindTensors,
+    ListBucket,
+    TensorStored,
+)
+from common.messages.subjects import ASK_DIGESTS, COPY_TENSOR, FIND_TENSORS, LIST_BUCKET, MEMBERS
+from common.tensors.errors import TensorError, TensorUnknown
+from services.cache_store.catalogue import BUCKETS
+from services.cache_store.replica import Replica
+from services.cache_store.store import TensorStore
+from tests.support.bus import eventually
 from tests.support.cache_store import WAIT_S, CacheClient, cache_client, running_store
 from tests.support.nats_server import NatsServer
 from tests.support.processes import Processes
@@ -87,7 +101,7 @@ async def test_a_store_that_was_away_is_brought_up_to_date(
 async def until_logged(capfd: pytest.CaptureFixture[str], text: str) -> None:
     """Return once something was logged; what was copied must not have been more."""
     said = ""
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(WAIT_S):
         while text not in (said := said + capfd.readouterr().out):  # noqa: ASYNC110 - a log has no event
             await asyncio.sleep(0.02)
 
@@ -123,7 +137,7 @@ async def test_what_was_missed_evicts_nothing_unless_it_is_pinned(nats_server: N
             await client.store(f"old{number}", 1, tensor(f"old{number}", 1))
         await client.store("pinned", 1, tensor("pinned", 1), pin_s=60.0)
         async with running_store(client, url, None, memory_bytes=3 * size, instance=SECOND):
-            async with asyncio.timeout(20.0):
+            async with asyncio.timeout(WAIT_S):
                 while "pinned" not in await client.versions_at(SECOND):  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
             await client.store("fresh", 1, tensor("fresh", 1), copies=2)
@@ -159,6 +173,20 @@ async def test_batches_of_blocks_go_to_both_and_are_found_wherever_they_are(
             await found(blocks_at, client, [keys[2], "other"], blocks)
         assert await found(blocks_at, client, keys[2:6], blocks[2:], most_bytes=2 * blocks[0].nbytes) == [2, 3]
         assert client.tensors.exported_count == 0
+
+
+async def test_what_was_found_for_who_has_given_up_is_not_kept_for_long(nats_server: NatsServer) -> None:
+    blocks = torch.stack([patterned((KB,), seed=number) for number in range(4)])
+    keys = prefix_keys("kv", bytes(256))
+    async with cache_client(nats_server.url) as client, running_store(client, nats_server.url, None):
+        blocks_at = StoreClient(client.bus, client.tensors)
+        await blocks_at.put(keys, blocks)
+        asked = FindTensors(keys=tuple(keys), most_bytes=1 << 20, leading=True, wait_s=0.01)
+        (part,) = (await client.bus.request(FIND_TENSORS, asked, deadline_s=WAIT_S)).parts
+        await asyncio.sleep(1.5)
+        with pytest.raises(TensorUnknown):
+            await client.tensors.fetch(part.tensor, deadline_s=WAIT_S)
+        assert await found(blocks_at, client, keys, blocks) == [None] * 4
 
 
 async def found(
@@ -198,13 +226,43 @@ async def test_what_two_stores_have_of_a_prefix_is_put_together(nats_server: Nat
         await blocks_at.put(keys, blocks)
         # It has room for some of them only.
         async with running_store(client, url, None, memory_bytes=2 * size, instance=SECOND):
-            async with asyncio.timeout(20.0):
+            async with asyncio.timeout(WAIT_S):
                 while len(await client.versions_at(SECOND)) < 2:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
             for _ in range(6):
                 said = await found(blocks_at, client, keys, blocks)
                 assert len(said) == 4
         assert client.tensors.exported_count == 0
+
+
+async def test_what_changes_while_a_store_that_failed_is_compared_is_told_to_it(nats_server: NatsServer) -> None:
+    """The other one is played: it answers only once it has been asked in vain."""
+    copied: list[str] = []
+    async with cache_client(nats_server.url) as client:
+        store = TensorStore(1 << 20, None, time.time)
+        replica = Replica(client.bus, client.tensors, store, SECOND)
+        await store.put("early", 1, tensor("early", 1))
+
+        async def digests(_: AskDigests) -> Digests:
+            return Digests(digests=(0,) * BUCKETS)
+
+        async def listed(_: ListBucket) -> BucketListed:
+            if await store.put("late", 1, tensor("late", 1)):
+                replica.changed("late")
+            return BucketListed(versions={})
+
+        async def copy(asked: CopyTensor) -> TensorStored:
+            copied.append(asked.key)
+            return TensorStored(key=asked.key, tensor_version=asked.tensor_version, stored=True)
+
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(replica.run())
+            await eventually(lambda: replica.failing)
+            await client.bus.serve(COPY_TENSOR, copy, SECOND)
+            await client.bus.serve(LIST_BUCKET, listed, SECOND)
+            await client.bus.serve(ASK_DIGESTS, digests, SECOND)
+            await eventually(lambda: set(copied) == {"early", "late"})
+            running.cancel()
 
 
 async def test_nothing_that_two_stores_have_is_lost_with_either_of_them(
@@ -237,8 +295,10 @@ async def test_nothing_that_two_stores_have_is_lost_with_either_of_them(
                 async with writer.still:
                     kept = await client.agreed(FIRST, SECOND)
                     assert not writer.dropped & set(kept), f"seed {SEED}"
+            async with asyncio.timeout(WAIT_S):
+                while writer.looked <= 5 * KILLS:  # noqa: ASYNC110 - the writer at its work
+                    await asyncio.sleep(0.02)
             writing.cancel()
-    assert writer.looked > 5 * KILLS
 
 
 class Writer:

@@ -29,7 +29,7 @@ from tests.support.language_model import BLOCK_BYTES, greedy
 from tests.support.nats_server import NatsServer
 from tests.support.processes import Processes
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 ANSWER = 6
 BLOCKS = 4
 DEEP, PART = BLOCKS * BLOCK_TOKENS, 2 * BLOCK_TOKENS

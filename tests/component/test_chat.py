@@ -255,5 +255,5 @@ async def command(*arguments: str) -> tuple[int | None, str, str]:
         stderr=asyncio.subprocess.PIPE,
         env=os.environ | {"PYTHONIOENCODING": "utf-8"},
     )
-    out, err = await asyncio.wait_for(process.communicate(), 60)
+    out, err = await asyncio.wait_for(process.communicate(), 120)
     return process.returncode, out.decode(), err.decode()

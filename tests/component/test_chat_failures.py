@@ -17,6 +17,7 @@ from tests.component.chat_support import (
     ANSWER,
     DECODE,
     MESSAGES,
+    PATIENT,
     PREFILL,
     ChatStack,
     always,
@@ -30,6 +31,8 @@ from tests.support.nats_server import NatsServer
 TWO = {"fused-0": FUSED, "fused-1": FUSED}
 # No sequence comes to its end by itself in these tests, so the instances are asked soon.
 SOON = {"silence_s": 0.2}
+# What is said when there is no instance; the second, where the scheduler was slow to say so.
+NOBODY = ("no_instance", "no_scheduler")
 
 
 async def streamed(stack: ChatStack, **fields: Any) -> tuple[str, list[dict[str, Any]]]:
@@ -86,7 +89,7 @@ async def test_an_instance_that_forgets_a_sequence_loses_it(nats_server: NatsSer
         for worker in stack.workers.values():
             worker.faults.silent_after = 5
         streaming = asyncio.create_task(streamed(stack))
-        first = await asyncio.wait_for(_busy(stack), 20)
+        first = await asyncio.wait_for(_busy(stack), 60)
         other = next(name for name in TWO if name != first)
         stack.workers[other].faults.silent_after = None
         stack.workers[first].faults.forget = True
@@ -106,7 +109,7 @@ async def test_an_instance_that_is_silent_but_at_it_is_waited_for(nats_server: N
         for worker in stack.workers.values():
             worker.allowed = asyncio.Semaphore(4)
         streaming = asyncio.create_task(streamed(stack))
-        first = await asyncio.wait_for(_busy(stack), 20)
+        first = await asyncio.wait_for(_busy(stack), 60)
         await asyncio.sleep(0.5)
         for _ in ANSWER * 4:
             stack.workers[first].allowed.release()
@@ -155,7 +158,7 @@ async def test_without_an_instance_it_is_refused_for_now(nats_server: NatsServer
             async with stack.http.post("/v1/chat/completions", json=MESSAGES | {"stream": stream}) as response:
                 assert response.status == 503
                 assert response.headers["Retry-After"]
-                assert (await response.json())["error"]["code"] == "no_instance"
+                assert (await response.json())["error"]["code"] in NOBODY
 
 
 REFUSALS = [
@@ -191,7 +194,7 @@ async def test_a_stream_that_cannot_go_on_ends_with_an_error(nats_server: NatsSe
                 if shown(told) == "hello wo":
                     await worker.leave()
         assert shown(told) == "hello wo"
-        assert told[-1]["error"]["code"] == "no_instance"
+        assert told[-1]["error"]["code"] in NOBODY
 
 
 async def test_tokens_of_nobody_are_cancelled_and_old_epochs_ignored(nats_server: NatsServer, tmp_path: Path) -> None:
@@ -220,7 +223,7 @@ async def test_tokens_of_nobody_are_cancelled_and_old_epochs_ignored(nats_server
 async def test_streams_outlive_the_scheduler(nats_server: NatsServer, tmp_path: Path) -> None:
     """What runs needs none; what comes waits for the next one."""
     async with contextlib.AsyncExitStack() as first, chat_stack(nats_server, tmp_path, scheduled=False) as stack:
-        await first.enter_async_context(scheduler(nats_server.url))
+        await first.enter_async_context(scheduler(nats_server.url, **PATIENT))
         worker = stack.workers["fused-0"]
         worker.allowed = asyncio.Semaphore(1)
         running = asyncio.create_task(stack.chat())
@@ -230,6 +233,6 @@ async def test_streams_outlive_the_scheduler(nats_server: NatsServer, tmp_path: 
         for _ in ANSWER * 4:
             worker.allowed.release()
         assert (await running)["choices"][0]["message"]["content"] == ANSWER
-        async with scheduler(nats_server.url):
+        async with scheduler(nats_server.url, **PATIENT):
             assert (await waiting)["choices"][0]["message"]["content"] == ANSWER
         assert (await worker.next_request()).epoch > epoch + 1000

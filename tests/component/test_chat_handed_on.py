@@ -53,7 +53,7 @@ async def test_the_answer_goes_on_and_only_who_has_it_can_lose_it(
         await handed_over(stack)
         other = stack.workers["decode-1"]
         other.allowed.release()
-        while (await asyncio.wait_for(reports.get(), 20)).decode != "decode-1":
+        while (await asyncio.wait_for(reports.get(), 60)).decode != "decode-1":
             pass
         await stack.workers["decode-0"].leave()
         go_on(stack)

@@ -18,7 +18,7 @@ from common.models.length_predictor import AnswerLengths
 from common.policies.length_prediction import LengthBuckets
 from tests.support.nats_server import NatsServer
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 LONG_S, SHORT_S = 60.0, 0.1
 REFUSED = Failure(stage=Stage.DECODE, code="overloaded", message="full", retryable=True)
 NOBODY = Failure(stage=Stage.DECODE, code="nobody_there", message="gone", retryable=True)

@@ -18,12 +18,16 @@ from common.messages.video import Lease, VideoRequest
 from tests.support.denoising import DenoisingStage, denoising_stage
 from tests.support.small_model import save_small_model
 
-WAIT_S = 60.0
 STEPS = 40
 ATOL = 1e-4
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "4"))
 WORKERS = ("dit-0", "dit-1", "dit-2", "dit-3")
-IMPATIENT = {"TRIPTYCH_REGROUP_S": "3", "TRIPTYCH_EXCHANGE_TIMEOUT_S": "3"}
+# Where this machine stands still for a while, no group is given up for it.
+PATIENT = {
+    "TRIPTYCH_MEETING_TIMEOUT_S": "60",
+    "TRIPTYCH_EXCHANGE_TIMEOUT_S": "60",
+    "TRIPTYCH_REGROUP_S": "60",
+}
 REQUEST = VideoRequest(
     model="small", prompt="", width=96, height=96, frames=13, fps=8, steps=STEPS, guidance_scale=2.0, seed=7
 )
@@ -34,10 +38,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_model(tmp_path_factory.mktemp("model"))
 
 
-async def everybody(stage: DenoisingStage, **settings: str) -> None:
+async def everybody(stage: DenoisingStage) -> None:
     await stage.start("cache_store-0")
     for instance in WORKERS:
-        await stage.start(instance, **settings)
+        await stage.start(instance, **PATIENT)
     await stage.ready("cache_store-0", *WORKERS)
 
 
@@ -98,6 +102,7 @@ async def is_parked_and_resumed(
     lease = await stage.start_job(first, REQUEST, job_id)
     await some_steps(stage, lease)
     parked = await stage.park(lease)
+    assert parked is not None
     assert (parked.epoch, parked.instance) == (lease.epoch, first[0])
     assert stage.steps[lease.epoch] == list(range(1, parked.step + 1))
     resume = await stage.checkpoints.newest(job_id)
@@ -160,7 +165,7 @@ async def is_taken_back_and_goes_on_elsewhere(
 async def test_whoever_is_killed_costs_one_step_at_most(model: Path, tmp_path: Path) -> None:
     chance = random.Random(time.time_ns())
     async with denoising_stage(model, tmp_path) as stage:
-        await everybody(stage, **IMPATIENT)
+        await everybody(stage)
         expected = await alone(stage)
         for run in range(KILLS):
             members = WORKERS if run % 2 == 0 else WORKERS[:2]
@@ -187,7 +192,7 @@ async def is_killed(
     done = stage.steps[lease.epoch][-1]
     # As the policy does: the largest power of two of those who are left.
     healing = await stage.change(lease, *left[: 2 if len(left) > 1 else 1])
-    await stage.start(victim, **IMPATIENT)
+    await stage.start(victim, **PATIENT)
     latent = await stage.finished(healing)
     said = f"{victim} of {len(members)} killed after step {done}"
     first = stage.steps[healing.epoch][0]
@@ -199,6 +204,7 @@ async def is_killed(
 
 async def hangs(stage: DenoisingStage, expected: torch.Tensor) -> None:
     """A member that stands still breaks the group after a while; when it wakes up it is told so, and of use again."""
+    await is_impatient(stage, "dit-0", TRIPTYCH_EXCHANGE_TIMEOUT_S="3")
     await stage.ready(*WORKERS)
     lease = await stage.start_job(("dit-0", "dit-1"), REQUEST, "hanging")
     await some_steps(stage, lease)
@@ -211,8 +217,15 @@ async def hangs(stage: DenoisingStage, expected: torch.Tensor) -> None:
     same(await stage.finished(following), expected)
 
 
+async def is_impatient(stage: DenoisingStage, instance: str, **settings: str) -> None:
+    """Give a worker a new life with these settings."""
+    await stage.kill(instance)
+    await stage.start(instance, **(PATIENT | settings))
+
+
 async def nobody_grants(stage: DenoisingStage, expected: torch.Tensor) -> None:
     """Without a lease for those who are left the leader gives up, and the job goes on from its checkpoint."""
+    await is_impatient(stage, "dit-0", TRIPTYCH_REGROUP_S="1")
     await stage.ready(*WORKERS)
     lease = await stage.start_job(("dit-0", "dit-1"), REQUEST, "given_up")
     await stage.until(lambda: bool(stage.stored["given_up"]))

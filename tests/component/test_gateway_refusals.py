@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 import yarl
 
-from tests.component.gateway_support import ThreadedStack, stack, threaded_stack
+from tests.component.gateway_support import Stack, ThreadedStack, stack, threaded_stack, until
 from tests.support.nats_server import NatsServer
 
 MAX_BODY_BYTES = 64 * 1024
@@ -19,7 +19,7 @@ MAX_BODY_BYTES = 64 * 1024
 
 @pytest.fixture(scope="module")
 def threaded() -> Iterator[ThreadedStack]:
-    with threaded_stack(max_body_bytes=MAX_BODY_BYTES, body_deadline_s=1.0) as running:
+    with threaded_stack(max_body_bytes=MAX_BODY_BYTES, body_deadline_s=60.0) as running:
         yield running
 
 
@@ -196,22 +196,26 @@ def test_an_unknown_variant_or_parameter_of_content(threaded: ThreadedStack) -> 
         assert checked_error(got, body)["param"] == param
 
 
-def test_a_body_that_never_ends_is_given_up(threaded: ThreadedStack) -> None:
-    host, port = threaded.stack.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), 10.0) as connection:
-        connection.sendall(
+async def test_a_body_that_never_ends_is_given_up(nats_server: NatsServer) -> None:
+    async with stack(nats_server, body_deadline_s=0.5) as s, asyncio.timeout(60):
+        host, port = s.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
             b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         )
-        answer = connection.recv(65536)
+        answer = await reader.readuntil(b"body_timeout")
+        writer.close()
+        await writer.wait_closed()
     assert answer.startswith(b"HTTP/1.1 408")
-    assert b"body_timeout" in answer
 
 
 def test_what_is_not_http_gets_no_trace_either(threaded: ThreadedStack) -> None:
     host, port = threaded.stack.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), 10.0) as connection:
+    with socket.create_connection((host, int(port)), 60.0) as connection:
         connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
-        answer = connection.recv(65536)
+        answer = b""
+        while more := connection.recv(65536):
+            answer += more
     assert b" 400 " in answer
     assert b"Traceback" not in answer
 
@@ -240,8 +244,9 @@ async def test_before_a_model_is_there_creates_are_told_what_is_waited_for(nats_
 
 async def test_while_the_broker_is_away_requests_are_told_to_come_back(nats_server: NatsServer) -> None:
     async with stack(nats_server, bus_deadline_s=0.3) as s:
-        video_id = (await s.create())["id"]
+        video_id = (await patiently(s, "POST", "/v1/videos", json={"prompt": "x"}))["id"]
         await nats_server.kill()
+        await until(lambda: notices(s))
         for method, path, options in (
             ("POST", "/v1/videos", {"json": {"prompt": "x"}}),
             ("GET", f"/v1/videos/{video_id}", {}),
@@ -264,10 +269,25 @@ async def test_while_the_broker_is_away_requests_are_told_to_come_back(nats_serv
             assert "triptych_broker_connected 0.0" in await response.text()
 
         await nats_server.start()
-        async with asyncio.timeout(30.0):
-            while (await s.call("GET", "/readyz"))[0] != 200:  # noqa: ASYNC110 - the condition is another process's
-                await asyncio.sleep(0.05)
-        assert (await s.call("GET", f"/v1/videos/{video_id}"))[1]["state"] == "queued"
-        again = (await s.create())["id"]
-        listed = {video["id"] for video in (await s.call("GET", "/v1/videos"))[1]["data"]}
+        await patiently(s, "GET", "/readyz")
+        assert (await patiently(s, "GET", f"/v1/videos/{video_id}"))["state"] == "queued"
+        again = (await patiently(s, "POST", "/v1/videos", json={"prompt": "x"}))["id"]
+        listed = {video["id"] for video in (await patiently(s, "GET", "/v1/videos?limit=100"))["data"]}
         assert {video_id, again} <= listed
+
+
+async def notices(s: Stack) -> bool:
+    """Whether the gateway knows that it has no broker."""
+    return "broker" in (await s.call("GET", "/readyz"))[1]["missing"]
+
+
+async def patiently(s: Stack, method: str, path: str, **options: Any) -> dict[str, Any]:
+    """The body of the first answer that is no refusal for now: on a busy machine the broker may take long to answer."""
+    async with asyncio.timeout(60.0):
+        while True:
+            status, body = await s.call(method, path, **options)
+            if status == 200:
+                answered: dict[str, Any] = body
+                return answered
+            assert status == 503, body
+            await asyncio.sleep(0.05)

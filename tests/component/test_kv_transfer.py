@@ -249,6 +249,12 @@ async def test_every_transfer_ends_taken_or_recomputed(nats_server: NatsServer, 
         await _check(played, decode, "recomputed", played.offer("forgotten", refs, value))
         refs, value = _exported(played)
         await _check(played, decode, "recomputed", played.offer("part", refs[:2], value))
+        # Nobody sends this; what nobody has thought of must not stay half-way either.
+        refs = (*refs, played.tensors.export(played.pool.blocks[:0]))
+        with pytest.raises(RemoteFailure, match="IndexError"):
+            await played.bus.request(TAKE_OVER, played.offer("odd", refs, value), "decode-0", deadline_s=WAIT_S)
+        assert decode.instance.sequences == 0
+        await decode.settled()
 
 
 async def test_what_is_cancelled_on_its_way_is_dropped(nats_server: NatsServer, language_model: Path) -> None:

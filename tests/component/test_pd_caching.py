@@ -89,6 +89,8 @@ async def test_what_a_turn_costs(nats_server: NatsServer, language_model: Path, 
         for number, turn in enumerate(conversation(language_model)):
             prefilled, sent = counts.prefilled, hand_over.sent_bytes + hand_over.ahead.sent_bytes
             cached = await _said(stack, turn)
+            # What was sent is counted once it was taken, which the client does not wait for.
+            await prefill.settled()
             # What can be known of the turn before: of the prompt all, of the answer all but the last token.
             prompt, whole = (len(before.prompt), len(before.whole) - 1) if before else (0, 0)
             at_prefill = {Caching.PD_BASIC: 0, Caching.PD_CACHING_3: whole_blocks(whole)}.get(

@@ -76,6 +76,23 @@ async def test_what_was_evicted_is_not_in_the_view(nats_server: NatsServer, lang
         assert view.cached(pack_tokens(first)) == {}
 
 
+async def test_an_instance_that_has_less_now_than_it_began_to_tell_is_asked_anew(nats_server: NatsServer) -> None:
+    """Somebody else has asked it meanwhile, or it is in another life. It is played."""
+    asked: list[int] = []
+    before = IndexTold(instance="decode-0", incarnation=1, number=2, part=0, parts=4, sequences=(), blocks=9, digest=9)
+    now = IndexTold(instance="decode-0", incarnation=2, number=0, part=0, parts=1, sequences=(), blocks=0, digest=0)
+
+    async def index(ask: AskIndex) -> IndexTold:
+        asked.append(ask.part)
+        return before if len(asked) == 1 else now
+
+    async with await NatsBus.connect(nats_server.url, name="decode-0") as bus:
+        await bus.serve(TELL_INDEX, index, "decode-0")
+        async with viewing(nats_server.url):
+            await eventually(lambda: asked.count(0) == 2)
+    assert len(asked) < 10
+
+
 async def test_disagreement_is_told_with_both_sides(nats_server: NatsServer) -> None:
     viewed = InstanceViewed(instance="decode-0", incarnation=1, number=2, awaited=False, blocks=3, digest=4)
     told = IndexTold(instance="decode-0", incarnation=1, number=2, part=0, parts=1, sequences=(), blocks=3, digest=5)

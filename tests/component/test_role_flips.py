@@ -22,6 +22,7 @@ from common.runtime.settings import ServiceSettings
 from tests.component.chat_support import DECODE, PREFILL
 from tests.component.gateway_support import until
 from tests.component.language_support import Clients, LanguageStack, gathered, known_prompts, language_stack, shown
+from tests.support.bus import eventually
 from tests.support.language import FUSED
 from tests.support.language_instance import Watched, language_instance
 from tests.support.language_model import BLOCK_BYTES
@@ -100,7 +101,10 @@ async def test_what_decodes_goes_on_elsewhere_and_all_four_can_do_both(
             await one.settled()
 
         async def all_told() -> bool:
-            return [one.roles for one in told[-4:]] == [PREFILL, DECODE, PREFILL, DECODE]
+            # Each tells of its own once it has let go of what it had, so in any order.
+            flips = {(one.instance, one.roles) for one in told}
+            last = {"decode-0": PREFILL, "prefill-0": DECODE, "decode-1": PREFILL, "prefill-1": DECODE}
+            return flips >= last.items()
 
         await until(all_told)
 
@@ -144,7 +148,9 @@ async def test_no_request_is_lost_while_roles_flip(
     async with four(nats_server, language_model, dispatch, transfer_mode=mode, chunk_tokens=32) as (stack, instances):
         async with flipping(nats_server.url, {name: roles[0] for name, roles in ROLES.items()}, PERIOD_S) as flipper:
             stayed = await _visited(stack, language_model, REQUESTS, leaving=0.0)
-        assert stayed == REQUESTS and flipper.flips
+            # On a busy machine the requests may have been the quicker ones.
+            await eventually(lambda: flipper.flips)
+        assert stayed == REQUESTS
         await _balanced(stack, instances)
 
 

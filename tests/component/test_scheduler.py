@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from common.bus.errors import KeyMissing
+from common.bus.errors import BusError, KeyMissing
 from common.bus.nats_bus import NatsBus
 from common.bus.port import Change
 from common.messages.cluster import Service
@@ -21,8 +23,11 @@ from common.messages.subjects import (
     VIDEO_TIMELINES,
 )
 from common.messages.video import VideoProgress, VideoQueued, VideoRecord, VideoRequest, VideoState
+from common.runtime.leases import REPORT_DEADLINE_S, REPORT_PAUSE_S
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.service import serve
+from tests.component.gateway_support import until
+from tests.support.bus import eventually
 from tests.support.nats_server import NatsServer
 from tests.support.workers import WAIT_S, PlayedWorker, played_worker
 
@@ -36,7 +41,7 @@ class SchedulerProcess:
 
     def __init__(self, url: str, **settings: object) -> None:
         # Longer than this machine ever stalls: only the tests about silence make it short.
-        quick = {"heartbeat_s": 0.1, "member_timeout_s": 20.0, "drain_s": 2.0}
+        quick = {"heartbeat_s": 0.1, "member_timeout_s": 20.0, "drain_s": WAIT_S}
         self._settings = SchedulerSettings.model_validate(
             {"nats_url": url, "instance": "scheduler-0"} | quick | settings
         )
@@ -67,15 +72,21 @@ class Heard:
 
     def __init__(self) -> None:
         self.all: list[VideoProgress] = []
+        self._awaited = 0
         self._news = asyncio.Event()
 
     def __call__(self, progress: VideoProgress) -> None:
         self.all.append(progress)
         self._news.set()
 
-    async def until(self, seen: Callable[[VideoProgress], bool]) -> None:
+    async def until(self, seen: Callable[[VideoProgress], bool]) -> VideoProgress:
+        """The first that is ``seen``, from the one on for which was waited before; several may come at once."""
         async with asyncio.timeout(WAIT_S):
-            while not self.all or not seen(self.all[-1]):
+            while True:
+                for place in range(self._awaited, len(self.all)):
+                    if seen(self.all[place]):
+                        self._awaited = place
+                        return self.all[place]
                 self._news.clear()
                 await self._news.wait()
 
@@ -141,6 +152,11 @@ async def stage(url: str, **settings: object) -> AsyncIterator[Stage]:
         await bus.close()
 
 
+async def recorded(record: Path, what: str, times: int = 1) -> None:
+    """Return once the scheduler has told its policy something so often."""
+    await eventually(lambda: record.exists() and record.read_text().count(what) >= times)
+
+
 async def test_a_job_from_queue_to_file_with_progress_and_timeline(nats_server: NatsServer) -> None:
     async with stage(nats_server.url) as play:
         heard = Heard()
@@ -166,7 +182,8 @@ async def test_a_job_from_queue_to_file_with_progress_and_timeline(nats_server: 
             ("step", 2),
             ("decode", None),
         ]
-        assert await play.bus.queue_depth(VIDEO_JOBS) == 0
+        # The broker deletes what is acknowledged a moment after it has heard of it.
+        await until(lambda: _nothing_queued(play))
         await heard.until(lambda last: last.state is VideoState.COMPLETED)
         steps = [progress.step for progress in heard.all]
         assert steps == sorted(steps)
@@ -174,6 +191,19 @@ async def test_a_job_from_queue_to_file_with_progress_and_timeline(nats_server: 
         states = [progress.state for progress in heard.all]
         assert list(dict.fromkeys(states))[-3:] == [VideoState.DENOISING, VideoState.DECODING, VideoState.COMPLETED]
         await listening.stop()
+
+
+async def until_told(report: Callable[[], Awaitable[object]]) -> None:
+    """Report again and again until the scheduler has heard it, as workers do."""
+    while True:
+        with contextlib.suppress(BusError, TimeoutError):
+            await asyncio.wait_for(report(), REPORT_DEADLINE_S)
+            return
+        await asyncio.sleep(REPORT_PAUSE_S)
+
+
+async def _nothing_queued(play: Stage) -> bool:
+    return await play.bus.queue_depth(VIDEO_JOBS) == 0
 
 
 async def test_cancel_frees_the_gpu_for_the_next(nats_server: NatsServer) -> None:
@@ -233,21 +263,24 @@ async def test_a_lost_dit_worker_costs_the_job_an_attempt_not_its_life(nats_serv
 
 
 async def test_a_silent_worker_is_lost_after_the_timeout(nats_server: NatsServer) -> None:
-    async with stage(nats_server.url, member_timeout_s=1.0) as play:
+    # Longer than a broker on a busy machine stands still, which has nobody's life signs heard.
+    async with stage(nats_server.url, member_timeout_s=4.0) as play:
         await play.submit("video_a")
         await play.dit.next_lease()
         # Its connection is gone, its record stands: as after a kill -9 that nobody cleaned up behind.
         await play.dit.bus.close()
-        assert (await play.reaches("video_a", VideoState.ENCODING)).attempt == 2
+        await play.reaches("video_a", VideoState.ENCODING, attempt=2)
         async with played_worker(play.url, Service.DIT, 0) as other:
             play.dit = other
-            assert (await play.complete("video_a")).attempt == 2
+            assert (await play.complete("video_a")).attempt >= 2
 
 
-async def test_a_worker_that_does_not_answer_is_not_asked_again_before_it_lives(nats_server: NatsServer) -> None:
-    async with stage(nats_server.url) as play:
-        await asyncio.wait_for(play.dit.welcomed.wait(), WAIT_S)
-        await asyncio.sleep(0.1)
+async def test_a_worker_that_does_not_answer_is_not_asked_again_before_it_lives(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    record = tmp_path / "record.jsonl"
+    async with stage(nats_server.url, record=record) as play:
+        await recorded(record, '"WorkerJoined"', 3)
         # Killed this very moment: its record stands and its last life sign is fresh, but it hears nothing.
         await play.dit.bus.close()
         await play.submit("video_a")
@@ -296,27 +329,34 @@ async def test_a_broker_restart_loses_nothing(nats_server: NatsServer) -> None:
         await nats_server.kill()
         await asyncio.sleep(0.3)
         await nats_server.start()
+
         # The scheduler may count the silence as a loss and start again, or go on: either way the job ends once.
-        async with asyncio.timeout(30.0):
+        async def denoise() -> None:
+            await until_told(partial(play.dit.finish_denoising, lease))
             while True:
-                with contextlib.suppress(TimeoutError):
-                    lease = await asyncio.wait_for(play.dit.leases.get(), 1.5)
-                await play.dit.finish_denoising(lease)
-                with contextlib.suppress(TimeoutError):
-                    work = await asyncio.wait_for(play.vae.decodings.get(), 1.5)
-                    if work.epoch == lease.epoch:
-                        break
-        await play.vae.finish_decoding(work)
+                await until_told(partial(play.dit.finish_denoising, await play.dit.leases.get()))
+
+        async def decode() -> None:
+            while True:
+                await until_told(partial(play.vae.finish_decoding, await play.vae.decodings.get()))
+
+        working = [asyncio.create_task(denoise()), asyncio.create_task(decode())]
         await play.reaches("video_a", VideoState.COMPLETED)
+        for task in working:
+            task.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
 
 
-async def test_stopping_lets_what_runs_come_to_its_end_and_keeps_the_rest(nats_server: NatsServer) -> None:
-    async with stage(nats_server.url) as play:
+async def test_stopping_lets_what_runs_come_to_its_end_and_keeps_the_rest(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    record = tmp_path / "record.jsonl"
+    async with stage(nats_server.url, record=record) as play:
         await play.submit("video_a")
         lease = await play.dit.next_lease()
         await play.submit("video_b")
         stopping = asyncio.create_task(play.scheduler.stop())
-        await asyncio.sleep(0.2)
+        await recorded(record, '"DrainRequested"')
         await play.dit.finish_denoising(lease)
         await play.vae.finish_decoding(await play.vae.next_decoding())
         await stopping

@@ -30,6 +30,15 @@ from tests.support.workers import WAIT_S, played_worker
 LATENT = TensorRef(owner="cache_store-0", tensor_id=5, address=b"there", shape=(1,), dtype="float32", size_bytes=4)
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept somewhere is found, however slow this machine is just now."""
+    for wait in ("STEP_DEADLINE_S", "FIND_DEADLINE_S", "RESTART_S"):
+        monkeypatch.setattr(f"services.scheduler.checkpoints.{wait}", WAIT_S)
+    for wait in ("LATENT_DEADLINE_S", "HEARD_DEADLINE_S"):
+        monkeypatch.setattr(f"services.scheduler.workers.{wait}", WAIT_S)
+
+
 @dataclass
 class PlayedCacheStore:
     """Answers the scheduler as far as a test lets it. ``steps``: the newest checkpoint of each job, by its key."""
@@ -101,7 +110,7 @@ async def test_a_job_whose_worker_is_lost_goes_on_from_its_checkpoint(nats_serve
             ("step", 2),
             ("decode", None),
         ]
-        await eventually(lambda: store.dropped == [checkpoint_key("video_a")])
+        await eventually(lambda: set(store.dropped) == {checkpoint_key("video_a")})
 
 
 async def test_a_lost_decoder_costs_no_step(nats_server: NatsServer) -> None:
@@ -120,14 +129,19 @@ async def test_a_lost_decoder_costs_no_step(nats_server: NatsServer) -> None:
         assert (await play.reaches("video_a", VideoState.COMPLETED)).attempt == 2
 
 
-async def test_a_silent_cache_store_costs_a_moment_and_no_job(nats_server: NatsServer) -> None:
+async def test_a_silent_cache_store_costs_a_moment_and_no_job(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.scheduler.checkpoints.FIND_DEADLINE_S", 1.0)
     async with stage(nats_server.url) as play, cache_store(nats_server.url) as store:
         heard = Heard()
         await play.bus.subscribe(VIDEO_PROGRESS, heard)
         store.silent = True
         await play.submit("video_a")
         lease = await play.dit.next_lease()
+        await play.dit.do_step(lease, 1)
         await checkpoint(play, store, lease, 1)
+        await heard.until(lambda last: last.step == 1)
         await play.dit.fail(lease, "tensor_not_fetched", retryable=True)
         again = await play.dit.next_lease()
         assert again.resume is None
@@ -138,10 +152,7 @@ async def test_a_silent_cache_store_costs_a_moment_and_no_job(nats_server: NatsS
         await play.reaches("video_a", VideoState.COMPLETED)
 
 
-async def test_a_cache_store_that_is_being_started_again_is_waited_for(
-    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("services.scheduler.checkpoints.RESTART_S", 10 * WAIT_S)
+async def test_a_cache_store_that_is_being_started_again_is_waited_for(nats_server: NatsServer) -> None:
     url = nats_server.url
     async with stage(url) as play:
         async with cache_store(url) as store:
@@ -217,8 +228,8 @@ async def test_how_far_a_job_has_come_is_known_as_soon_as_the_cache_store_is_bac
         async with cache_store(url) as store, Registration(play.bus, settings, Service.CACHE_STORE) as registration:
             store.steps[checkpoint_key("video_a")] = 1
             await registration.ready()
-            await heard.until(lambda last: last.step == 1)
-            assert heard.all[-1].degree_of_parallelism == 0, "nobody works on it yet"
+            told = await heard.until(lambda last: last.step == 1)
+            assert told.degree_of_parallelism == 0, "nobody works on it yet"
 
 
 async def test_a_cancelled_jobs_checkpoint_is_dropped(nats_server: NatsServer) -> None:

@@ -23,10 +23,10 @@ from loadgen.simulator.replay import from_lines, replay
 from services.scheduler.choices import choose_policy, open_record
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.service import EPOCHS_PER_LIFE
-from tests.component.test_scheduler import REQUEST, Heard, Stage, stage
+from tests.component.test_scheduler import REQUEST, Heard, Stage, recorded, stage
 from tests.support.bus import eventually
 from tests.support.nats_server import NatsServer
-from tests.support.workers import PlayedWorker, played_worker
+from tests.support.workers import WAIT_S, PlayedWorker, played_worker
 
 LONG = REQUEST.model_copy(update={"steps": 50})
 PARKED = TensorRef(owner="cache_store-0", tensor_id=5, address=b"there", shape=(1,), dtype="float32", size_bytes=4)
@@ -54,20 +54,14 @@ class Group:
 
 
 @contextlib.asynccontextmanager
-async def two_slots(
-    url: str, folder: Path, policy: str = "ddit", member_timeout_s: float = 20.0
-) -> AsyncIterator[Group]:
+async def two_slots(url: str, folder: Path, policy: str = "ddit") -> AsyncIterator[Group]:
     profile, record = folder / "rib.json", folder / "record.jsonl"
     profile.write_text(RIB.to_json())
-    settings = {"policy": policy, "rib": profile, "record": record, "member_timeout_s": member_timeout_s}
+    settings = {"policy": policy, "rib": profile, "record": record}
     async with stage(url, **settings) as play, played_worker(url, Service.DIT, 1) as other:
         # The scheduler knows a worker once it has cleared what its predecessor left there.
-        await joined(record, 4)
+        await recorded(record, '"WorkerJoined"', 4)
         yield Group(play, other, record)
-
-
-async def joined(record: Path, count: int) -> None:
-    await eventually(lambda: record.exists() and record.read_text().count('"WorkerJoined"') >= count)
 
 
 def decided(record: Path, policy: str) -> list[object]:
@@ -107,7 +101,7 @@ async def test_a_hungry_job_grows_and_its_leader_hears_of_it_last(nats_server: N
         heard = Heard()
         await group.play.bus.subscribe(VIDEO_PROGRESS, heard)
         await group.other.leave()
-        await eventually(lambda: '"WorkerLost"' in group.record.read_text())
+        await recorded(group.record, '"WorkerLost"')
         await group.play.submit("video_a", LONG)
         first = await group.play.dit.next_lease()
         assert first.members == ("dit-0",)
@@ -163,15 +157,16 @@ async def test_a_lost_leader_is_followed_by_one_of_the_others(nats_server: NatsS
 async def test_a_joining_worker_that_dies_does_not_cost_the_running_job_anything(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
-    async with two_slots(nats_server.url, tmp_path, member_timeout_s=2.0) as group:
+    async with two_slots(nats_server.url, tmp_path) as group:
         await group.other.leave()
-        await eventually(lambda: '"WorkerLost"' in group.record.read_text())
+        await recorded(group.record, '"WorkerLost"')
         await group.play.submit("video_a", LONG)
         first = await group.play.dit.next_lease()
         await group.play.dit.do_step(first, 1)
         group.other.free.clear()
         await group.other.join(group.play.url)
         await group.other.next_lease()
+        # Nobody is there when it is asked again.
         await group.other.bus.close()
         alone = await group.play.dit.next_lease()
         assert (alone.members, alone.text) == (("dit-0",), None)
@@ -181,7 +176,11 @@ async def test_a_joining_worker_that_dies_does_not_cost_the_running_job_anything
         assert group.play.dit.revoked.empty()
 
 
-async def test_a_job_is_parked_for_a_shorter_one_and_goes_on(nats_server: NatsServer, tmp_path: Path) -> None:
+async def test_a_job_is_parked_for_a_shorter_one_and_goes_on(
+    nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wait in ("FIND_DEADLINE_S", "RESTART_S"):
+        monkeypatch.setattr(f"services.scheduler.checkpoints.{wait}", WAIT_S)
     async with (
         two_slots(nats_server.url, tmp_path, policy="srtf") as group,
         await NatsBus.connect(nats_server.url, name="cache_store-0") as store,
@@ -229,9 +228,9 @@ async def test_a_run_that_was_drained_is_played_again_as_it_was(nats_server: Nat
         await group.play.submit("video_a", LONG)
         lease = await group.lease()
         await group.play.submit("video_b")
-        await eventually(lambda: '"video_b"' in group.record.read_text())
+        await recorded(group.record, '"video_b"')
         stopping = asyncio.create_task(group.play.scheduler.stop())
-        await eventually(lambda: '"DrainRequested"' in group.record.read_text())
+        await recorded(group.record, '"DrainRequested"')
         await finish(group, lease, "video_a")
         await stopping
         assert leases_in(decided(group.record, "ddit")) == [(lease.epoch, lease.members)]

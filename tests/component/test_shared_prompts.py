@@ -23,6 +23,8 @@ from tests.support.small_model import save_small_model
 
 PROMPTS = ("a red circle moves left", "a red circle", "Ünï côdé ☃", "a b c d e f")
 STORE = "cache_store-0"
+# Encoders do not wait long for a cache store, which a busy machine may make slow.
+TRIES, STORED_WITHIN_S = 5, 10.0
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +58,39 @@ class Encoders:
             embeddings.append(await self._tensors.fetch(answer.text, deadline_s=WAIT_S))
         return embeddings
 
-    async def stored(self) -> None:
-        """Return once the cache store has what was made."""
+    async def made(self, instance: str, expected: list[torch.Tensor]) -> dict[PromptSource, int]:
+        """Have it answer, see whether that is right, and where it came from."""
+        assert all(map(torch.equal, await self.encoded(instance), expected))
+        return await self.served()
+
+    async def stored(self, instance: str) -> None:
+        """Return once the cache store has what this encoder made."""
         asker = CacheClient(self._bus, self._tensors)
-        async with asyncio.timeout(WAIT_S):
-            while len(await asker.versions_at(STORE)) < len(PROMPTS):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        for _ in range(TRIES):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STORED_WITHIN_S):
+                    while len(await asker.versions_at(STORE)) < len(PROMPTS):  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)
+                    return
+            # The cache store was too slow for one of them, which is not offered again.
+            await self.next_life(instance)
+            await self.encoded(instance)
+            await self.served()
+        raise AssertionError("not all was stored")
+
+    async def found(self, instance: str, expected: list[torch.Tensor]) -> None:
+        """Have it answer with what lies in the cache store. One that is too slow just now is not waited for."""
+        for _ in range(TRIES):
+            served = await self.made(instance, expected)
+            if served == {PromptSource.CACHE_STORE: len(PROMPTS)}:
+                return
+            assert set(served) <= {PromptSource.CACHE_STORE, PromptSource.MODEL}
+            await self.next_life(instance)
+        raise AssertionError(f"{instance} did not find all in the cache store")
+
+    async def next_life(self, instance: str) -> None:
+        await self.processes.kill(instance)
+        await self.start(instance)
 
     async def served(self) -> dict[PromptSource, int]:
         """How many since the last call, once as many were told of as were asked for."""
@@ -96,35 +125,33 @@ async def test_embeddings_are_found_by_the_next_life_and_by_another_encoder(
         await played.start("encoder-0")
         await played.processes.ready(STORE)
         for source in (PromptSource.MODEL, PromptSource.MEMORY):
-            assert all(map(torch.equal, await played.encoded("encoder-0"), expected))
-            assert await played.served() == {source: len(PROMPTS)}
-        await played.stored()
+            assert await played.made("encoder-0", expected) == {source: len(PROMPTS)}
+        await played.stored("encoder-0")
         await played.processes.kill("encoder-0")
         await played.start("encoder-0", "encoder-1")
         for instance in ("encoder-0", "encoder-1"):
-            assert all(map(torch.equal, await played.encoded(instance), expected))
-            assert await played.served() == {PromptSource.CACHE_STORE: len(PROMPTS)}
+            await played.found(instance, expected)
         # Without a cache store they are made again.
         await played.processes.kill(STORE)
-        await played.processes.kill("encoder-1")
-        await played.start("encoder-1")
-        assert all(map(torch.equal, await played.encoded("encoder-1"), expected))
-        assert await played.served() == {PromptSource.MODEL: len(PROMPTS)}
+        await played.next_life("encoder-1")
+        assert await played.made("encoder-1", expected) == {PromptSource.MODEL: len(PROMPTS)}
 
 
 async def test_another_model_s_embeddings_are_not_taken(nats_server: NatsServer, tmp_path: Path) -> None:
     """What a model is called does not matter, only what it makes."""
     one, other = (save_small_model(tmp_path / name, seed) for name, seed in (("one", 1), ("other", 2)))
-    for model, source in ((one, PromptSource.MODEL), (other, PromptSource.MODEL), (one, PromptSource.CACHE_STORE)):
+    for model, known in ((one, False), (other, False), (one, True)):
         async with encoders(nats_server, model, tmp_path) as played:
             await played.processes.start(STORE)
             await played.start("encoder-0")
             await played.processes.ready(STORE)
-            expected = OpenSoraPipeline(load_spec(model)).encoder
-            for prompt, embeddings in zip(PROMPTS, await played.encoded("encoder-0"), strict=True):
-                assert torch.equal(embeddings, expected.encode([prompt])[0])
-            assert await played.served() == {source: len(PROMPTS)}
-            await played.stored()
+            encoder = OpenSoraPipeline(load_spec(model)).encoder
+            expected = [encoder.encode([prompt])[0] for prompt in PROMPTS]
+            if known:
+                await played.found("encoder-0", expected)
+            else:
+                assert await played.made("encoder-0", expected) == {PromptSource.MODEL: len(PROMPTS)}
+            await played.stored("encoder-0")
 
 
 async def test_sharing_pays_where_encoding_takes_longer_than_a_fetch(nats_server: NatsServer) -> None:

@@ -16,7 +16,7 @@ from common.tensors.ucx import UcxTensors
 from tests.component.test_engine import ANSWER, GREEDY, PROMPTS, check_answer, memory_of, run_engine
 from tests.support.causal_lms import FAMILIES, causal_lm
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

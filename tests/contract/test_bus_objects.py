@@ -5,13 +5,12 @@ import hashlib
 import random
 from collections.abc import AsyncIterator
 
-import nats
 import pytest
 
 from common.bus.errors import BadAddress, ObjectDamaged, ObjectMissing, StorageFull
 from common.bus.nats_bus import NatsBus
 from common.messages.subjects import ObjectBucket
-from tests.support.bus import FILES, connected_bus
+from tests.support.bus import FILES, connected_bus, stranger
 from tests.support.nats_server import NatsServer
 
 
@@ -30,16 +29,13 @@ async def in_pieces(data: bytes, piece_bytes: int) -> AsyncIterator[bytes]:
 
 
 async def stored_bytes(server: NatsServer) -> int:
-    stranger = await nats.connect(server.url)
-    try:
-        return (await stranger.jetstream().stream_info("OBJ_test_files")).state.bytes
-    finally:
-        await stranger.close()
+    async with stranger(server) as client:
+        return (await client.jetstream(timeout=60).stream_info("OBJ_test_files")).state.bytes
 
 
 async def settled_bytes(server: NatsServer, at_most: int) -> int:
     """What lies in the store once clean-up has brought it down to ``at_most``."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             if (there := await stored_bytes(server)) <= at_most:
                 return there
@@ -68,14 +64,12 @@ async def test_sizes_at_the_edges(nats_server: NatsServer, size_bytes: int) -> N
 
 async def test_what_others_wrote_with_the_broker_s_own_client_can_be_read(nats_server: NatsServer) -> None:
     data = content(1_000_000)
-    async with connected_bus(nats_server) as bus:
-        stranger = await nats.connect(nats_server.url)
-        store = await stranger.jetstream().object_store("test_files")
+    async with connected_bus(nats_server) as bus, stranger(nats_server) as client:
+        store = await client.jetstream(timeout=60).object_store("test_files")
         await store.put("theirs", data)
         assert await read(bus, "theirs") == data
         await bus.put_object(FILES, "ours", data)
         assert (await store.get("ours")).data == data
-        await stranger.close()
 
 
 async def test_a_missing_object_is_named(nats_server: NatsServer) -> None:
@@ -160,7 +154,7 @@ async def test_a_full_store_refuses_and_keeps_nothing_of_it(nats_server: NatsSer
         with pytest.raises(ObjectMissing):
             await bus.object_info(small, "a")
         # Room again as soon as the refused one's chunks are removed.
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 try:
                     await bus.put_object(small, "b", content(700_000))
@@ -172,9 +166,8 @@ async def test_a_full_store_refuses_and_keeps_nothing_of_it(nats_server: NatsSer
 async def test_an_object_that_lost_bytes_is_not_taken_for_whole(nats_server: NatsServer) -> None:
     async with connected_bus(nats_server) as bus:
         await bus.put_object(FILES, "a", content(2_000_000))
-        stranger = await nats.connect(nats_server.url)
-        await stranger.jetstream().delete_msg("OBJ_test_files", 3)
-        await stranger.close()
+        async with stranger(nats_server) as client:
+            await client.jetstream(timeout=60).delete_msg("OBJ_test_files", 3)
         with pytest.raises(ObjectDamaged):
             await read(bus, "a")
 

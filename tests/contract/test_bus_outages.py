@@ -37,7 +37,7 @@ async def test_what_was_acknowledged_is_there_after_a_restart(nats_server: NatsS
         await bus.replace(RECORDS, "a", life("a", "2"), revision)
         assert b"".join([chunk async for chunk in bus.get_object(FILES, "clip")]) == b"x" * 1_000_000
         assert await bus.enqueue(JOBS, VideoQueued(job_id="job"), "job") is False
-        taken = await bus.take(JOBS, 10.0)
+        taken = await bus.take(JOBS, 60.0)
         assert taken is not None
         assert taken.job_id == "job"
 
@@ -63,22 +63,22 @@ async def test_an_outage_ends_every_wait_at_its_deadline(nats_server: NatsServer
 
 
 async def test_a_write_refused_in_an_outage_is_not_made_after_it(nats_server: NatsServer) -> None:
-    async with connected_bus(nats_server, deadline_s=0.3) as bus:
+    async with connected_bus(nats_server) as bus:
         await bus.put(RECORDS, "a", life("a", "before"))
         await nats_server.kill()
         await eventually(lambda: not bus.connected)
         with pytest.raises(BusUnavailable):
-            await bus.put(RECORDS, "a", life("a", "refused"))
+            await bus.put(RECORDS, "a", life("a", "refused"), deadline_s=0.3)
         await nats_server.start()
         await eventually(lambda: bus.connected)
-        assert (await bus.get(RECORDS, "a", deadline_s=5.0)).value.incarnation == "before"
+        assert (await bus.get(RECORDS, "a")).value.incarnation == "before"
 
 
 async def test_an_operation_within_its_deadline_waits_for_the_broker(nats_server: NatsServer) -> None:
     async with connected_bus(nats_server) as bus:
         await nats_server.kill()
         await eventually(lambda: not bus.connected)
-        putting = asyncio.create_task(bus.put(RECORDS, "a", life("a"), deadline_s=20.0))
+        putting = asyncio.create_task(bus.put(RECORDS, "a", life("a"), deadline_s=120.0))
         await asyncio.sleep(0.05)
         await nats_server.start()
         await putting
@@ -148,8 +148,8 @@ async def test_a_watch_goes_on_through_a_restart(nats_server: NatsServer) -> Non
         await nats_server.start()
         # Written by one that is back while the watch may still be cut off.
         await eventually(lambda: writer.connected)
-        await writer.delete(RECORDS, "deleted", deadline_s=20.0)
-        await writer.put(RECORDS, "new", life("new"), deadline_s=20.0)
+        await writer.delete(RECORDS, "deleted")
+        await writer.put(RECORDS, "new", life("new"))
         await eventually(lambda: any(isinstance(change, Change) and change.key == "new" for change in seen))
         after = [change for change in seen[3:] if isinstance(change, Change)]
         assert {(change.key, change.value) for change in after} == {("deleted", None), ("new", life("new"))}
@@ -159,12 +159,12 @@ async def test_a_watch_goes_on_through_a_restart(nats_server: NatsServer) -> Non
 
 async def test_a_waiting_taker_is_served_after_a_restart(nats_server: NatsServer) -> None:
     async with connected_bus(nats_server) as taker, connected_bus(nats_server) as giver:
-        taking = asyncio.create_task(taker.take(JOBS, 30.0))
+        taking = asyncio.create_task(taker.take(JOBS, 120.0))
         await asyncio.sleep(0.05)
         await nats_server.kill()
         await eventually(lambda: not giver.connected)
         await nats_server.start()
-        await giver.enqueue(JOBS, VideoQueued(job_id="job"), "job", deadline_s=20.0)
+        await giver.enqueue(JOBS, VideoQueued(job_id="job"), "job")
         taken = await taking
         assert taken is not None
         assert taken.job_id == "job"
@@ -172,7 +172,7 @@ async def test_a_waiting_taker_is_served_after_a_restart(nats_server: NatsServer
 
 async def test_reading_an_object_goes_on_through_a_restart(nats_server: NatsServer) -> None:
     data = bytes(range(256)) * 60_000
-    async with connected_bus(nats_server, deadline_s=20.0) as bus:
+    async with connected_bus(nats_server) as bus:
         await bus.put_object(FILES, "clip", data)
         read = b""
         async for chunk in bus.get_object(FILES, "clip"):
@@ -199,7 +199,7 @@ async def test_a_put_cut_short_by_an_outage_leaves_nothing_visible(nats_server: 
         await nats_server.start()
         await eventually(lambda: bus.connected)
         with pytest.raises(ObjectMissing):
-            await bus.object_info(FILES, "clip", deadline_s=10.0)
+            await bus.object_info(FILES, "clip", deadline_s=60.0)
 
 
 async def test_a_frozen_broker_is_a_missed_deadline_and_recovers(nats_server: NatsServer) -> None:
@@ -233,6 +233,6 @@ async def test_close_and_drain_end_in_an_outage(nats_server: NatsServer) -> None
         await closing.serve(ECHO, echo, "b")
         await nats_server.kill()
         await eventually(lambda: not draining.connected and not closing.connected)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await draining.drain()
             await closing.close()

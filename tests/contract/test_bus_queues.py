@@ -1,8 +1,8 @@
 """The bus's contract, part two: work queues. Against a real broker."""
 
 import asyncio
+import time
 
-import nats
 import pytest
 
 from common.bus.errors import NotPrepared, QueueFull
@@ -10,7 +10,7 @@ from common.bus.nats_bus import NatsBus
 from common.bus.queues import TakenJob
 from common.messages.subjects import WorkQueue
 from common.messages.video import VideoQueued
-from tests.support.bus import JOBS, LogLines, connected_bus
+from tests.support.bus import JOBS, LogLines, connected_bus, stranger
 from tests.support.nats_server import NatsServer
 
 
@@ -18,7 +18,7 @@ async def add(bus: NatsBus, *job_ids: str) -> list[bool]:
     return [await bus.enqueue(JOBS, VideoQueued(job_id=job_id), job_id) for job_id in job_ids]
 
 
-async def take(bus: NatsBus, deadline_s: float = 10.0) -> TakenJob[VideoQueued]:
+async def take(bus: NatsBus, deadline_s: float = 60.0) -> TakenJob[VideoQueued]:
     taken = await bus.take(JOBS, deadline_s)
     assert taken is not None
     return taken
@@ -66,9 +66,12 @@ async def test_what_is_given_back_comes_again_before_the_younger(nats_server: Na
 async def test_what_is_given_back_with_a_delay_comes_after_it(nats_server: NatsServer) -> None:
     async with connected_bus(nats_server) as bus:
         await add(bus, "a")
-        await (await take(bus)).nak(delay_s=0.4)
-        assert await bus.take(JOBS, 0.05) is None
+        taken = await take(bus)
+        before_s = time.monotonic()
+        await taken.nak(delay_s=0.4)
         assert (await take(bus)).attempt == 2
+        # Where this machine stands still it is later, never sooner; the broker's clock is another.
+        assert time.monotonic() - before_s > 0.35
 
 
 async def test_a_taker_that_dies_loses_the_job_to_the_next(nats_server: NatsServer) -> None:
@@ -82,13 +85,26 @@ async def test_a_taker_that_dies_loses_the_job_to_the_next(nats_server: NatsServ
 
 async def test_who_reports_progress_keeps_the_job(nats_server: NatsServer) -> None:
     async with connected_bus(nats_server, ack_wait_s=1.0) as bus:
-        await add(bus, "a")
-        taken = await take(bus)
-        for _ in range(6):
-            assert await bus.take(JOBS, 0.25) is None
-            await taken.in_progress()
-        await taken.ack()
-        assert await bus.queue_depth(JOBS) == 0
+        # Where this machine stood still for so long that a report came too late, once more.
+        for attempt in range(20):
+            job_id = f"job-{attempt}"
+            await add(bus, job_id)
+            heard_s, silent_s = time.monotonic(), 0.0
+            taken = await take(bus)
+            others = []
+            for _ in range(6):
+                others.append(await bus.take(JOBS, 0.25))
+                reported_s = time.monotonic()
+                await taken.in_progress()
+                silent_s, heard_s = max(silent_s, time.monotonic() - heard_s), reported_s
+            for job in filter(None, (taken, *others)):
+                await job.ack()
+            assert not await bus.queued(JOBS, job_id)
+            if silent_s < 0.9:
+                assert others == [None] * 6
+                break
+        else:
+            pytest.fail("this machine stands still too often")
 
 
 async def test_what_cannot_be_done_leaves_the_queue(nats_server: NatsServer) -> None:
@@ -105,7 +121,7 @@ async def test_a_cancelled_taker_gives_back_what_it_was_handed(nats_server: Nats
     async with connected_bus(nats_server) as bus:
         for round_number in range(20):
             job_id = f"job-{round_number}"
-            waiting = asyncio.create_task(bus.take(JOBS, 5.0))
+            waiting = asyncio.create_task(bus.take(JOBS, 60.0))
             await asyncio.sleep(0.005)
             adding = asyncio.create_task(add(bus, job_id))
             # Somewhere between before and after the job is on its way to the taker.
@@ -158,17 +174,19 @@ async def test_a_taken_job_can_be_removed_and_its_settling_is_harmless(nats_serv
 async def test_an_unreadable_job_is_removed_and_logged(nats_server: NatsServer) -> None:
     log = LogLines()
     async with connected_bus(nats_server, log=log) as bus:
-        stranger = await nats.connect(nats_server.url)
-        await stranger.jetstream().publish("test.jobs.bad", b"garbage")
-        await stranger.close()
+        async with stranger(nats_server) as client:
+            await client.jetstream(timeout=60).publish("test.jobs.bad", b"garbage")
         await add(bus, "good")
         assert (await take(bus)).job_id == "good"
         assert log.events == ["unreadable job removed"]
-        assert await bus.queue_depth(JOBS) == 1
+        # That it cannot be done was said, and not waited for.
+        async with asyncio.timeout(60):
+            while await bus.queue_depth(JOBS) != 1:  # noqa: ASYNC110 - the broker's own affair
+                await asyncio.sleep(0.01)
 
 
 async def test_a_queue_that_was_not_prepared_is_named(nats_server: NatsServer) -> None:
     unknown = WorkQueue("UNKNOWN", "test.unknown.{}", VideoQueued, max_messages=1)
-    async with connected_bus(nats_server, deadline_s=0.5) as bus:
+    async with connected_bus(nats_server) as bus:
         with pytest.raises(NotPrepared, match="UNKNOWN"):
             await bus.queue_depth(unknown)

@@ -20,9 +20,10 @@ from common.runtime.membership import (
     Registration,
 )
 from common.runtime.settings import ServiceSettings
+from tests.support.bus import eventually
 from tests.support.nats_server import NatsServer
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Watcher:
@@ -37,7 +38,7 @@ class Watcher:
 
 
 @contextlib.asynccontextmanager
-async def watching(url: str, timeout_s: float = 1.0) -> AsyncIterator[Watcher]:
+async def watching(url: str, timeout_s: float = 60.0) -> AsyncIterator[Watcher]:
     async with await NatsBus.connect(url, name="watcher") as bus:
         await bus.prepare(buckets=VIDEO_BUCKETS)
         watcher = Watcher(bus, timeout_s)
@@ -69,7 +70,7 @@ async def test_a_member_joins_drains_and_withdraws(nats_server: NatsServer) -> N
 
 
 async def test_silence_is_a_loss_and_a_life_sign_brings_the_member_back(nats_server: NatsServer) -> None:
-    async with watching(nats_server.url) as watcher:
+    async with watching(nats_server.url, timeout_s=1.0) as watcher:
         bus = await NatsBus.connect(nats_server.url, name="dit-0")
         registration = Registration(bus, settings(nats_server.url), Service.DIT)
         await registration.__aenter__()
@@ -79,20 +80,21 @@ async def test_silence_is_a_loss_and_a_life_sign_brings_the_member_back(nats_ser
         await bus.close()
         lost = await watcher.next()
         assert isinstance(lost, MemberLost) and "no sign of life" in lost.reason
-        assert watcher.view.members == {}
+        # It may have been lost and come back once before, where the broker stood still.
+        await eventually(lambda: watcher.view.members == {})
         await registration.__aexit__(None, None, None)
 
 
 async def test_while_there_is_no_broker_nobodys_silence_counts(nats_server: NatsServer) -> None:
     async with (
-        watching(nats_server.url, timeout_s=3.0) as watcher,
+        watching(nats_server.url, timeout_s=6.0) as watcher,
         await NatsBus.connect(nats_server.url, name="dit-0") as bus,
         Registration(bus, settings(nats_server.url), Service.DIT) as registration,
     ):
         await registration.ready()
         assert isinstance(await watcher.next(), MemberJoined)
         await nats_server.kill()
-        await asyncio.sleep(3.5)
+        await asyncio.sleep(6.5)
         await nats_server.start()
         await registration.draining()
         assert isinstance(await watcher.next(), MemberDraining), "the first news since it joined"

@@ -1,6 +1,7 @@
 """The tensor transport's contract, part one: what comes is what was sent, and who keeps what for how long."""
 
 import asyncio
+import contextlib
 import gc
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from tests.support.bus import eventually
 from tests.support.tensor_peer import open_descriptors, patterned, peers, same_bytes, threads
 
 MB = 1 << 20
+WAIT_S = 60.0
 DTYPES = sorted(name for name in _DTYPES if not name.startswith(("qint", "quint")))
 SHAPES = [(), (0,), (3, 0, 2), (1,), (3, 5, 7), (2, 1, 64, 33), (1000, 17)]
 SIZES = [1, 8191, 8192, 8193, 65_536, MB - 1, MB, MB + 1, 3 * MB - 7, 16 * MB + 5, 100_000_001, 128 * MB]
@@ -45,7 +47,8 @@ async def test_every_size_comes_whole_whatever_the_stripe(stripe_bytes: int) -> 
     async with peers() as [peer], await UcxTensors.open("test", stripe_bytes=stripe_bytes) as tensors:
         for size in SIZES:
             ref = await peer.export((size,), seed=size % 1000)
-            assert same_bytes(await tensors.fetch(ref), patterned((size,), seed=size % 1000)), size
+            fetched = await tensors.fetch(ref, deadline_s=WAIT_S)
+            assert same_bytes(fetched, patterned((size,), seed=size % 1000)), size
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
@@ -150,9 +153,14 @@ async def test_anybody_may_release_and_more_than_once() -> None:
 
 async def test_a_lease_ends_and_a_renewed_one_ends_later() -> None:
     async with peers() as [peer], await UcxTensors.open("test") as tensors:
-        short = await peer.export((MB,), uses=None, lease_s=0.2)
-        renewed = await peer.export((MB,), uses=None, lease_s=0.2)
-        await peer.ask("renew", ref=renewed.pack(), lease_s=60.0)
+        while True:
+            renewed = await peer.export((MB,), uses=None, lease_s=0.5)
+            # Too late, where this machine stood still.
+            with contextlib.suppress(RuntimeError):
+                await peer.ask("renew", ref=renewed.pack(), lease_s=600.0)
+                break
+        # It ends when the other one would have ended by then.
+        short = await peer.export((MB,), uses=None, lease_s=0.5)
         await peer.counts_become(1, MB, 0)
         with pytest.raises(TensorUnknown) as raised:
             await tensors.fetch(short)
@@ -227,11 +235,11 @@ async def test_a_cancelled_fetch_leaves_its_memory_alone_and_the_next_one_works(
             await asyncio.gather(fetch, return_exceptions=True)
             into.fill_(1)
             other = await peer.export((10 * MB,), seed=8)
-            assert same_bytes(await tensors.fetch(other), patterned((10 * MB,), seed=8))
+            assert same_bytes(await tensors.fetch(other, deadline_s=WAIT_S), patterned((10 * MB,), seed=8))
             if fetch.cancelled():
                 assert bool((into == 1).all())
         ref = await peer.export((128 * MB,), seed=7)
-        assert same_bytes(await tensors.fetch(ref, into), patterned((128 * MB,), seed=7))
+        assert same_bytes(await tensors.fetch(ref, into, deadline_s=WAIT_S), patterned((128 * MB,), seed=7))
 
 
 async def test_closing_fails_what_is_under_way_and_what_comes_after() -> None:
@@ -259,7 +267,7 @@ async def test_ten_processes_open_at_once_and_fetch_from_each_other() -> None:
     async with peers(10) as children:
         refs = [await child.export((MB + number,), seed=number, uses=None) for number, child in enumerate(children)]
         asked = [
-            children[(number + distance) % 10].ask("fetch", ref=ref.pack(), seed=number, deadline_s=50.0)
+            children[(number + distance) % 10].ask("fetch", ref=ref.pack(), seed=number, deadline_s=100.0)
             for number, ref in enumerate(refs)
             for distance in (1, 3)
         ]
@@ -301,7 +309,9 @@ async def test_opening_and_closing_leaks_no_descriptor_and_no_thread() -> None:
             del tensors
             gc.collect()
             counts.append((open_descriptors(), threads()))
-        assert counts[1] == counts[-1]
+        descriptors, running = counts[1]
+        # What ends by itself ends a moment later.
+        await eventually(lambda: open_descriptors() <= descriptors and threads() <= running)
 
 
 async def test_an_idle_process_uses_no_cpu() -> None:
@@ -319,7 +329,7 @@ async def test_a_fetch_that_waits_for_a_silent_owner_sleeps() -> None:
     async with peers() as [owner], peers() as [fetcher]:
         ref = await owner.export((MB,), uses=None)
         assert await fetcher.ask("fetch", ref=ref.pack())
-        owner.signal(signal.SIGSTOP)
+        owner.stop()
         before = fetcher.cpu_s
         with pytest.raises(RuntimeError, match="TensorFetchTimeout"):
             await fetcher.ask("fetch", ref=ref.pack(), deadline_s=3.0)

@@ -10,7 +10,7 @@ from common.messages.chat import GenerateTokens, Sampling, TokensGenerated, pack
 from common.messages.subjects import GENERATE_TOKENS, MEMBERS, TOKENS_GENERATED
 
 _GATEWAY = "gateway-0"
-_WAIT_S = 60.0
+_WAIT_S = 120.0
 
 
 @dataclass(frozen=True)

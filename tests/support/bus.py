@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
+import nats
+
 from common.bus.nats_bus import NatsBus
 from common.messages.cluster import Heartbeat
 from common.messages.subjects import Bucket, EventSubject, ObjectBucket, RequestSubject, WorkQueue
@@ -36,20 +38,32 @@ async def connected_bus(
     server: NatsServer,
     name: str = "test",
     *,
-    deadline_s: float = 5.0,
+    deadline_s: float = 60.0,
     ack_wait_s: float = 30.0,
     log: LogLines | None = None,
 ) -> AsyncIterator[NatsBus]:
-    """A bus with the test queues and buckets, closed at the end."""
+    """A bus with the test queues and buckets, closed at the end. ``deadline_s`` holds from then on."""
     bus = await NatsBus.connect(
-        server.url, name, deadline_s=deadline_s, connect_deadline_s=10.0, on_log=log or LogLines()
+        server.url, name, deadline_s=deadline_s, connect_deadline_s=60.0, on_log=log or LogLines()
     )
     async with bus:
-        await bus.prepare(queues=[JOBS], buckets=[RECORDS], object_buckets=[FILES], ack_wait_s=ack_wait_s)
+        await bus.prepare(
+            queues=[JOBS], buckets=[RECORDS], object_buckets=[FILES], ack_wait_s=ack_wait_s, deadline_s=60.0
+        )
         yield bus
 
 
-async def eventually(condition: Callable[[], object], deadline_s: float = 20.0) -> None:
+@contextlib.asynccontextmanager
+async def stranger(server: NatsServer) -> AsyncIterator[nats.NATS]:
+    """A connection of the broker's own client, as others make it."""
+    client = await nats.connect(server.url, connect_timeout=60)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+async def eventually(condition: Callable[[], object], deadline_s: float = 60.0) -> None:
     """Return once ``condition`` holds."""
     async with asyncio.timeout(deadline_s):
         while not condition():  # noqa: ASYNC110 - what is waited for has no event to wait on

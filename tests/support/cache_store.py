@@ -16,7 +16,7 @@ from services.cache_store.catalogue import BUCKETS
 from services.cache_store.config import CacheStoreSettings
 from services.cache_store.service import serve
 
-WAIT_S = 20.0
+WAIT_S = 90.0
 
 
 class CacheClient:

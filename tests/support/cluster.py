@@ -237,6 +237,8 @@ async def running_cluster(
     ):
         await bus.prepare(queues=VIDEO_QUEUES, buckets=VIDEO_BUCKETS, object_buckets=VIDEO_OBJECTS)
         scheduling = {"TRIPTYCH_POLICY": policy, "TRIPTYCH_RIB": str(profile)}
+        # Who dies is known by its next life, and by nobody answering: silence is a busy machine's.
+        scheduling["TRIPTYCH_MEMBER_TIMEOUT_S"] = "20"
         cluster = Cluster(server, bus, tensors, model, folder, settings | scheduling, services)
         async with cluster.working():
             yield cluster

@@ -51,7 +51,7 @@ class DenoisingStage(Processes):
     def __init__(self, server: NatsServer, bus: NatsBus, tensors: UcxTensors, model: Path, folder: Path) -> None:
         super().__init__(server, bus, model, folder)
         self.tensors = tensors
-        self.checkpoints = Checkpoints(bus, lambda: False)
+        self.checkpoints = Checkpoints(bus, lambda: True)
         self.workers = Workers(bus, lambda instance: None)
         self.reports: list[StepFinished] = []
         self.lost: list[GroupLost] = []
@@ -104,14 +104,18 @@ class DenoisingStage(Processes):
             meeting=self.workers.meetings[members[0]],
         )
 
-    async def park(self, lease: Lease) -> JobParked:
-        """Have a job parked; its report."""
-        before = len(self.parked)
+    async def park(self, lease: Lease) -> JobParked | None:
+        """Have a job parked; its report. None: its last step was done before."""
         await self.bus.request(
             PARK_JOB, ParkJob(job_id=lease.job_id, epoch=lease.epoch), lease.leader, deadline_s=WAIT_S
         )
-        await self.until(lambda: len(self.parked) > before)
-        return self.parked[-1]
+
+        # Of an earlier one it may be told once more.
+        def parked() -> JobParked | None:
+            return next((report for report in self.parked if report.epoch == lease.epoch), None)
+
+        await self.until(lambda: parked() is not None or self.done(lease))
+        return parked()
 
     async def revoke(self, lease: Lease) -> None:
         """Take a job from its members, one after the other in any order."""
@@ -123,11 +127,16 @@ class DenoisingStage(Processes):
         """Its steps, as they were reported."""
         return [report for report in self.reports if report.job_id == job_id]
 
-    async def finished(self, lease: Lease) -> torch.Tensor:
-        """The final latent of a lease."""
+    def done(self, lease: Lease) -> bool:
+        """Whether the last step of its job was reported."""
+        return any(report.step == report.steps for report in self.of_job(lease.job_id))
+
+    async def finished(self, lease: Lease, begun: int | None = None) -> torch.Tensor:
+        """The final latent of a lease, or of one since the epoch ``begun`` whose change to it came too late."""
+        first = lease.epoch if begun is None else begun
         while True:
             report = await asyncio.wait_for(self.latents.get(), WAIT_S)
-            if report.epoch == lease.epoch:
+            if first <= report.epoch <= lease.epoch:
                 return await self.tensors.fetch(report.latent, deadline_s=WAIT_S)
 
     def median_pause_s(self, lease: Lease) -> float:
@@ -141,6 +150,12 @@ class DenoisingStage(Processes):
             while not holds():
                 self._news.clear()
                 await self._news.wait()
+
+    async def eventually(self, holds: Callable[[], object]) -> None:
+        """Return once ``holds`` does, looking now and then: not everything is reported."""
+        async with asyncio.timeout(WAIT_S):
+            while not holds():  # noqa: ASYNC110 - see there
+                await asyncio.sleep(0.02)
 
     @contextlib.asynccontextmanager
     async def hearing(self) -> AsyncIterator[None]:

@@ -39,7 +39,7 @@ from common.runtime.membership import Registration
 from common.runtime.settings import ServiceSettings
 from tests.support.tiny_tokenizer import END, tiny_tokenizer
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 INFO = LanguageModelInfo(name="tiny", context_tokens=512, created_at_s=1)
 FUSED = (LanguageRole.PREFILL, LanguageRole.DECODE)
 

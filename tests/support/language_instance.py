@@ -16,7 +16,7 @@ from common.runtime.membership import Registration
 from common.runtime.worker import Equipment, run_worker
 from tests.support.language import FUSED
 
-_WAIT_S = 60.0
+_WAIT_S = 120.0
 
 
 @dataclass

@@ -18,7 +18,7 @@ _SERVICE = """  {name}:
     stop_grace_period: 5s
     x-preload: [common.language.serve]
 """
-_WAIT_S = 60.0
+_WAIT_S = 120.0
 
 
 class Processes:

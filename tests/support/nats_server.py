@@ -12,7 +12,10 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-_START_S = 20.0
+import compose.ports
+from tests.support.stopping import stop_process
+
+_START_S = 60.0
 
 
 def server_program() -> str:
@@ -25,15 +28,8 @@ def server_program() -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _state(thread: Path) -> str:
-    """The letter that /proc gives a thread's state, "T" for one that was stopped."""
-    return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    """A port of the loopback for a server that comes, and may go and come again."""
+    return compose.ports.free_port("127.0.0.1")
 
 
 class NatsServer:
@@ -60,13 +56,7 @@ class NatsServer:
     def pause(self) -> None:
         """Keep the process from running: its connections stand, but nothing is answered."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGSTOP)
-            # A thread that is on a core goes on until the signal reaches it, and may answer a request meanwhile.
-            threads = Path(f"/proc/{self._process.pid}/task")
-            deadline_s = time.monotonic() + 10
-            while any(_state(thread) != "T" for thread in threads.iterdir()):
-                assert time.monotonic() < deadline_s, "the server does not stop"
-                time.sleep(0.001)
+            stop_process(self._process.pid)
 
     def resume(self) -> None:
         if self._process is not None:

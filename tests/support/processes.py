@@ -14,7 +14,7 @@ from common.messages.subjects import MEMBERS
 from compose.launch import ForkLauncher, Launch, Running
 from tests.support.nats_server import NatsServer
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 _PRELOAD = ("common.runtime.worker", "common.models.opensora.pipeline")
 
 

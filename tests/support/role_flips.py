@@ -11,7 +11,7 @@ from common.bus.port import Bus
 from common.messages.cluster import FlipRole, LanguageRole, RoleFlipped
 from common.messages.subjects import FLIP_ROLE
 
-_ANSWER_S = 30.0
+_ANSWER_S = 60.0
 
 
 async def flip(bus: Bus, instance: str, role: LanguageRole, decode: Sequence[str] = ()) -> RoleFlipped:

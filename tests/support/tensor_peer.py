@@ -16,6 +16,7 @@ import torch
 from common.messages.tensors import TensorRef
 from common.tensors import TensorError, Tensors, UcxTensors
 from common.tensors.memory import dtype_named
+from tests.support.stopping import stop_process
 
 _FORK_SERVER_IMPORTS = ["torch", "ucxx", "common.tensors", "tests.support.tensor_peer"]
 
@@ -63,7 +64,7 @@ class TensorPeer:
         self._next += 1
         answer = self._answers[self._next] = self._loop.create_future()
         self._pipe.send((self._next, command, arguments))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             return await answer
 
     async def export(self, shape: tuple[int, ...], dtype: str = "uint8", seed: int = 0, **how: Any) -> TensorRef:
@@ -71,12 +72,16 @@ class TensorPeer:
 
     async def counts_become(self, exports: int, size_bytes: int, in_flight: int) -> None:
         """Wait for these counts: uses are counted, and leases end, a moment after what causes it."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while await self.ask("counts") != (exports, size_bytes, in_flight):  # noqa: ASYNC110 - another process's
                 await asyncio.sleep(0.02)
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+
+    def stop(self) -> None:
+        """Have it stand still, until it is sent SIGCONT."""
+        stop_process(self.pid)
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
@@ -105,7 +110,7 @@ class TensorPeer:
         with contextlib.suppress(ProcessLookupError):
             self.signal(signal.SIGCONT)
         self._loop.remove_reader(self._pipe.fileno())
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(ConnectionError):
             self._pipe.send((0, "stop", {}))
         await asyncio.to_thread(self._process.join, 20)
         if self._process.is_alive():
@@ -194,13 +199,13 @@ class _Child:
         """Exports, their bytes, and requests in flight."""
         return self._tensors.exported_count, self._tensors.exported_bytes, self._ucx.in_flight
 
-    async def fetch(self, ref: bytes, seed: int = 0, deadline_s: float = 10.0) -> bool:
+    async def fetch(self, ref: bytes, seed: int = 0, deadline_s: float = 60.0) -> bool:
         """Whether what was fetched is what ``patterned`` makes."""
         reference = TensorRef.unpack(ref)
         fetched = await self._tensors.fetch(reference, deadline_s=deadline_s)
         return same_bytes(fetched, patterned(reference.shape, fetched.dtype, seed))
 
-    async def fetch_all(self, refs: list[bytes], deadline_s: float = 10.0) -> bool:
+    async def fetch_all(self, refs: list[bytes], deadline_s: float = 60.0) -> bool:
         """Whether those fetched together are what ``patterned`` makes, with seeds that count from 0."""
         references = [TensorRef.unpack(ref) for ref in refs]
         fetched = await self._tensors.fetch_all(references, [None] * len(refs), deadline_s=deadline_s)

@@ -26,7 +26,15 @@ def main(mode: str) -> None:
         tell("started")
         sys.stderr.write("the last word of a broken worker\n")
         raise SystemExit(3 if mode == "broken" else 2)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else signal.default_int_handler)
+    # From the moment it is told that this has started, it may be asked to stop.
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else signal.default_int_handler)
+        _live(mode)
+    except KeyboardInterrupt:
+        tell("stopped")
+
+
+def _live(mode: str) -> None:
     sys.stderr.write('level=info event=started\nlevel=warning event="something odd"\n')
     tell(f"started slot={os.environ.get('TRIPTYCH_SLOT')} torch={'torch' in sys.modules} json={'json' in sys.modules}")
     with socket.socket() as listener:
@@ -34,13 +42,12 @@ def main(mode: str) -> None:
             time.sleep(0.3)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("127.0.0.1", int(os.environ["PORT"])))
-            listener.listen()
+            # Before anybody can know.
             tell("serving")
-        try:
-            while True:
-                signal.pause()
-        except KeyboardInterrupt:
-            tell("stopped")
+            listener.listen()
+        while True:
+            # Not ``pause``: a signal just before it would be heard by nobody until the next one.
+            time.sleep(0.05)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from common.messages.video import (
 from common.runtime.membership import Registration
 from common.runtime.settings import ServiceSettings
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class PlayedWorker:
@@ -63,8 +63,6 @@ class PlayedWorker:
         self.slot = slot
         self.instance = f"{service}-{slot or 0}"
         self.leases: asyncio.Queue[Lease] = asyncio.Queue(100)
-        # Set once a scheduler has cleared what its predecessor may have left here, after which it counts on this one.
-        self.welcomed = asyncio.Event()
         self.parks: asyncio.Queue[ParkJob] = asyncio.Queue(100)
         self.revoked: asyncio.Queue[RevokeLease] = asyncio.Queue(100)
         self.decodings: asyncio.Queue[DecodeVideo] = asyncio.Queue(100)
@@ -138,9 +136,7 @@ class PlayedWorker:
         return Acknowledged()
 
     async def _revoke(self, request: RevokeLease) -> LeasesRevoked:
-        if request.job_id is None:
-            self.welcomed.set()
-        elif self._is_new(request):
+        if request.job_id is not None and self._is_new(request):
             self.revoked.put_nowait(request)
         return LeasesRevoked(job_id=next(iter(self.kept), None))
 

@@ -181,9 +181,14 @@ def test_several_videos_at_once(stack: Stack, made: bytes, request_fields: dict[
     assert len(set(files)) == 4
 
 
+def _slow(stack: Stack, fields: dict[str, Any]) -> dict[str, Any]:
+    """A request of as much work as there can be."""
+    limits = stack.limits()
+    return {**fields, "size": limits["default_size"], "frames": max(limits["frames"]), "steps": LONG}
+
+
 def test_a_cancelled_video_ends(stack: Stack, made: bytes, request_fields: dict[str, Any]) -> None:
-    video_id = stack.order(**{**request_fields, "steps": LONG})
-    stack.wait(video_id, lambda video: video["step"] >= 1)
+    video_id = stack.caught(lambda video: video["step"] >= 1, **_slow(stack, request_fields))["id"]
     stack.call("POST", f"/v1/videos/{video_id}/cancel")
     ended_by_s = time.monotonic() + VIDEO_S
     while (video := stack.json("GET", f"/v1/videos/{video_id}"))["status"] != "failed":
@@ -300,10 +305,9 @@ def long_video(stack: Stack, request_fields: dict[str, Any]) -> tuple[dict[str, 
 )
 def test_denoising_survives_a_kill(stack: Stack, long_video: tuple[dict[str, Any], bytes], victims: list[str]) -> None:
     fields, expected = long_video
-    video_id = stack.order(**fields)
-    stack.wait(video_id, lambda video: video["state"] == "denoising" and video["step"] >= 1)
+    video_id = stack.caught(lambda video: video["state"] == "denoising" and video["step"] >= 1, **fields)["id"]
     for victim in victims:
-        stack.process_of(victim).kill()
+        stack.kill(victim)
     assert stack.completed(video_id) == expected
     if "cache_store-0" in victims:
         # Whoever asked the dead one waits so long for its answer before it asks its next life.
@@ -334,10 +338,10 @@ def test_denoising_goes_on_from_the_checkpoint(
     stack: Stack, long_video: tuple[dict[str, Any], bytes], victims: list[str]
 ) -> None:
     fields, expected = long_video
-    video_id = stack.order(**fields)
-    seen = stack.wait(video_id, lambda video: video["state"] == "denoising" and video["step"] >= LONG // 2)["step"]
+    video = stack.caught(lambda video: video["state"] == "denoising" and video["step"] >= LONG // 2, **fields)
+    video_id, seen = video["id"], video["step"]
     for victim in victims:
-        stack.process_of(victim).kill()
+        stack.kill(victim)
     killed_at_s = time.time()
     shown: list[int] = []
 
@@ -358,34 +362,45 @@ def test_one_lost_dit_worker_leaves_the_other_video_alone(
     stack: Stack, long_video: tuple[dict[str, Any], bytes]
 ) -> None:
     fields, expected = long_video
-    ordered = [stack.order(**fields), stack.order(**fields)]
-    for video_id in ordered:
-        stack.wait(video_id, lambda video: video["state"] == "denoising" and video["step"] >= 1)
-    stack.process_of("dit-0").kill()
-    assert [stack.completed(video_id) == expected for video_id in ordered] == [True, True]
-    attempts = sorted(stack.json("GET", f"/v1/videos/{video_id}")["attempt"] for video_id in ordered)
-    assert attempts == [1, 2]
+    for _ in range(5):
+        ordered = [stack.order(**fields), stack.order(**fields)]
+        for video_id in ordered:
+            stack.wait(video_id, lambda video: video["step"] >= 1)
+        stack.kill("dit-0")
+        states = [stack.json("GET", f"/v1/videos/{video_id}")["state"] for video_id in ordered]
+        in_time = not {"decoding", "completed"} & set(states)
+        assert [stack.completed(video_id) == expected for video_id in ordered] == [True, True]
+        attempts = sorted(stack.json("GET", f"/v1/videos/{video_id}")["attempt"] for video_id in ordered)
+        assert attempts == [1, 2] or not in_time
+        if in_time:
+            return
+        stack.wait_whole()
+    raise AssertionError("every video was done before the kill")
 
 
 def test_decoding_survives_a_kill(stack: Stack, request_fields: dict[str, Any]) -> None:
     limits = stack.limits()
     fields = {**request_fields, "size": limits["default_size"], "frames": max(limits["frames"])}
     expected = stack.completed(stack.order(**fields))
-    video_id = stack.order(**fields)
-    stack.wait(video_id, lambda video: video["state"] == "decoding")
-    killed_at_s = time.time()
-    for victim in ("vae-0", "vae-1"):
-        stack.process_of(victim).kill()
-    assert stack.completed(video_id) == expected
+    for _ in range(5):
+        video_id = stack.caught(lambda video: video["state"] == "decoding", **fields)["id"]
+        killed_at_s = time.time()
+        for victim in ("vae-0", "vae-1"):
+            stack.kill(victim)
+        assert stack.completed(video_id) == expected
+        if (attempt := stack.json("GET", f"/v1/videos/{video_id}")["attempt"]) > 1:
+            break
+        # Decoded before the kill.
+        stack.wait_whole()
     # The second attempt may be granted to the other decoder before its death is known.
-    assert stack.json("GET", f"/v1/videos/{video_id}")["attempt"] in (2, 3)
+    assert attempt in (2, 3)
     spans = stack.json("GET", f"/v1/videos/{video_id}/timeline")["spans"]
     again = [span["step"] for span in spans if span["phase"] == "step" and span["started_at_s"] > killed_at_s]
     assert again == [], "the final latent was kept"
 
 
 def test_a_killed_encoder_delays_a_video_and_no_more(stack: Stack, made: bytes, request_fields: dict[str, Any]) -> None:
-    stack.process_of("encoder-0").kill()
+    stack.kill("encoder-0")
     assert stack.completed(stack.order(**request_fields)) == made
 
 
@@ -406,7 +421,7 @@ def test_nothing_is_left_and_what_was_stored_stays(tmp_path: Path, long_video: t
         assert len(processes) >= 11
         assert system_v_shared_memory(processes), "UCX has shared memory while the stack runs"
         assert stack.stop(signal.SIGINT) == 0
-        assert psutil.wait_procs(processes, timeout=10)[1] == []
+        assert psutil.wait_procs(processes, timeout=60)[1] == []
     assert system_v_shared_memory(processes) == []
     assert posix_shared_memory() <= before
     with running_stack("--state-dir", str(tmp_path)) as stack:
@@ -415,7 +430,7 @@ def test_nothing_is_left_and_what_was_stored_stays(tmp_path: Path, long_video: t
         seen = stack.wait(video_id, lambda video: video["step"] >= LONG // 2)["step"]
         processes = stack.processes()
         stack.process.kill()
-        assert psutil.wait_procs(processes, timeout=10)[1] == []
+        assert psutil.wait_procs(processes, timeout=60)[1] == []
     assert system_v_shared_memory(processes) == []
     assert posix_shared_memory() <= before
     with running_stack("--state-dir", str(tmp_path)) as stack:
@@ -438,7 +453,8 @@ def test_chats_beside_videos_outlive_their_instance(stack: Stack) -> None:
                 )
                 text = ""
                 for chunk in chunks:
-                    if killed and not text:
-                        stack.process_of("decode-0").kill()
+                    first = not text
                     text += chunk.choices[0].delta.content or ""
+                    if killed and first and text:
+                        stack.kill("decode-0")
                 assert text == caption

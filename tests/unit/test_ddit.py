@@ -1,4 +1,4 @@
-"""DDiT's allocation (section 5 of the brief) on hand-written event sequences, by the paper's table: B is 1, 2 and 4."""
+"""DDiT's greedy allocation on hand-written event sequences, by the paper's table: B is 1, 2 and 4."""
 
 import pytest
 

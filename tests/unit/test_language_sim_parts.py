@@ -11,13 +11,14 @@ from loadgen.simulator.language.arms import fluid, tetriinfer
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.cluster import FUSED, Cluster
 from loadgen.simulator.language.cost import OPT_13B_2_V100, StepWork
+from loadgen.simulator.language.decode_only import decode_all
 from loadgen.simulator.language.history import Histories
 from loadgen.simulator.language.instance import Instance
-from loadgen.simulator.language.link import LinkKind, Network
+from loadgen.simulator.language.link import V100_HOST, HostLink, LinkKind, Network
 from loadgen.simulator.language.predictors import NoisyOracle, Oracle, PredictorTax
 from loadgen.simulator.language.requests import ChatRequest
 from loadgen.simulator.language.router import LeastLoad
-from loadgen.simulator.language.setups import CHUNK_OVERHEAD_S, build
+from loadgen.simulator.language.setups import CHUNK_OVERHEAD_S, Setup, build
 
 SPLIT = ((LanguageRole.PREFILL,), (LanguageRole.DECODE,))
 
@@ -89,6 +90,28 @@ def test_everything_ends_and_all_memory_is_free(roles: tuple[tuple[LanguageRole,
     assert all(one.request.arrival_s < one.first_token_s <= one.end_s < float("inf") for one in progress.values())
     assert all(one.idle and one.free_blocks == OPT_13B_2_V100.blocks for one in cluster.instances.values())
     assert sum(one.preempted for one in progress.values()) > 0 or roles != SPLIT
+
+
+def test_a_preempted_sequence_goes_to_the_host_and_comes_back_uncomputed() -> None:
+    """Six blocks: the first sequence needs a fourth when the second has three, of which the last is not full."""
+    machine = replace(OPT_13B_2_V100, kv_tokens=96)
+    requests = [ChatRequest("first", 0.0, 32, 25), ChatRequest("second", 0.0, 20, 25)]
+    link = HostLink(cards=2, bytes_per_s=1e9, copies=80, copy_s=1e-5)
+    ends = []
+    for swap in (link, replace(link, bytes_per_s=float("inf"), copy_s=0.0)):
+        run = decode_all(Setup("one", decode=1, swap=swap), requests, 0, machine)
+        instance = run.instances["decode-0"]
+        assert [run.progress[one.name].preempted for one in requests] == [0, 1]
+        assert instance.computed_prompt_tokens == 0 and instance.idle and instance.free_blocks == machine.blocks
+        ends.append(run.progress["second"].end_s)
+    block_s = 80 * 1e-5 + 16 * machine.kv_token_bytes / 2 / 1e9
+    assert ends[0] - ends[1] == pytest.approx(2 * 3 * block_s)
+
+
+def test_swapping_on_the_papers_cards_is_cheaper_than_computing_again() -> None:
+    """By 40 % for a sequence of 640 tokens, there and back."""
+    swapped_s = 2 * V100_HOST.seconds(40, OPT_13B_2_V100.block_bytes)
+    assert swapped_s == pytest.approx(0.6 * OPT_13B_2_V100.cost.step_s(StepWork(640, 0, 0, 0)), rel=0.1)
 
 
 def test_a_history_keeps_the_latest_and_matches_from_the_first_block_on() -> None:

@@ -1,4 +1,4 @@
-"""The bound of DDiT's section 7.2 against brute force, and its queue formulas against their closed forms."""
+"""The bound of DDiT's algorithm 1 against brute force, and its queue formulas against their closed forms."""
 
 import itertools
 import math

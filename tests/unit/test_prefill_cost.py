@@ -1,4 +1,4 @@
-"""The operator-level cost of a prefill beside what the paper measured (figure 14; brief, section 9)."""
+"""The operator-level cost of a prefill beside what the paper measured (MemServe, figure 14)."""
 
 from statistics import fmean
 

@@ -78,12 +78,13 @@ def test_time_that_a_prefill_has_had_is_not_waited_for_any_more() -> None:
     assert route(dispatch, "next", 100, 2.5).prefill == "f0"
 
 
-def test_pulls_that_take_long_are_given_up_for_a_while() -> None:
+@pytest.mark.parametrize("came", [480, 0])
+def test_pulls_that_take_long_or_do_not_come_are_given_up_for_a_while(came: int) -> None:
     dispatch = cluster("cost", f0=FUSED, f1=FUSED)
     route(dispatch, "busy", 2000, 0.0, f1=1000)
     one = route(dispatch, "one", 500, 0.0, f1=480)
     assert one.pull == Pull("f1", 0, 480) and one.prefill == "f0"
-    dispatch.handle(PrefixPulled("one", one.epoch, 480), 8.48)
+    dispatch.handle(PrefixPulled("one", one.epoch, came), 8.48)
     assert dispatch.rule.pulls.delay_s(8.48) == pytest.approx(8.0)
     # 4.8 s of computing are less than 8.5 s of waiting. A minute later half of that is forgotten.
     assert route(dispatch, "two", 500, 9.0, f1=480).pull is None

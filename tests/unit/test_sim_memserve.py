@@ -1,4 +1,4 @@
-"""MemServe in virtual time: the reproduction checks of the brief, section 17, and what they stand on."""
+"""MemServe in virtual time: what a reproduction must show, each check by its number, and what they stand on."""
 
 import json
 from collections import defaultdict
@@ -43,7 +43,7 @@ def check_nothing_is_held(cluster: Cluster) -> None:
         assert (site.prefill_tokens, site.sequences, site.context_tokens) == (0, 0, 0)
 
 
-# --- the checks of section 17 ------------------------------------------------------------------------------------
+# --- the reproduction checks -------------------------------------------------------------------------------------
 
 
 def test_check_1_what_is_computed_and_sent_by_caching_design() -> None:

@@ -39,7 +39,7 @@ def test_a_mix_draws_its_shares(mix: Mix) -> None:
 
 
 def test_saturation_is_gpus_over_mean_work_at_one() -> None:
-    # 3.14, 7.89 and 19.32 GPU-seconds: the brief's 0.7 to 0.8 requests/s on 8 GPUs.
+    # 3.14, 7.89 and 19.32 GPU-seconds: 0.7 to 0.8 requests/s on 8 GPUs.
     assert saturation_rate(RIB, KINDS, MIXES["even"], 8) == pytest.approx(8 / ((3.14 + 7.89 + 19.32) / 3))
 
 

@@ -14,7 +14,7 @@ from loadgen.simulator.language.arms import burst_arms, fluid
 from loadgen.simulator.language.cost import OPT_13B_2_V100, StepWork
 from loadgen.simulator.language.experiment import Task, run_task
 from loadgen.simulator.language.interference import series
-from loadgen.simulator.language.points import dispatch, flip, prefill, reserve
+from loadgen.simulator.language.points import SWAPPING, dispatch, flip, prefill, reserve
 from loadgen.simulator.language.setups import CHUNK_TOKENS, build
 from loadgen.simulator.language.verdicts import Against, against_baseline, mean
 from loadgen.simulator.language.workloads import CLASSES, class_requests, turning
@@ -88,25 +88,34 @@ def test_3_all_orders_end_together() -> None:
     assert max(ends.values()) - min(ends.values()) <= 0.1
 
 
-def test_4_reserving_under_memory_pressure() -> None:
-    """The signs are the paper's, and what reserving takes: 39.4 s, there 38.8. Its gains of 10 to 15 % come with swaps
-    of unknown cost, by which greedy takes 44.5 s; ours takes 41.9 s, so that gains are smaller.
+@pytest.fixture(scope="module")
+def reserved() -> Runs:
+    return {name.removeprefix("ShareGPT: "): of for name, of in _runs(reserve(SEEDS)).items()}
+
+
+@pytest.mark.parametrize(("how", "dynamic"), [("", 0.055), (SWAPPING, 0.04)])
+def test_4_reserving_under_memory_pressure(reserved: Runs, how: str, dynamic: float) -> None:
+    """The signs are the paper's, and what reserving takes: 39.4 s, there 38.8. The gains of 10 to 15 % and 8 to 13 %
+    are not: greedy takes 44.5 s there, 41.9 s here where who is preempted is computed again, and 41.3 s where it is
+    swapped; gains are 6.0 and 2.4 %, or 4.7 and 2.3 %. Less memory preempts more and gains no more; dearer swaps bring
+    the dynamic rule to 10 % at twice the price, and the static one to 8 % only where the dynamic one is far above 15.
     """
-    runs = {name.removeprefix("ShareGPT: "): of for name, of in _runs(reserve(SEEDS)).items()}
-    jct = {name: mean(of, "jct_s") for name, of in runs.items()}
-    gain = {name: 1 - value / jct["greedy"] for name, value in jct.items()}
-    assert jct["reserve_dynamic, 100.0%"] == pytest.approx(38.8, rel=0.03)
-    assert 0.05 <= gain["reserve_dynamic, 100.0%"] <= 0.15 and 0.02 <= gain["reserve_static, 100.0%"] <= 0.13
-    assert gain["reserve_dynamic, 100.0%"] >= gain["reserve_static, 100.0%"]
-    assert gain["reserve_dynamic, 74.9%"] >= -0.04
-    preempted = {name: mean(of, "preempted") for name, of in runs.items()}
-    assert preempted["reserve_dynamic, 100.0%"] < preempted["reserve_static, 100.0%"] < preempted["greedy"]
+    jct = {name: mean(of, "jct_s") for name, of in reserved.items()}
+    gain = {name: 1 - value / jct["greedy" + how] for name, value in jct.items()}
+    oracle, static = "reserve_dynamic, 100.0%" + how, "reserve_static, 100.0%" + how
+    assert jct[oracle] == pytest.approx(38.8, rel=0.03)
+    assert dynamic <= gain[oracle] <= 0.15 and 0.02 <= gain[static] <= 0.13
+    assert gain[oracle] >= gain[static]
+    # On both sides of greedy by the brief (within 4 %; no better). Here wrong predictions gain as much as right ones.
+    assert min(gain["reserve_dynamic, 74.9%"], gain["reserve_static, 74.9%"]) >= -0.04
+    preempted = {name: mean(of, "preempted") for name, of in reserved.items()}
+    assert preempted[oracle] < 1 < preempted[static] < preempted["greedy" + how]
 
 
 def test_5_performance_for_money_as_the_paper_counts_it() -> None:
     perf = {of: _against(of).perf_per_dollar for of in CLASSES}
     assert perf["LPHD"] > perf["Mixed"] > perf["LPLD"] > perf["HPHD"] > 1 > perf["HPLD"]
-    # The paper's HPHD is 1.1, ours a hundredth above the brief's 1.2: see resources.
+    # The paper's HPHD is 1.1, ours a hundredth above the brief's 1.2: see the draws below.
     assert 1.0 <= perf["HPHD"] <= 1.21 and 0.75 <= perf["HPLD"] <= 0.95
 
 
@@ -124,10 +133,26 @@ def test_7_resources() -> None:
     resources = {of: _against(of).resources for of in CLASSES}
     assert resources["LPLD"] == pytest.approx(1.0, abs=0.05)
     assert resources["LPHD"] < 0.8 and resources["Mixed"] < 0.95
-    # Slightly above in the paper (1.07); ours is even.
-    assert resources["HPHD"] == pytest.approx(1.0, abs=0.10)
+    # Slightly above in the paper (1.07); ours is even: see the draws below.
+    assert resources["HPHD"] == pytest.approx(1.0, abs=0.05)
     # 1.43 and, by RoCE, 1.60 in the paper.
     assert 1.40 <= resources["HPLD"] <= 1.60
+
+
+def test_5_and_7_the_papers_heavy_class_is_one_draw_of_ours() -> None:
+    """HPHD's 32 requests are few, and the last answer ends the run. Over 100 draws resources are 0.99 of the baseline's
+    (0.89 to 1.08, above 1 in 41) and perf/$ is 1.21 (at most 1.2 in 46). Nobody is preempted: swaps are not why.
+    """
+    draws = []
+    for seed in range(10):
+        requests = tuple(class_requests(CLASSES["HPHD"], seed))
+        runs = {}
+        for policy in ("coupled-16", "tetriinfer"):
+            runs[policy] = [run_task(Task("burst", "HPHD", burst_arms()[policy], seed, requests))]
+            assert mean(runs[policy], "preempted") == 0
+        draws.append(against_baseline(runs))
+    both = [draw for draw in draws if 1.0 < draw.resources <= 1.1 and 1.0 <= draw.perf_per_dollar <= 1.2]
+    assert len(both) >= 3
 
 
 def test_8_the_link_hardly_matters() -> None:

@@ -1,6 +1,6 @@
 """Where keys and values lie: blocks of 16 tokens in one pool, each block one contiguous piece of memory.
 
-MemServe, section 4: K and V of all layers of a token group are one aggregated block, so that moving a block is one
+MemServe, figure 5: K and V of all layers of a token group are one aggregated block, so that moving a block is one
 transfer. Inside a block the order is tokens, layers, K and V, heads: the distance from one token to the next is the
 same inside a block and across two neighbouring ones, so a sequence whose blocks are neighbours is, for each layer, one
 strided tensor that attention kernels read in place.

@@ -1,4 +1,4 @@
-"""What a worker needs to take the next step of a video that others began: handed over in one broadcast (DDiT 6)."""
+"""What a worker needs to take the next step of a video that others began: handed over in one broadcast (DDiT)."""
 
 from dataclasses import dataclass, fields
 from typing import Protocol, Self

@@ -8,8 +8,8 @@ attention trades tokens for heads and back.
 Guidance parallelism: the conditional and the null half of a guided batch on one half of the ranks each. It needs no
 exchange but the last, so it is spent before sequence parallelism.
 
-The group is an argument of each forward, so the degree of parallelism can change between two steps (DDiT, section
-6). Every rank ends with the whole prediction, and so with the whole latent: leaving moves nothing.
+The group is an argument of each forward, so the degree of parallelism can change between two steps (DDiT).
+Every rank ends with the whole prediction, and so with the whole latent: leaving moves nothing.
 """
 
 from collections.abc import Callable

@@ -75,6 +75,10 @@ class Machine:
     def blocks(self) -> int:
         return self.kv_tokens // self.block_tokens
 
+    @property
+    def block_bytes(self) -> int:
+        return self.kv_token_bytes * self.block_tokens
+
 
 COST = MeasuredEngine(
     prompt_floor_s=0.030,

@@ -49,7 +49,7 @@ def decode_all(
     predictor = predictor_of(setup, list(requests), seed)
     for number in range(setup.decode):
         name = f"decode-{number}"
-        run.instances[name] = Instance(name, run.clock, machine, batching(setup, machine), run)
+        run.instances[name] = Instance(name, run.clock, machine, batching(setup, machine), run, swap=setup.swap)
     targets = _targets(setup, decoding, run, seed, machine) if setup.decode > 1 else {}
     for request in decoding:
         run.progress[request.name] = Progress(request, first_token_s=0.0)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.policies.batching_events import (
+    CachedPrefix,
     Piece,
     PreemptSequence,
     RefuseSequence,
@@ -16,6 +17,7 @@ from common.policies.batching_events import (
 from common.policies.continuous_batching import ContinuousBatching
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.cost import Machine, StepWork
+from loadgen.simulator.language.link import HostLink
 from loadgen.simulator.language.requests import ChatRequest
 
 
@@ -36,7 +38,7 @@ class Watcher(Protocol):
         """Its last token is there."""
 
     def preempted(self, request: ChatRequest, instance: "Instance") -> None:
-        """Its blocks were taken: it will be computed again."""
+        """Its blocks were taken: it will be computed again, or brought back from the host's memory."""
 
 
 @dataclass(slots=True)
@@ -58,6 +60,8 @@ class Instance:
         chunk_overhead_s: what a pass with prompt tokens costs beside the pass itself.
         slowed: given a span without disturbance, its start and length, how long it takes (a predictor that runs beside
             the model); None: as long as it takes.
+        swap: over which the keys and values of sequences that are preempted while they decode go to the host's memory
+            and come back; all steps wait for that. None: they are computed again.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Instance:
         padded_to: int = 0,
         chunk_overhead_s: float = 0.0,
         slowed: Callable[[float, float], float] | None = None,
+        swap: HostLink | None = None,
     ) -> None:
         self.name = name
         self.machine = machine
@@ -84,6 +89,10 @@ class Instance:
         self._padded_to = padded_to
         self._chunk_overhead_s = chunk_overhead_s
         self._slowed = slowed
+        self._swap = swap
+        # Whose keys and values are in the host's memory, of how many tokens.
+        self._swapped: dict[str, CachedPrefix] = {}
+        self._moved_blocks = 0
         self._sequences: dict[str, _Sequence] = {}
         self._parked: dict[str, _Sequence] = {}
         self._held_blocks = 0
@@ -176,6 +185,9 @@ class Instance:
         work = self._work(step.pieces)
         now_s = self._clock.now_s
         takes_s = self.machine.cost.step_s(work) + (self._chunk_overhead_s if work.prompt_tokens else 0.0)
+        if self._swap is not None:
+            takes_s += self._swap.seconds(self._moved_blocks, self.machine.block_bytes)
+            self._moved_blocks = 0
         if self._slowed is not None:
             takes_s = self._slowed(now_s, takes_s)
         self.busy_s += takes_s
@@ -185,21 +197,38 @@ class Instance:
 
     def _plan(self) -> RunStep | None:
         """The next step, after as many preemptions as it takes."""
-        while decisions := self.batching.handle(StepDue(self.free_blocks), self._clock.now_s):
+        while decisions := self.batching.handle(StepDue(self.free_blocks, self._swapped), self._clock.now_s):
             for decision in decisions:
                 if isinstance(decision, RunStep):
                     return decision
                 if isinstance(decision, PreemptSequence):
                     sequence = self._sequences[decision.sequence]
+                    if self._swap is not None and sequence.generated:
+                        self._swap_out(decision.sequence, sequence)
                     self._held_blocks -= sequence.blocks
                     sequence.blocks = 0
                     self._watcher.preempted(sequence.request, self)
         return None
 
+    def _swap_out(self, name: str, sequence: _Sequence) -> None:
+        # Of the token generated last, nothing is computed yet.
+        self._swapped[name] = CachedPrefix(sequence.request.prompt_tokens + sequence.generated - 1)
+        self._moved_blocks += sequence.blocks
+
+    def _swap_in(self, piece: Piece) -> None:
+        """Its blocks, but for those that the piece brings: the last one is among them if it was not full."""
+        del self._swapped[piece.sequence]
+        size = self.machine.block_tokens
+        self._sequences[piece.sequence].blocks += piece.start // size
+        self._held_blocks += piece.start // size
+        self._moved_blocks += -(-piece.start // size)
+
     def _work(self, pieces: tuple[Piece, ...]) -> StepWork:
         prompt = attended = decoding = context = 0
         for piece in pieces:
             count = piece.count
+            if piece.sequence in self._swapped:
+                self._swap_in(piece)
             if piece.new_blocks:
                 self._sequences[piece.sequence].blocks += piece.new_blocks
                 self._held_blocks += piece.new_blocks

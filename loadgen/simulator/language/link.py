@@ -26,6 +26,34 @@ ROCE = LinkKind("RoCE, 200 Gb/s", 25e9, 10e-6)
 NVLINK = LinkKind("NVLink, 300 GB/s", 300e9, 10e-6)
 
 
+@dataclass(frozen=True, slots=True)
+class HostLink:
+    """Between an instance's cards and its host's memory. Every card moves its share of a block, all at once.
+
+    Attributes:
+        bytes_per_s: of each card.
+        copies: how many each card makes of one block.
+        copy_s: what every copy costs beside its bytes.
+    """
+
+    cards: int
+    bytes_per_s: float
+    copies: int
+    copy_s: float
+
+    def seconds(self, blocks: int, block_bytes: int) -> float:
+        """How long so many blocks take, in or out; ``block_bytes`` are of all cards."""
+        return blocks * (self.copies * self.copy_s + block_bytes / self.cards / self.bytes_per_s)
+
+
+# Two V100s on PCI Express 3.0 with 16 lanes: 15.8 GB/s by its specification, of which large copies get some 12. vLLM
+# moves each layer's keys and each layer's values of each block by a call of their own. On an A100 that moved 3.11 GB/s,
+# 1250 blocks at a time (its pull request 11531): 10.5 us a copy, if one was 32 KB (which model it was is not said), and
+# 9.2 without its bytes at PCI Express 4.0's 25 GB/s. On an H20 a call was found to cost 2.3 us (FlexKV's pull request
+# 193). The dearer counts here: hosts of V100s were older than either.
+V100_HOST = HostLink(cards=2, bytes_per_s=12e9, copies=2 * 40, copy_s=9.2e-6)
+
+
 @dataclass(slots=True)
 class _Transfer:
     source: str

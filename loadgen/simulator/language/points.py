@@ -13,6 +13,7 @@ from common.policies.flip import IdleFlip, QueueFlip
 from common.policies.prefill_schedule import PrefillOrder
 from loadgen.simulator.language.arms import burst_arms, chosen, coupled, fluid, steady_arms, tetriinfer
 from loadgen.simulator.language.decode_only import RULES
+from loadgen.simulator.language.link import V100_HOST
 from loadgen.simulator.language.requests import ChatRequest
 from loadgen.simulator.language.setups import Setup
 from loadgen.simulator.language.workloads import (
@@ -30,6 +31,8 @@ STEADY_INSTANCES = 4
 # Requests a second for each class on four instances: between half and nine tenths of what the best cluster carries.
 STEADY_RATES = {"LPLD": (8.0, 14.0), "LPHD": (1.5, 3.0), "HPLD": (4.0, 7.0), "HPHD": (1.5, 2.5), "Mixed": (3.0, 5.0)}
 CONVERSATION_RATES = (1.0, 2.0)
+# What the names of setups of ``reserve`` end with that swap.
+SWAPPING = ", swapping"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +81,19 @@ def dispatch(seeds: int) -> Iterator[Task]:
 
 
 def reserve(seeds: int) -> Iterator[Task]:
-    """Figure 18: admission under memory pressure."""
+    """Figure 18: admission under memory pressure.
+
+    Who is preempted is computed again, as vLLM does unless told otherwise, or swapped, as the paper calls it.
+    """
     greedy = Setup("greedy", decode=1, past_tokens=50)
     setups = [greedy]
     for rule in (AdmissionRule.RESERVE_DYNAMIC, AdmissionRule.RESERVE_STATIC):
         for accuracy in (0.749, 1.0):
             setups.append(replace(greedy, name=f"{rule.value}, {accuracy:.1%}", admission=rule, accuracy=accuracy))
     longest = replace(greedy, name="greedy, longest leaves", accuracy=0.749, victim=VictimRule.LONGEST_REMAINING)
-    for setup in (*setups, longest):
+    oracles = [one for one in setups if one.accuracy in (None, 1.0)]
+    swapping = [replace(one, name=one.name + SWAPPING, swap=V100_HOST) for one in oracles]
+    for setup in (*setups, longest, *swapping):
         for seed in range(seeds):
             yield Task("reserve", "ShareGPT", setup, seed, tuple(class_requests(SHAREGPT, seed)), decode_only=True)
 

@@ -21,7 +21,7 @@ from loadgen.simulator.language.control import ControlPlane
 from loadgen.simulator.language.cost import OPT_13B_2_V100, Machine, StepWork
 from loadgen.simulator.language.history import Histories
 from loadgen.simulator.language.instance import Instance
-from loadgen.simulator.language.link import NVLINK, LinkKind, Network
+from loadgen.simulator.language.link import NVLINK, HostLink, LinkKind, Network
 from loadgen.simulator.language.predictors import Histogram, NoisyOracle, Oracle, Predictor, PredictorTax
 from loadgen.simulator.language.requests import ChatRequest
 from loadgen.simulator.language.router import FluidRoles, LeastLoad, Router
@@ -49,6 +49,7 @@ class Setup:
         taxed: whether the predictor shares the prefill instance's accelerator.
         padded: whether a chunk that is not full costs what a full one does.
         chunk_overhead_s: what a chunk costs beside its pass.
+        swap: see ``Instance``.
         fluid: whether roles are what ``LeastDelay`` makes of them; all instances are fused then.
         first_token_weight: see ``LeastDelay``.
         flips: makes the policy; None: roles stay what they are.
@@ -79,6 +80,7 @@ class Setup:
     padded: bool = False
     chunk_overhead_s: float = CHUNK_OVERHEAD_S
     link: LinkKind = NVLINK
+    swap: HostLink | None = None
     fluid: bool = False
     first_token_weight: float = 1.0
     flips: Callable[[], FlipPolicy] | None = None
@@ -137,7 +139,15 @@ def build(
         padded_to = setup.chunk_tokens if setup.padded else 0
         slowed = tax.slowed if tax is not None else None
         instance = Instance(
-            name, clock, machine, batching(setup, machine), cluster, padded_to, setup.chunk_overhead_s, slowed
+            name,
+            clock,
+            machine,
+            batching(setup, machine),
+            cluster,
+            padded_to,
+            setup.chunk_overhead_s,
+            slowed,
+            setup.swap,
         )
         cluster.add(instance, of_one)
     return Built(cluster, network)

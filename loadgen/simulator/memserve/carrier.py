@@ -1,4 +1,4 @@
-"""Keys and values on their way between instances: hand-overs, what goes back, pulls (brief, sections 6 to 8)."""
+"""Keys and values on their way between instances: hand-overs, what goes back, pulls (MemServe, sections 4.3 and 5)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class Carrier:
             waiting.pop(0)
 
     def lost(self, engine: Engine) -> None:
-        """It is dead: the other ends of its hand-overs free what they held for them (section 11)."""
+        """It is dead: the other ends of its hand-overs free what they held for them (MemServe's cluster manager)."""
         self._waiting.pop(engine.name, None)
         for handover in [one for one in self._handovers.values() if engine in (one.source, one.target)]:
             del self._handovers[handover.job.turn.name]

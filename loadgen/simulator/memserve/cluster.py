@@ -200,7 +200,7 @@ class Cluster:
             self._tell(self.engines[instance].memory.publisher.snapshot())
 
     def _remember(self, turn: Turn, route: Route) -> None:
-        """As in the paper: an answer passes by (section 6; what is inserted is the brief's reading, 8.3)."""
+        """As in the paper: an answer passes by (MemServe, section 6; what is inserted then is not said, and ours)."""
         caching, index = self._setup.caching, self.scheduler.index
         both = turn.all_tokens
         if caching >= Caching.C1:

@@ -1,4 +1,7 @@
-"""What the simulated instances are, and what carries keys and values between them (brief, sections 4 and 15)."""
+"""What the simulated instances are, and what carries keys and values between them.
+
+The constants are read from the paper's figures 8 and 11 to 14 (MemServe, arXiv 2406.17565).
+"""
 
 import math
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ GROUP_TOKENS = 16
 
 
 class Caching(IntEnum):
-    """How far caching goes (section 7): not at all, and PD-Caching-1 to 3. Fused instances cache from C1 on."""
+    """How far caching goes (figure 4): not at all, and PD-Caching-1 to 3. Fused instances cache from C1 on."""
 
     NONE = 0
     C1 = 1
@@ -34,7 +37,7 @@ class Caching(IntEnum):
 
 
 class TransferMode(StrEnum):
-    """How a prompt's keys and values are sent (section 4)."""
+    """How a prompt's keys and values are sent (figure 5)."""
 
     BY_LAYER = "by_layer"
     BY_REQUEST = "by_request"

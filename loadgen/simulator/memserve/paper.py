@@ -1,7 +1,7 @@
 """What the paper measured, beside which ours is put: figure 8, the claims made of it, and figures 12, 13 and 15.
 
-``figure8.json`` has the figure's numbers as the brief digitised them (appendix A): lists by rate, 1 to 5 a second and
-instance.
+``figure8.json`` has the figure's numbers, read from its curves (to about 0.5 % of an axis): lists by rate, 1 to 5 a
+second and instance.
 """
 
 import json
@@ -17,7 +17,7 @@ MODE_RATES = (5.0, 10.0, 20.0, 40.0, 80.0)
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """``setup`` changes a measure against ``base``, at one rate (brief, section 14.1)."""
+    """``setup`` changes a measure against ``base``, at one rate. Said in the paper's text, read from its figure 8."""
 
     workload: str
     setup: str

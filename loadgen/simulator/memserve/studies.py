@@ -1,4 +1,4 @@
-"""The studies of MemServe's evaluation: which clusters meet which requests, and what is read off (section 14)."""
+"""The studies of MemServe's evaluation: which clusters meet which requests, and what is read off."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -93,7 +93,7 @@ def transfer_study(rates: Sequence[float], requests: int, seed: int) -> list[dic
 
 
 def caching_study(requests: int, seed: int) -> list[dict[str, Any]]:
-    """PD-Caching-1 to 3 by the turn of a conversation (section 7): what the prefill instance computes, what is sent."""
+    """PD-Caching-1 to 3 by the turn of a conversation (figure 4): what the prefill instance computes, what is sent."""
     rows = []
     for caching in Caching:
         setup = replace(SETUPS["1P1D"], caching=caching)

@@ -12,7 +12,7 @@ Rows = Sequence[Mapping[str, Any]]
 def print_paper(result: Mapping[str, Any]) -> None:
     """All studies."""
     _print_figure_8(result["runs"])
-    print("Claims (section 14.1): change in per cent, ours / paper")
+    print("The paper's claims: change in per cent, ours / paper")
     for claim in result["claims"]:
         change = f"{100 * claim['ours']:6.1f} / {100 * claim['paper']:6.1f}"
         sign = "" if claim["same_sign"] else "  other sign"

@@ -1,4 +1,4 @@
-"""MemServe's three workloads, made after what is published of them (table 7 and figure 7; brief, section 13).
+"""MemServe's three workloads, made after what is published of them (table 7 and figure 7).
 
 Lengths are drawn from the published quantiles, with straight lines between them. How the first turn of a conversation
 differs from later ones is not published: those lengths are ours, chosen so that prompts and shared prefixes come out

@@ -1,4 +1,4 @@
-"""The simulator against the brief's own plausibility run (section 8.3): an independent simulation of the same system.
+"""The simulator against another one of DDiT, written independently from the same description; not the paper's figures.
 
 Its settings: 8 GPUs, Poisson, even mix, 100 requests, mean of 20 seeds, no switching cost. Its draws are not ours, and
 with 100 requests a seed's p99 is nearly its maximum: hence the tolerance, in percentage points.
@@ -15,7 +15,7 @@ from loadgen.workloads import MIXES, Pattern, make_workload
 
 RIB = paper_rib()
 KINDS = tuple(RIB.profiles)
-# Reduction by full DDiT, (mean, p99) in per cent; the middle where the brief gives a range.
+# Reduction by full DDiT, (mean, p99) in per cent; the middle where it gives a range.
 TABLE = {
     0.25: {
         "ddit-no-promotion": (8.5, 46),
