@@ -34,20 +34,23 @@ class Fetching:
 
     async def fetch(
         self, refs: Sequence[TensorRef], memories: Sequence[TensorBytes | None], deadline: float, *, settle: bool
-    ) -> list[TensorBytes]:
+    ) -> Sequence[TensorBytes]:
         """Tensors of one owner, any number, by ``deadline`` (the loop's time). Counted when all of them are here.
 
         ``settle``: to hold the memories, after an error too, until UCX has let go of them.
 
         Raises: see ``Tensors.fetch_all``.
         """
-        groups = [slice(first, first + MAXIMUM_TENSORS) for first in range(0, len(refs), MAXIMUM_TENSORS)]
-        here = [await self._fetch(refs[group], memories[group], deadline, settle) for group in groups]
+        if len(refs) <= MAXIMUM_TENSORS:
+            here = [await self._fetch(refs, memories, deadline, settle)]
+        else:
+            groups = [slice(first, first + MAXIMUM_TENSORS) for first in range(0, len(refs), MAXIMUM_TENSORS)]
+            here = [await self._fetch(refs[group], memories[group], deadline, settle) for group in groups]
         for fetch in here:
             self._note_taken(fetch)
         if self._engine.starving():
             await asyncio.sleep(0)
-        return [memory for fetch in here for memory in fetch.memories if memory is not None]
+        return here[0].memories if len(here) == 1 else [memory for fetch in here for memory in fetch.memories]
 
     async def _fetch(
         self, refs: Sequence[TensorRef], memories: Sequence[TensorBytes | None], deadline: float, settle: bool
@@ -68,10 +71,9 @@ class Fetching:
 
     async def _run(self, fetch: Fetch, settle: bool) -> None:
         fetch_id = self._next_fetch = (self._next_fetch + 1) % (1 << 40)
-        for device in {memory.tensor.device for memory in fetch.memories if memory is not None}:
-            if device.type == "cuda":
-                # Kernels that still use the destination must be done before another process writes to it.
-                await asyncio.to_thread(torch.cuda.current_stream(device).synchronize)
+        for device in {one.tensor.device for one in fetch.given if one is not None and one.tensor.is_cuda}:
+            # Kernels that still use the destination must be done before another process writes to it.
+            await asyncio.to_thread(torch.cuda.current_stream(device).synchronize)
         self._fetches[fetch_id] = fetch
         try:
             self._ask(fetch_id, fetch)
@@ -99,14 +101,11 @@ class Fetching:
         )
         self._engine.send(peer, request.pack(), tag_of(Kind.FETCH, fetch_id), fetch.requested)
         # While the request is on its way. Nothing arrives before UCX is advanced again.
-        given = fetch.memories
-        if None not in given:
-            return
-        fetch.memories = [self._take(ref) if one is None else one for ref, one in zip(fetch.refs, given, strict=True)]
-        whole = fetch.whole()
-        if whole is not None:
+        memories = [self._take(ref) if one is None else one for ref, one in zip(fetch.refs, fetch.given, strict=True)]
+        fetch.memories = memories
+        if fetch.in_one_piece and fetch.given[0] is None:
             done = fetch.expect_whole(self._engine.hand_on)
-            self._engine.expect(peer, whole, tag_of(Kind.PIECE, fetch_id), done)
+            self._engine.expect(peer, memories[0].range(0, fetch.sizes_bytes[0]), tag_of(Kind.PIECE, fetch_id), done)
 
     async def _settle(self, fetch: Fetch) -> None:
         """Hold the caller's memory until UCX has let go of it: wait a little, then cut the connection."""

@@ -20,15 +20,16 @@ class Fetch:
     def __init__(
         self,
         refs: Sequence[TensorRef],
-        memories: Sequence[TensorBytes | None],
+        given: Sequence[TensorBytes | None],
         stripe_bytes: int,
         deadline: float,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        """``deadline`` is in the loop's time. Memories may be given later, before the first piece can arrive."""
+        """``deadline`` is in the loop's time. ``memories`` are set later, before the first piece can arrive."""
         self.refs = refs
         self.sizes_bytes = tuple([ref.size_bytes for ref in refs])
-        self.memories = memories
+        self.given = given
+        self.memories: Sequence[TensorBytes] = ()
         self.piece_bytes = piece_size(self.sizes_bytes, stripe_bytes)
         self.deadline = deadline
         self.peer: Peer | None = None
@@ -45,10 +46,9 @@ class Fetch:
         """The first tensor of which something has not begun to come; the last one where all has."""
         return self.refs[self._pieces[min(self._missing, default=-1)][0]]
 
-    def whole(self) -> ByteRange | None:
-        """The place of all that comes, where that is one piece."""
-        memory = self.memories[0]
-        return memory.range(0, memory.size_bytes) if memory is not None and len(self._pieces) == 1 else None
+    @property
+    def in_one_piece(self) -> bool:
+        return len(self._pieces) == 1
 
     async def wait(self) -> None:
         """Until all of it is here. Raises what ``fail`` was given, or TensorFetchTimeout at the deadline."""
@@ -61,8 +61,7 @@ class Fetch:
         if self.done.done() or piece not in self._missing or self._loop.time() >= self.deadline:
             return None
         tensor, start, stop = self._pieces[piece]
-        memory = self.memories[tensor]
-        return memory.range(start, stop) if memory is not None and stop - start == size_bytes else None
+        return self.memories[tensor].range(start, stop) if stop - start == size_bytes else None
 
     def begin_piece(self, piece: int) -> Callable[[Exception | None], None]:
         """A piece is being received; call what this returns when it is here."""

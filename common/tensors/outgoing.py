@@ -15,6 +15,20 @@ from common.tensors.wire import FetchRequest, Kind, pieces_of, tag_of
 _GRACE_S = 2.0
 
 
+class _Transfer:
+    """What is sent in answer to one request."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.timer: asyncio.TimerHandle | None = None
+
+    def end(self, error: Exception | None) -> None:
+        """All of it has left, or could not."""
+        self.ended = True
+        if self.timer is not None:
+            self.timer.cancel()
+
+
 class Outgoing:
     """Answers fetch requests."""
 
@@ -44,16 +58,14 @@ class Outgoing:
         pieces = pieces_of(request.sizes_bytes, request.piece_bytes)
         memories = [export.memory for export in exports]
         tag = tag_of(Kind.PIECE, fetch_id)
-        ends_s = self._loop.time() + max(0.0, request.remaining_s) + _GRACE_S
-        timer = self._loop.call_at(ends_s, self._engine.break_off, peer)
-        messages = (
+        transfer = _Transfer()
+        messages = [
             (memories[one].range(start, stop), tag | number) for number, (one, start, stop) in enumerate(pieces)
-        )
-        try:
-            self._engine.send_all(peer, messages, lambda _: timer.cancel())
-        except PeerGone:
-            timer.cancel()
-            raise
+        ]
+        self._engine.send_all(peer, messages, transfer.end)
+        if not transfer.ended:
+            delay_s = max(0.0, request.remaining_s) + _GRACE_S
+            transfer.timer = self._loop.call_later(delay_s, self._engine.break_off, peer)
 
     def _send_when_ready(self, fetch_id: int, request: FetchRequest, exports: Sequence[Export], peer: Peer) -> None:
         """Wait for the kernels that make the tensors, in a thread, so that the loop goes on."""

@@ -194,8 +194,11 @@ class UcxTensors:
         device: torch.device | str | None = None,
     ) -> torch.Tensor:
         """See ``Tensors.fetch``."""
-        [fetched] = await self.fetch_all((ref,), (into,), deadline_s=deadline_s, device=device)
-        return fetched
+        self._check_open()
+        deadline = self._loop.time() + deadline_s
+        memory = self._memory(ref, into, self._device if device is None else torch.device(device))
+        [here] = await self._fetched((ref,), (memory,), deadline, settle=into is not None)
+        return here.tensor if into is None else into
 
     async def fetch_all(
         self,
@@ -216,11 +219,7 @@ class UcxTensors:
             return []
         target = self._device if device is None else torch.device(device)
         memories = [self._memory(ref, place, target) for ref, place in zip(refs, into, strict=True)]
-        if refs[0].address == self._engine.address:
-            here = await self._fetch_own(refs, memories)
-        else:
-            settle = any([place is not None for place in into])
-            here = await self._fetching.fetch(refs, memories, deadline, settle=settle)
+        here = await self._fetched(refs, memories, deadline, settle=any(place is not None for place in into))
         return [memory.tensor if place is None else place for memory, place in zip(here, into, strict=True)]
 
     def _memory(self, ref: TensorRef, into: torch.Tensor | None, device: torch.device) -> TensorBytes | None:
@@ -236,7 +235,11 @@ class UcxTensors:
     def _take(self, ref: TensorRef) -> TensorBytes:
         return self._pool.take(ref.shape, check_reference(ref))
 
-    async def _fetch_own(self, refs: Sequence[TensorRef], memories: Sequence[TensorBytes | None]) -> list[TensorBytes]:
+    async def _fetched(
+        self, refs: Sequence[TensorRef], memories: Sequence[TensorBytes | None], deadline: float, *, settle: bool
+    ) -> Sequence[TensorBytes]:
+        if refs[0].address != self._engine.address:
+            return await self._fetching.fetch(refs, memories, deadline, settle=settle)
         here = []
         for ref, memory in zip(refs, memories, strict=True):
             export = self._exports.find(ref.tensor_id, self._loop.time())
