@@ -68,23 +68,14 @@ class Peer:
 class _Awaited:
     """Requests that end together. Looked at from the last one on: a look at many costs no more than at one."""
 
-    __slots__ = ("done", "error", "left")
+    __slots__ = ("arrays", "done", "error", "requests")
 
-    def __init__(self, left: list[tuple[Any, Any]], done: Done) -> None:
-        """``left``: each with the array over its memory, which it keeps."""
-        self.left = left
+    def __init__(self, requests: list[Any], arrays: list[Any], done: Done) -> None:
+        """``arrays`` keep the memory until all have ended."""
+        self.requests = requests
+        self.arrays = arrays
         self.done = done
         self.error: Exception | None = None
-
-    def ended(self, failure: type[Exception]) -> bool:
-        """Whether all have. ``failure`` is what UCX raises where one has failed."""
-        left = self.left
-        while left and left[-1][0].completed:
-            try:
-                left.pop()[0].check_error()
-            except failure as error:
-                self.error = PeerGone(str(error))
-        return not left
 
 
 class Engine:
@@ -185,25 +176,31 @@ class Engine:
         Raises:
             PeerGone: the endpoint has failed.
         """
-        self.send_all(peer, ((data, tag),), done)
+        array = self._array(data)
+        try:
+            request = peer.endpoint.tag_send(array, self._ucx.UCXXTag(tag))
+        except self._ucx.UCXError as error:
+            raise PeerGone(str(error)) from error
+        self._follow(request, array, done)
 
     def send_all(self, peer: Peer, messages: Iterable[tuple[ByteRange | bytes, int]], done: Done) -> None:
         """The same with several, each under its tag. ``done`` when all have ended, with one's error if there is any."""
-        posted = []
+        awaited = _Awaited([], [], done)
         try:
             for data, tag in messages:
                 array = self._array(data)
-                posted.append((peer.endpoint.tag_send(array, self._ucx.UCXXTag(tag)), array))
+                awaited.requests.append(peer.endpoint.tag_send(array, self._ucx.UCXXTag(tag)))
+                awaited.arrays.append(array)
         except self._ucx.UCXError as error:
-            if posted:
-                self._follow(posted, _ignore)
+            awaited.done = _ignore
+            self._await(awaited)
             raise PeerGone(str(error)) from error
-        self._follow(posted, done)
+        self._await(awaited)
 
     def receive(self, arrival: Arrival, buffer: ByteRange | bytearray, done: Done) -> None:
         """Receive into ``buffer``, which must be of the message's size and stay alive until ``done``."""
         array = self._array(buffer)
-        self._follow([(self._worker.tag_recv_with_handle(array, arrival.probe), array)], done)
+        self._follow(self._worker.tag_recv_with_handle(array, arrival.probe), array, done)
 
     def expect(self, peer: Peer, buffer: ByteRange, tag: int, done: Done) -> None:
         """Receive the message that ``peer`` will send under ``tag`` into ``buffer``, which stays alive until ``done``.
@@ -216,7 +213,7 @@ class Engine:
             request = peer.endpoint.tag_recv(array, self._ucx.UCXXTag(tag))
         except self._ucx.UCXError as error:
             raise PeerGone(str(error)) from error
-        self._follow([(request, array)], done)
+        self._follow(request, array, done)
 
     def drop(self, arrival: Arrival) -> None:
         """Refuse a message. Its sender sees it as sent; no byte of a large one is moved.
@@ -227,17 +224,35 @@ class Engine:
         size = 1 if arrival.size_bytes else 0
         self.receive(arrival, bytearray(size), _ignore)
 
-    def _follow(self, posted: list[tuple[Any, Any]], done: Done) -> None:
-        awaited = _Awaited(posted, done)
-        if awaited.ended(self._ucx.UCXError):
-            done(awaited.error)
-            return
-        self._awaited.append(awaited)
-        self._schedule()
+    def _follow(self, request: Any, array: Any, done: Done) -> None:
+        if request.completed:
+            done(self._error(request))
+        else:
+            self._await(_Awaited([request], [array], done))
+
+    def _await(self, awaited: _Awaited) -> None:
+        if self._have_ended(awaited):
+            awaited.done(awaited.error)
+        else:
+            self._awaited.append(awaited)
+            self._schedule()
+
+    def _have_ended(self, awaited: _Awaited) -> bool:
+        requests = awaited.requests
+        while requests and requests[-1].completed:
+            awaited.error = self._error(requests.pop()) or awaited.error
+        return not requests
+
+    def _error(self, request: Any) -> Exception | None:
+        try:
+            request.check_error()
+        except self._ucx.UCXError as error:
+            return PeerGone(str(error))
+        return None
 
     @property
     def in_flight(self) -> int:
-        return sum(len(awaited.left) for awaited in self._awaited)
+        return sum(len(awaited.requests) for awaited in self._awaited)
 
     # Progress
 
@@ -334,10 +349,10 @@ class Engine:
             self._on_arrival(Arrival(probe))
 
     def _complete(self) -> None:
-        finished = [awaited for awaited in self._awaited if awaited.ended(self._ucx.UCXError)]
+        finished = [awaited for awaited in self._awaited if self._have_ended(awaited)]
         if not finished:
             return
-        self._awaited = [awaited for awaited in self._awaited if awaited.left]
+        self._awaited = [awaited for awaited in self._awaited if awaited.requests]
         for awaited in finished:
             awaited.done(awaited.error)
 

@@ -37,22 +37,26 @@ class Outgoing:
         self._loop = loop
         self._waiting: set[asyncio.Task[None]] = set()
 
-    def answer(self, fetch_id: int, request: FetchRequest, exports: Sequence[Export | None]) -> None:
-        """Send the tensors, or say which there is not."""
-        found = [export for export in exports if export is not None]
+    def answer(self, fetch_id: int, request: FetchRequest, exports: Sequence[Export]) -> None:
+        """Send the tensors that were asked for."""
         try:
             peer = self._engine.peer(request.address, request.connection)
-            if len(found) < len(exports):
-                self._engine.send(peer, b"\0", tag_of(Kind.UNKNOWN, fetch_id, exports.index(None)), _ignore)
-                # Frees what is held ready for it.
-                self._engine.send(peer, b"\0", tag_of(Kind.PIECE, fetch_id), _ignore)
-                return
-            if all(map(_is_ready, found)):
-                self._send(fetch_id, request, found, peer)
+            if all(map(_is_ready, exports)):
+                self._send(fetch_id, request, exports, peer)
             else:
-                self._send_when_ready(fetch_id, request, found, peer)
+                self._send_when_ready(fetch_id, request, exports, peer)
         except PeerGone:
             return  # whoever asked is no more
+
+    def refuse(self, fetch_id: int, request: FetchRequest, unknown: int) -> None:
+        """Say that there is not the tensor of this number among those that were asked for; none is sent."""
+        try:
+            peer = self._engine.peer(request.address, request.connection)
+            self._engine.send(peer, b"\0", tag_of(Kind.UNKNOWN, fetch_id, unknown), _ignore)
+            # Frees what is held ready for it.
+            self._engine.send(peer, b"\0", tag_of(Kind.PIECE, fetch_id), _ignore)
+        except PeerGone:
+            return
 
     def _send(self, fetch_id: int, request: FetchRequest, exports: Sequence[Export], peer: Peer) -> None:
         pieces = pieces_of(request.sizes_bytes, request.piece_bytes)

@@ -11,7 +11,7 @@ How it stays sound when a process dies or stops: see ``docs/tensors.md``.
 
 import asyncio
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -235,11 +235,14 @@ class UcxTensors:
     def _take(self, ref: TensorRef) -> TensorBytes:
         return self._pool.take(ref.shape, check_reference(ref))
 
-    async def _fetched(
+    def _fetched(
         self, refs: Sequence[TensorRef], memories: Sequence[TensorBytes | None], deadline: float, *, settle: bool
-    ) -> Sequence[TensorBytes]:
-        if refs[0].address != self._engine.address:
-            return await self._fetching.fetch(refs, memories, deadline, settle=settle)
+    ) -> Awaitable[Sequence[TensorBytes]]:
+        if refs[0].address == self._engine.address:
+            return self._fetch_own(refs, memories)
+        return self._fetching.fetch(refs, memories, deadline, settle=settle)
+
+    async def _fetch_own(self, refs: Sequence[TensorRef], memories: Sequence[TensorBytes | None]) -> list[TensorBytes]:
         here = []
         for ref, memory in zip(refs, memories, strict=True):
             export = self._exports.find(ref.tensor_id, self._loop.time())
@@ -285,9 +288,12 @@ class UcxTensors:
     def _serve(self, fetch_id: int, request: FetchRequest) -> None:
         now_s = self._loop.time()
         exports = []
-        for tensor_id, size in zip(request.tensor_ids, request.sizes_bytes, strict=True):
+        for number, tensor_id in enumerate(request.tensor_ids):
             export = self._exports.find(tensor_id, now_s)
-            exports.append(export if export is not None and export.memory.size_bytes == size else None)
+            if export is None or export.memory.size_bytes != request.sizes_bytes[number]:
+                self._outgoing.refuse(fetch_id, request, number)
+                return
+            exports.append(export)
         self._outgoing.answer(fetch_id, request, exports)
 
     def _count(self, tensor_ids: Iterable[int]) -> None:
