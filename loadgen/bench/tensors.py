@@ -23,6 +23,7 @@ from common.tensors import UcxTensors
 from common.tensors.settings import context_options
 from common.tensors.ucx import DEFAULT_STRIPE_BYTES
 from loadgen.bench.compare import Comparison, compare_async
+from loadgen.counts import count
 
 _SIZES = {64 << 10: 200, 1 << 20: 100, 16 << 20: 8, 128 << 20: 2}  # bytes: operations in one reading
 _GO_TAG, _BYTES_TAG = 1, 2
@@ -30,9 +31,9 @@ _STOP, _BARE, _OURS = "stop", "bare", "ours"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(_SIZES), metavar="BYTES")
-    parser.add_argument("--pairs", type=int, default=25, help="readings of each side (default 25)")
-    parser.add_argument("--stripe", type=int, default=DEFAULT_STRIPE_BYTES, metavar="BYTES", help="our stripe_bytes")
+    parser.add_argument("--sizes", type=count, nargs="+", default=list(_SIZES), metavar="BYTES")
+    parser.add_argument("--pairs", type=count, default=25, help="readings of each side (default 25)")
+    parser.add_argument("--stripe", type=count, default=DEFAULT_STRIPE_BYTES, metavar="BYTES", help="our stripe_bytes")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
@@ -165,9 +166,10 @@ async def _opened(sizes: list[int], stripe_bytes: int) -> AsyncIterator[_Bench]:
         await bare.connect(address)
         try:
             yield _Bench(tensors, bare, pipe, {ref.size_bytes: ref for ref in map(TensorRef.unpack, refs)})
-        finally:
             pipe.send((_STOP, 0, 0))
             await asyncio.to_thread(process.join, 10)
+        finally:
+            process.kill()
             await bare.close()
 
 
