@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loadgen.bench.compare import write_json
+from loadgen.bench.process import BenchmarkError
 from loadgen.interruption import ended_in_order
 from loadgen.refusal import Refused
 
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result: dict[str, object] = options.run(options)
     except Refused as refused:
         raise _told(refused) from None
+    except BenchmarkError as error:
+        raise SystemExit(f"loadgen {' '.join(words[:2])}: {error}") from None
     if options.json is not None:
         write_json(options.json, result)
     return 0

@@ -23,7 +23,7 @@ from common.tensors import UcxTensors
 from common.tensors.settings import context_options
 from common.tensors.ucx import DEFAULT_STRIPE_BYTES
 from loadgen.bench.compare import Comparison, compare_async
-from loadgen.counts import count
+from loadgen.counts import count, several
 
 _SIZES = {64 << 10: 200, 1 << 20: 100, 16 << 20: 8, 128 << 20: 2}  # bytes: operations in one reading
 _GO_TAG, _BYTES_TAG = 1, 2
@@ -32,7 +32,7 @@ _STOP, _BARE, _OURS = "stop", "bare", "ours"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", type=count, nargs="+", default=list(_SIZES), metavar="BYTES")
-    parser.add_argument("--pairs", type=count, default=25, help="readings of each side (default 25)")
+    parser.add_argument("--pairs", type=several, default=25, help="readings of each side (default 25)")
     parser.add_argument("--stripe", type=count, default=DEFAULT_STRIPE_BYTES, metavar="BYTES", help="our stripe_bytes")
 
 
