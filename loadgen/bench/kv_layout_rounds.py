@@ -160,12 +160,11 @@ async def _sending(url: str, shape: Shape, prompts: int) -> AsyncIterator[Connec
     try:
         await _heard(pipe)
         yield pipe
-    finally:
         with contextlib.suppress(OSError):
             pipe.send((_STOP, 0, False))
         await asyncio.to_thread(process.join, 10)
-        if process.is_alive():
-            process.kill()
+    finally:
+        process.kill()
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from common.tensors import UcxTensors
 from common.tensors.ucx import DEFAULT_STRIPE_BYTES
 from loadgen.bench.bare_tensors import Bare, touched
 from loadgen.bench.compare import Comparison, compare_async
+from loadgen.counts import count, several
 
 _SIZES = {64 << 10: 200, 1 << 20: 100, 16 << 20: 8, 128 << 20: 2}  # bytes: operations in one reading
 _STOP, _BARE, _BARE_TOGETHER, _OURS = "stop", "bare", "bare together", "ours"
@@ -32,12 +33,12 @@ _MESSAGES, _AT_A_TIME = 128, 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(_SIZES), metavar="BYTES")
+    parser.add_argument("--sizes", type=count, nargs="+", default=list(_SIZES), metavar="BYTES")
     parser.add_argument(
-        "--messages", type=int, nargs="*", default=[8 << 10, 32 << 10, 128 << 10], metavar="BYTES", help="of each"
+        "--messages", type=count, nargs="*", default=[8 << 10, 32 << 10, 128 << 10], metavar="BYTES", help="of each"
     )
-    parser.add_argument("--pairs", type=int, default=25, help="readings of each side (default 25)")
-    parser.add_argument("--stripe", type=int, default=DEFAULT_STRIPE_BYTES, metavar="BYTES", help="our stripe_bytes")
+    parser.add_argument("--pairs", type=several, default=25, help="readings of each side (default 25)")
+    parser.add_argument("--stripe", type=count, default=DEFAULT_STRIPE_BYTES, metavar="BYTES", help="our stripe_bytes")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
@@ -195,9 +196,10 @@ async def _opened(sizes: list[int], messages: list[int], stripe_bytes: int) -> A
         grouped = {size: [ref for ref in many if ref.size_bytes == size] for size in messages}
         try:
             yield _Bench(tensors, bare, pipe, {ref.size_bytes: ref for ref in refs}, grouped)
-        finally:
             pipe.send((_STOP, 0, 0))
             await asyncio.to_thread(process.join, 10)
+        finally:
+            process.kill()
             await bare.close()
 
 
