@@ -35,7 +35,7 @@ FIRST_STORE_DEADLINE_S = 0.05
 COPIES = 2
 STORE_BYTES_PER_S = 50e6
 # A leader whose next checkpoint is due waits so long at most for the one before it to lie in the cache store.
-CATCH_UP_S = 0.5
+CATCH_UP_S = 2.0
 # A job that waits for a worker longer than this may have to begin again.
 PIN_S = 3600.0
 # The job at work, and the one before it, whose final latent may not have gone yet.

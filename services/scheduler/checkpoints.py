@@ -19,8 +19,9 @@ log = structlog.get_logger()
 FIND_DEADLINE_S = 1.0
 # Only the version, which lies in memory; a starting scheduler asks for one job after the other.
 STEP_DEADLINE_S = 0.5
-# A cache store that died together with a worker is back before this; what it has on disk is worth the wait.
-RESTART_S = 3.0
+# A cache store that died together with a worker is back before this, on a busy machine too; what it has on disk is
+# worth the wait.
+RESTART_S = 10.0
 _RETRY_S = 0.05
 DROP_DEADLINE_S = 2.0
 

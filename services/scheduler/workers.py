@@ -46,7 +46,8 @@ JOIN_DEADLINE_S = 65.0
 PING_DEADLINE_S = 1.0
 # A worker answers once the step under way is done; then a checkpoint of its group may be all there is.
 LATENT_DEADLINE_S = 2.5
-HEARD_DEADLINE_S = 1.0
+# Both together are less than workers keep what they had.
+HEARD_DEADLINE_S = 3.0
 # A broker that is started again takes what was asked, or the answer, with it: asked again after so long, then after
 # twice that, and so on. Workers take everything twice.
 PATIENCE_S = 2.0

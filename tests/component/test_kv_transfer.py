@@ -362,7 +362,7 @@ async def test_a_block_is_not_given_out_while_it_may_be_written_to(
     ):
         clock = asyncio.get_running_loop().time
         ref = await still.export((6, *played.pool.blocks.shape[1:]), "float32")
-        still.signal(signal.SIGSTOP)
+        still.stop()
         ends_s = clock() + 30.0
         offering = asyncio.create_task(
             played.bus.request(TAKE_OVER, played.offer("stopped", (ref,), None), "decode-0", deadline_s=WAIT_S)

@@ -106,6 +106,7 @@ async def test_a_hungry_job_grows_and_its_leader_hears_of_it_last(nats_server: N
         first = await group.play.dit.next_lease()
         assert first.members == ("dit-0",)
         await group.play.dit.do_step(first, 1)
+        await recorded(group.record, '"StepFinished"')
         group.other.free.clear()
         await group.other.join(group.play.url)
         grown = await group.other.next_lease()

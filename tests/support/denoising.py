@@ -64,7 +64,7 @@ class DenoisingStage(Processes):
     def __init__(self, server: NatsServer, bus: NatsBus, tensors: UcxTensors, model: Path, folder: Path) -> None:
         super().__init__(server, bus, model, folder)
         self.tensors = tensors
-        self.checkpoints = Checkpoints(bus, lambda: True)
+        self.checkpoints = Checkpoints(bus, self._has_cache_store)
         self.workers = Workers(bus, lambda instance: None)
         self.reports: list[StepFinished] = []
         self.lost: list[GroupLost] = []
@@ -82,6 +82,9 @@ class DenoisingStage(Processes):
         members = await super().ready(*instances)
         self.workers.meetings |= {instance: member.meeting for instance, member in members.items()}
         return members
+
+    def _has_cache_store(self) -> bool:
+        return any(name.startswith("cache_store") and not one.ended.done() for name, one in self._running.items())
 
     # --- the scheduler's part -------------------------------------------------------------------------------------
 
