@@ -82,8 +82,8 @@ async def test_who_decodes_comes_to_prefill_where_prompts_wait_but_never_the_las
         number = 0
         for number in range(8):
             await routed(bus, number)
-        # Nobody computes them, so they wait, and then there is a second one who decodes. Who refuses keeps its role, and
-        # is asked again after as much waiting.
+        # Nobody computes them, so they wait, and then there is a second one who decodes. Who refuses keeps its role,
+        # and is asked again after as much waiting.
         coming = await opened.enter_async_context(played(url, "decode-0", DECODE, refuses=True))
         asked = await asyncio.wait_for(coming.asked.get(), PATIENCE_S)
         assert (asked.roles, asked.decode) == (PREFILL, ("decode-1",))
