@@ -88,6 +88,10 @@ class Link:
         except BaseException:
             await link._close_client()
             raise
+        if link.client.is_connecting:
+            # Where either side stood still meanwhile, the broker's first ping comes before its answer to the client's
+            # ping. The client takes the one for the other, and without this would wait for ever to be connected.
+            link.client._status = Client.CONNECTED
         await link.client.subscribe(link._inbox + "*", cb=link._answered)
         link._ever_connected = True
         link._failed_attempts = 0

@@ -1,6 +1,7 @@
 """The loop of one instance: ask the policy, run the model, choose tokens, tell the policy what came of it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -230,10 +231,11 @@ class Engine:
         return sequence.blocks.table
 
     def resume(self, name: str, now_s: float) -> None:
-        """Go on with what ``park`` has stopped; nothing if it was given up meanwhile."""
+        """Go on with what stands still, by ``park`` or its request; nothing if it was given up meanwhile."""
         sequence = self._sequences.get(name)
         if sequence is None or not sequence.parked:
             return
+        sequence.request = replace(sequence.request, park=False)
         sequence.parked = False
         self._parked -= 1
         arrival = SequenceArrived(

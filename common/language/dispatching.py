@@ -1,8 +1,8 @@
 """The prefill instance's dispatcher, live: it chooses who goes on with a sequence (TetriInfer, section 3.3.4).
 
 A choice is made once the first chunk of a prompt is computed and the length of the answer is predicted, by what the
-last broadcast said. Where nobody has room the sequence stays here, for ``transfer_s`` at most; whoever does not take it
-is not chosen for it again as long as there is another.
+last broadcast said. Where nobody has room the sequence stays here, for ``transfer_s`` at most, or for good if this
+instance comes to decode; whoever does not take it is not chosen for it again as long as there is another.
 """
 
 import asyncio
@@ -33,18 +33,23 @@ _MOST_TRIES = 3
 
 @dataclass(slots=True)
 class _Undecided:
-    """A sequence that the route gives to nobody. ``decode``: whom it is given to, once that is chosen."""
+    """A sequence that the route gives to nobody.
+
+    ``decode``: whom it is given to, once that is chosen; ``waits``: all else is done.
+    """
 
     held: Held
     decode: asyncio.Future[str]
     begun: bool = False
+    waits: bool = False
     refused_by: list[str] = field(default_factory=list)
 
 
 class Dispatching:
     """All sequences of one instance that are given to nobody yet. Called on the event loop.
 
-    ``chosen`` is told of each choice; ``choices`` counts them by instance.
+    ``chosen`` is told of each choice of another instance; ``may_stay`` says whether a sequence may go on here where
+    none is chosen; ``choices`` counts by instance.
     """
 
     def __init__(
@@ -54,11 +59,13 @@ class Dispatching:
         settings: LanguageSettings,
         foretelling: Foretelling,
         chosen: Callable[[Held], None],
+        may_stay: Callable[[Held], bool],
     ) -> None:
         self._instance = instance
         self._bus = bus
         self._foretelling = foretelling
         self._chosen = chosen
+        self._may_stay = may_stay
         self._hold_s = settings.transfer_s
         self._policy = policy.DecodeDispatch(
             settings.dispatch_rule,
@@ -112,6 +119,8 @@ class Dispatching:
         undecided = self._undecided.get(held.key)
         if undecided is None:
             return None
+        undecided.waits = True
+        self._stay(undecided)
         await asyncio.wait((undecided.decode,), timeout=self._hold_s)
         if not undecided.decode.done():
             self._carry_out(self._policy.handle(policy.HeldLongEnough(held.key)))
@@ -119,6 +128,21 @@ class Dispatching:
             return None
         message = f"no decode instance is known that could take it, for {self._hold_s:g} s"
         return Failure(stage=Stage.PREFILL, code="no_instance", message=message, retryable=True)
+
+    def reconsider(self) -> None:
+        """Whether sequences may go on here has changed."""
+        for undecided in tuple(self._undecided.values()):
+            if undecided.waits:
+                self._stay(undecided)
+
+    def _stay(self, undecided: _Undecided) -> None:
+        """If it may, and nobody else was chosen. Its keys and values are here."""
+        held = undecided.held
+        if not undecided.decode.done() and self._may_stay(held):
+            self._policy.handle(policy.SequenceGone(held.key))
+            self.choices[self._instance] += 1
+            held.goes_to(self._instance)
+            undecided.decode.set_result(self._instance)
 
     def taken(self, held: Held) -> None:
         """Whom it was given to has it."""
@@ -144,7 +168,7 @@ class Dispatching:
 
     def _predicted(self, key: str, _: object) -> None:
         undecided = self._undecided.get(key)
-        if undecided is not None:
+        if undecided is not None and not undecided.decode.done():
             self._begin(undecided)
 
     def _begin(self, undecided: _Undecided) -> None:

@@ -24,19 +24,24 @@ log = structlog.get_logger()
 
 
 class Roles:
-    """What an instance does now. ``give_back`` has prompts that wait here routed anew."""
+    """What an instance does now.
+
+    ``decodes`` is told whether it decodes, after each change; ``give_back`` has prompts that wait here routed anew.
+    """
 
     def __init__(
         self,
         instance: str,
         bus: Bus,
         moving: MovingOn,
+        decodes: Callable[[bool], None],
         give_back: Callable[[], Awaitable[None]],
         spawn: Spawn,
     ) -> None:
         self._instance = instance
         self._bus = bus
         self._moving = moving
+        self._decodes = decodes
         self._give_back = give_back
         self._spawn = spawn
         self._registration: Registration | None = None
@@ -80,6 +85,7 @@ class Roles:
             self._moving.end()
         else:
             self._moving.begin(asked.decode)
+        self._decodes(LanguageRole.DECODE in asked.roles)
         if LanguageRole.PREFILL not in asked.roles:
             await self._give_back()
         try:

@@ -1,14 +1,15 @@
 """What a prefill instance does to have another one go on with its sequences.
 
 As soon as it is known who does, that one is asked what it has of the prompt, and what is computed is sent ahead. At the
-first token the sequence is handed over; where it is not taken, another may be chosen.
+first token the sequence is handed over; where it is not taken, another may be chosen. Where nobody is and this instance
+has come to decode itself, it goes on here.
 """
 
 import asyncio
 from functools import partial
 
 from common.bus.port import Bus
-from common.engine import Engine
+from common.engine import Engine, RequestRefused
 from common.language.ahead import Spawn
 from common.language.dispatching import Dispatching
 from common.language.foretelling import Foretelling
@@ -39,7 +40,9 @@ class Giving:
         settings: LanguageSettings,
         spawn: Spawn,
     ) -> None:
+        self._instance = instance
         self._bus = bus
+        self._foretelling = foretelling
         self._hand_over = hand_over
         self._ahead = hand_over.ahead
         self._handed_on = handed_on
@@ -49,7 +52,8 @@ class Giving:
         self._stepper = stepper
         self._ask_s = settings.transfer_s
         self._spawn = spawn
-        self.dispatching = Dispatching(instance, bus, settings, foretelling, self._chosen)
+        self._decodes = False
+        self.dispatching = Dispatching(instance, bus, settings, foretelling, self._chosen, self._may_stay)
 
     def begin(self, held: Held) -> None:
         """A sequence has come that another instance will go on with; it is not the engine's yet."""
@@ -63,16 +67,27 @@ class Giving:
         self.dispatching.computed(piece.sequence for piece in self._engine.computed)
         self._ahead.step_done()
 
+    def decodes(self, whether: bool) -> None:
+        """This instance has come to decode, or does so no more."""
+        self._decodes = whether
+        self.dispatching.reconsider()
+
     async def run(self, held: Held) -> Failure | None:
         """Have another instance take a parked sequence over.
 
         Returns:
-            Why none does, and it is parked still; None: one has, or it is not wanted any more.
+            Why none does, and it is parked still; None: one has, it is not wanted any more, or it goes on here, which
+            its request says then.
         """
         while True:
             failure = await self.dispatching.decided(held)
             if failure is not None or not self._sequences.has(held):
                 return failure
+            if held.request.decode == self._instance:
+                held.heavy = self._foretelling.is_heavy(held)
+                self.dispatching.taken(held)
+                self._stepper.soon(partial(self._engine.resume, held.key, asyncio.get_running_loop().time()))
+                return None
             # Noted before: from now on it may be there.
             self._handed_on.note(held.request.request_id, held.request.epoch, held.request.decode)
             failure = await self._hand_over.run(held)
@@ -86,6 +101,16 @@ class Giving:
         """It is at its end here."""
         self._ahead.forget(held.key)
         self.dispatching.forget(held)
+
+    def _may_stay(self, held: Held) -> bool:
+        """Whether this instance decodes, and all that it may come to have fits here."""
+        if not self._decodes:
+            return False
+        try:
+            self._engine.check(held.key, held.asked(park=False))
+        except RequestRefused:
+            return False
+        return True
 
     def _chosen(self, held: Held) -> None:
         # Who is known to have nothing of it is not asked: the answer would be waited for.

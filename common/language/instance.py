@@ -124,7 +124,9 @@ class LanguageInstance:
             settings,
             self._spawn,
         )
-        self.roles = Roles(equipment.instance, equipment.bus, self.moving, self._give_back, self._spawn)
+        self.roles = Roles(
+            equipment.instance, equipment.bus, self.moving, self._giving.decodes, self._give_back, self._spawn
+        )
         self._tasks = asyncio.TaskGroup()
 
     async def listen(self) -> Sequence[Subscription]:
@@ -307,6 +309,8 @@ class LanguageInstance:
                 log.warning("not taken over", sequence=held.key, decode=held.request.decode, reason=failure.message)
                 await self._speaker.tell({held.request.gateway: [held.failed(failure)]})
             self._drop(held)
+        elif held.request.decode == self._instance:
+            return
         self._remove(held)
 
     async def _lose(self, keys: list[str], error: Exception) -> None:

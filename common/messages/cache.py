@@ -110,7 +110,7 @@ class FindTensors(Message):
     keys: tuple[str, ...] = Field(max_length=MAX_BATCH)
     most_bytes: int = Field(ge=0)
     leading: bool = False
-    wait_s: float | None = Field(default=None, ge=0)
+    wait_s: float | None = None
 
 
 class TensorsPart(Message):

@@ -141,6 +141,16 @@ class ChatEnded(Message):
     epoch: int | None = None
 
 
+class ChatsUnderWay(Message):
+    """Said by a gateway every few seconds: all routes that it has, by their epochs.
+
+    ``ChatEnded`` is heard at most once. What the gateway does not name is over, unless its route is still on its way.
+    """
+
+    gateway: str
+    epochs: tuple[int, ...]
+
+
 # --- gateway and language workers --------------------------------------------------------------------------------
 
 

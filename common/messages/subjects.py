@@ -116,6 +116,7 @@ VIDEO_PROGRESS = EventSubject("triptych.progress.video.{}", video.VideoProgress)
 ROUTE_CHAT = RequestSubject("triptych.scheduler.route_chat", chat.RouteChat, chat.ChatRoute)
 CHAT_PREFILLED = EventSubject("triptych.scheduler.chat_prefilled", chat.ChatPrefilled)
 CHAT_ENDED = EventSubject("triptych.scheduler.chat_ended", chat.ChatEnded)
+CHATS_UNDER_WAY = EventSubject("triptych.scheduler.chats_under_way", chat.ChatsUnderWay)
 
 GENERATE_TOKENS = RequestSubject("triptych.language.{}.generate", chat.GenerateTokens, failures.Acknowledged)
 FIND_GENERATION = RequestSubject("triptych.language.{}.find", chat.FindGeneration, chat.GenerationFound)

@@ -18,6 +18,7 @@ from common.policies.chat_events import (
     ChatEnded,
     ChatPrefilled,
     Event,
+    GatewayHolds,
     GatewayLost,
     InstanceDraining,
     InstanceJoined,
@@ -31,10 +32,13 @@ from common.policies.chat_rule import ChatRule, Chosen, FewestTokens, guessed_co
 from common.policies.flip import InstanceLoad
 from common.policies.sites import InstanceKind, Site, free_links, occupy_links
 
+# A route, what is pulled for it included, is at its gateway after so long, or is waited for no more.
+_ON_ITS_WAY_S = 10.0
+
 
 @dataclass(slots=True)
 class _Routed:
-    """A sequence that has its route.
+    """A sequence that has its route, since ``routed_s``.
 
     ``decode``: where its answer counts; empty: nowhere. ``between``: its first token has come, and no other yet, so
     that it waits to be decoded. ``link_from_s``, ``link_until_s``: when what it pulls was to be on its way.
@@ -47,6 +51,7 @@ class _Routed:
     answer_tokens: int
     context_tokens: int
     chosen: Chosen
+    routed_s: float
     between: bool = False
     link_from_s: float = 0.0
     link_until_s: float = 0.0
@@ -126,6 +131,12 @@ class ChatDispatch:
                 routed = self._routed.get(request_id)
                 if epoch is None or (routed is not None and routed.epoch == epoch):
                     self._end(request_id, now_s)
+            case GatewayHolds(gateway, epochs):
+                routed_before_s = now_s - _ON_ITS_WAY_S
+                for request_id, routed in list(self._routed.items()):
+                    named = routed.gateway != gateway or routed.epoch in epochs
+                    if not named and routed.routed_s < routed_before_s:
+                        self._end(request_id, now_s)
             case GatewayLost(gateway):
                 held = [name for name, routed in self._routed.items() if routed.gateway == gateway]
                 held += [name for name, arrived in self._waiting.items() if arrived.gateway == gateway]
@@ -164,6 +175,7 @@ class ChatDispatch:
             answer_tokens,
             self.rule.costs.whole_blocks(arrived.prompt_tokens + answer_tokens),
             chosen,
+            now_s,
         )
         self.next_epoch += 1
         if pull is not None:

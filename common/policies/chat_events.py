@@ -90,6 +90,14 @@ class ChatEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayHolds:
+    """All routes that this gateway has, by their epochs. The news that another has ended was lost."""
+
+    gateway: str
+    epochs: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayLost:
     """Nobody waits any more for what this gateway held."""
 
@@ -105,6 +113,7 @@ Event = (
     | PrefixPulled
     | ChatPrefilled
     | ChatEnded
+    | GatewayHolds
     | GatewayLost
 )
 

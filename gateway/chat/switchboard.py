@@ -1,16 +1,24 @@
 """Brings the workers' messages to the sequences they are about, and tells workers of sequences that nobody wants."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Iterator
 
+import structlog
+
+from common.bus.errors import BusError
 from common.bus.port import Bus
-from common.messages.chat import CancelGeneration, ChatRoute, TokensGenerated
-from common.messages.subjects import CANCEL_GENERATION, TOKENS_GENERATED
+from common.messages.chat import CancelGeneration, ChatRoute, ChatsUnderWay, TokensGenerated
+from common.messages.subjects import CANCEL_GENERATION, CHATS_UNDER_WAY, TOKENS_GENERATED
 from gateway.chat.line import Line
 from gateway.chat.metrics import LanguageMetrics
 
+log = structlog.get_logger()
+
 # Steps of all instances that may wait for this process; what is beyond is dropped, and missed by its offset.
 _MAX_PENDING = 65536
+# How often the scheduler is told what is under way, lest it counts for ever what it did not hear the end of.
+_TELL_S = 5.0
 
 
 class Switchboard:
@@ -24,11 +32,14 @@ class Switchboard:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Hear workers while the block runs."""
+        """Hear workers, and tell the scheduler what is under way, while the block runs."""
         hearing = await self._bus.subscribe(TOKENS_GENERATED, self._heard, self.instance, max_pending=_MAX_PENDING)
+        telling = asyncio.create_task(self._tell_always(), name="tell what is under way")
         try:
             yield
         finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
             await hearing.stop(deadline_s=0.0)
 
     @contextlib.contextmanager
@@ -51,6 +62,15 @@ class Switchboard:
         """Have workers drop a sequence. Should one not hear it, its next tokens are answered in the same way."""
         for instance in instances:
             await self._bus.publish(CANCEL_GENERATION, CancelGeneration(request_id=request_id, epoch=epoch), instance)
+
+    async def _tell_always(self) -> None:
+        while True:
+            await asyncio.sleep(_TELL_S)
+            epochs = tuple(line.route.epoch for line in self._lines.values())
+            try:
+                await self._bus.publish(CHATS_UNDER_WAY, ChatsUnderWay(gateway=self.instance, epochs=epochs))
+            except BusError as error:
+                log.warning("not told what is under way", reason=str(error))
 
     async def _heard(self, news: TokensGenerated) -> None:
         self._metrics.spoke(news.instance, news.waiting, news.preemptions)

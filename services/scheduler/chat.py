@@ -12,11 +12,11 @@ import structlog
 from common.bus.errors import BusError, Refusal
 from common.bus.port import Bus
 from common.mempool.address import TOKEN_BYTES
-from common.messages.chat import ChatEnded, ChatPrefilled, ChatRoute, RouteChat
+from common.messages.chat import ChatEnded, ChatPrefilled, ChatRoute, ChatsUnderWay, RouteChat
 from common.messages.cluster import LanguageRole, Member, MemberState, Service
 from common.messages.failures import Failure, Stage
 from common.messages.mempool import SendPrefix
-from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, ROUTE_CHAT, SEND_PREFIX
+from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, CHATS_UNDER_WAY, ROUTE_CHAT, SEND_PREFIX
 from common.policies import chat_events as event
 from common.policies.chat_dispatch import ChatDispatch
 from common.policies.chat_rule import ChatRule
@@ -59,6 +59,7 @@ class ChatRouter:
             await self._bus.serve(ROUTE_CHAT, self._route, max_in_flight=_MAX_WAITING),
             await self._bus.subscribe(CHAT_PREFILLED, self._prefilled),
             await self._bus.subscribe(CHAT_ENDED, self._ended),
+            await self._bus.subscribe(CHATS_UNDER_WAY, self._under_way),
         ]
         try:
             async with self._prompts.running(), self._loads.running() if self._loads else contextlib.nullcontext():
@@ -180,6 +181,9 @@ class ChatRouter:
         if report.epoch is None and asked is not None:
             _refuse(asked, "overtaken", "the sequence has ended")
         self._tell(event.ChatEnded(report.request_id, report.epoch))
+
+    def _under_way(self, report: ChatsUnderWay) -> None:
+        self._tell(event.GatewayHolds(report.gateway, frozenset(report.epochs)))
 
     def _tell(self, happened: event.Event) -> None:
         for decision in self._policy.handle(happened, asyncio.get_running_loop().time()):

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from common.bus.nats_bus import NatsBus
-from common.messages.chat import SequenceTokens, TokensGenerated
+from common.messages.chat import ChatsUnderWay, SequenceTokens, TokensGenerated
 from common.messages.failures import Failure, Stage
-from common.messages.subjects import TOKENS_GENERATED
+from common.messages.subjects import CHATS_UNDER_WAY, TOKENS_GENERATED
 from gateway.chat.generation import MAX_ATTEMPTS
 from tests.component.chat_support import (
     ANSWER,
@@ -218,6 +218,27 @@ async def test_tokens_of_nobody_are_cancelled_and_old_epochs_ignored(nats_server
         for _ in ANSWER * 4:
             worker.allowed.release()
         assert (await asking)["choices"][0]["message"]["content"] == ANSWER
+
+
+async def test_the_scheduler_is_told_what_is_under_way_again_and_again(
+    nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.chat.switchboard._TELL_S", 0.05)
+    async with (
+        chat_stack(nats_server, tmp_path, silence_s=60.0) as stack,
+        await NatsBus.connect(nats_server.url, name="listener") as bus,
+    ):
+        told: asyncio.Queue[ChatsUnderWay] = asyncio.Queue(10_000)
+        await bus.subscribe(CHATS_UNDER_WAY, told.put_nowait)
+        worker = stack.workers["fused-0"]
+        worker.faults.silent_after = 2
+        async with asyncio.timeout(60.0):
+            async with stack.http.post("/v1/chat/completions", json=MESSAGES | {"stream": True}):
+                request = await worker.next_request()
+                while await told.get() != ChatsUnderWay(gateway="gateway-0", epochs=(request.epoch,)):
+                    pass
+            while (await told.get()).epochs:
+                pass
 
 
 async def test_streams_outlive_the_scheduler(nats_server: NatsServer, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from compose.ports import checked_port, free_port
 from compose.rundir import run_directory, sweep
 from compose.spec import read_stack, seconds
 from compose.supervisor import Supervisor
+from tests.support.stopping import stop_process
 
 _DEADLINE_S = 120.0
 
@@ -182,6 +183,15 @@ def test_a_port_in_use_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> N
             checked_port("127.0.0.1", port)
         assert main(["up", "--port", str(port)]) == 1
     assert "choose another with --port" in capsys.readouterr().err
+
+
+def test_a_free_port_is_none_that_the_system_gives_away() -> None:
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    if first <= 20_000:
+        pytest.skip("this system gives away all ports")
+    assert not any(first <= free_port("127.0.0.1") <= last for _ in range(20))
+    with pytest.raises(OptionError, match=r"--host 192\.0\.2\.77"):
+        free_port("192.0.2.77")
 
 
 def test_the_broker_takes_the_port_that_the_environment_names(
@@ -374,6 +384,26 @@ def test_a_dead_fork_server_is_replaced_with_its_children(tmp_path: Path) -> Non
             await stage.until_told("a-0 started", times=2)
             await stage.until_told("a-1 started", times=2)
             await stage.until(lambda: not any(psutil.pid_exists(pid) for pid in orphans))
+
+    asyncio.run(play())
+
+
+def test_a_fork_server_that_is_busy_is_waited_for_by_all(tmp_path: Path) -> None:
+    environment = {**os.environ, "EVENTS": str(tmp_path / "events"), "TRIPTYCH_INSTANCE": "a-0", "LARGE": "x" * 20_000}
+
+    async def play() -> None:
+        forking = ForkLauncher(environment, ["json"], tmp_path / "forkserver.log")
+        server = forking.start()
+        stop_process(server.pid)
+        command = ("python", "-m", "tests.support.worker", "broken")
+        launch = Launch("a-0", command, environment, tmp_path / "a.log", ("json",))
+        # More than its socket has room for.
+        launching = [asyncio.create_task(forking.launch(launch)) for _ in range(30)]
+        await asyncio.sleep(0.1)
+        server.signal(signal.SIGCONT)
+        async with asyncio.timeout(_DEADLINE_S):
+            assert {await (await each).ended for each in launching} == {3}
+        await forking.close()
 
     asyncio.run(play())
 

@@ -33,7 +33,10 @@ class Told:
         self.bus = bus
         self.chosen: asyncio.Queue[Held] = asyncio.Queue(100)
         self.foretelling = Foretelling(lengths, LengthPrediction.OFF)
-        self.dispatching = Dispatching("prefill-0", bus, settings, self.foretelling, self.chosen.put_nowait)
+        self.decodes = False
+        self.dispatching = Dispatching(
+            "prefill-0", bus, settings, self.foretelling, self.chosen.put_nowait, lambda _: self.decodes
+        )
 
     async def tell(self, **free_blocks: int) -> None:
         loads = (DecodeLoad(instance=name, free_blocks=free, heavy=0, light=0) for name, free in free_blocks.items())
@@ -80,6 +83,26 @@ async def test_a_sequence_is_held_until_somebody_has_room(nats_server: NatsServe
         assert running.chosen.get_nowait().request.decode == held.unsaid == "d1"
         running.dispatching.taken(held)
         assert not len(running.dispatching)
+
+
+async def test_what_is_held_goes_on_here_once_it_may(nats_server: NatsServer, language_model: Path) -> None:
+    async with told(nats_server.url, language_model) as running:
+        held = running.begin()
+        deciding = asyncio.create_task(running.dispatching.decided(held))
+        await running.tell(d0=1)
+        running.dispatching.reconsider()
+        assert not held.request.decode
+        running.decodes = True
+        running.dispatching.reconsider()
+        assert await asyncio.wait_for(deciding, WAIT_S) is None
+        running.dispatching.taken(held)
+        later = running.begin("later")
+        # Another may be chosen for it until it waits for nothing else.
+        running.dispatching.reconsider()
+        assert not later.request.decode
+        assert await asyncio.wait_for(running.dispatching.decided(later), WAIT_S) is None
+        assert held.request.decode == later.request.decode == "prefill-0"
+        assert running.chosen.empty() and running.dispatching.choices == {"prefill-0": 2}
 
 
 async def test_what_was_held_for_long_goes_to_whoever_has_most_room(

@@ -139,6 +139,39 @@ async def test_prompts_that_wait_are_routed_anew_and_what_does_not_fit_elsewhere
             await one.settled()
 
 
+async def test_what_nobody_has_room_for_goes_on_where_it_was_prefilled(
+    nats_server: NatsServer, language_model: Path
+) -> None:
+    prompts = known_prompts(language_model)
+    async with (
+        await NatsBus.connect(nats_server.url, name="flipper") as bus,
+        four(nats_server, language_model, "power_of_two", kv_bytes=40 * BLOCK_BYTES, transfer_s=600.0) as (
+            stack,
+            instances,
+        ),
+    ):
+        memory = {name: instances[name].model.engine.memory for name in ("decode-0", "decode-1")}
+        taken = {name: one.alloc_mem(one.available_blocks) or [] for name, one in memory.items()}
+        answers = [asyncio.create_task(stack.text(prompt)) for prompt in prompts]
+        prefill = instances["prefill-0"]
+
+        async def held() -> bool:
+            return all(
+                one.instance.sequences
+                and one.instance.sequences == len(one.instance.dispatching)
+                and not one.model.engine.busy
+                for one in (instances["prefill-0"], instances["prefill-1"])
+            )
+
+        await until(held, deadline_s=PATIENCE_S)
+        await flip(bus, "prefill-0", LanguageRole.DECODE)
+        assert await gathered(*answers) == [shown(answer) for answer in prompts.values()]
+        assert prefill.instance.dispatching.choices["prefill-0"]
+        for name, one in memory.items():
+            one.free_mem(taken[name])
+        await _balanced(stack, instances)
+
+
 @pytest.mark.parametrize(
     ("mode", "dispatch"), [(TransferMode.BY_REQUEST, "scheduler"), (TransferMode.BY_CHUNK, "power_of_two")]
 )

@@ -135,6 +135,22 @@ async def test_a_cancelled_taker_gives_back_what_it_was_handed(nats_server: Nats
             await again.ack()
 
 
+async def test_what_a_slow_broker_hands_to_one_taker_at_once_is_not_lost(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.bus.queues._PULL_S", 0.1)
+    monkeypatch.setattr("common.bus.queues._ANSWER_SLACK_S", 0.05)
+    async with connected_bus(nats_server, ack_wait_s=600.0) as bus:
+        await add(bus, "a", "b", "c", "d")
+        nats_server.pause()
+        taking = asyncio.create_task(take(bus))
+        # It asks again and again, and all of it is answered together.
+        await asyncio.sleep(1.0)
+        nats_server.resume()
+        taken = [await taking, *[await take(bus) for _ in range(3)]]
+        assert sorted(job.job_id for job in taken) == ["a", "b", "c", "d"]
+
+
 async def test_the_same_job_is_stored_once(nats_server: NatsServer) -> None:
     async with connected_bus(nats_server) as bus:
         assert await add(bus, "a", "a") == [True, False]

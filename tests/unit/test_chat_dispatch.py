@@ -11,6 +11,7 @@ from common.policies.chat_events import (
     ChatEnded,
     ChatPrefilled,
     Event,
+    GatewayHolds,
     GatewayLost,
     InstanceDraining,
     InstanceJoined,
@@ -213,6 +214,18 @@ def test_a_lost_gateways_sequences_are_forgotten() -> None:
     assert (dispatch.load("f0"), dispatch.waiting) == ((0, 0), 0)
 
 
+def test_what_a_gateway_does_not_name_is_over_but_for_routes_on_their_way() -> None:
+    dispatch = cluster(f0=FUSED)
+    for name, now_s in (("ended", 0.0), ("runs", 0.0), ("on its way", 15.0)):
+        dispatch.handle(arrived(name, prompt=10, most=100), now_s)
+    dispatch.handle(GatewayHolds("gateway-1", frozenset()), 20.0)
+    assert dispatch.load("f0") == (30, 300)
+    dispatch.handle(GatewayHolds("gateway-0", frozenset({101})), 20.0)
+    assert dispatch.load("f0") == (20, 200)
+    dispatch.handle(GatewayHolds("gateway-0", frozenset({101})), 30.0)
+    assert dispatch.load("f0") == (10, 100)
+
+
 _NAMES = st.sampled_from(["f0", "p0", "d0", "d1"])
 _REQUESTS = st.sampled_from(["a", "b", "c", "d"])
 _ROLES = {"f": FUSED, "p": PREFILL, "d": DECODE}
@@ -224,6 +237,7 @@ _EVENTS = st.one_of(
     st.builds(ChatPrefilled, _REQUESTS, st.integers(100, 120), st.just("") | _NAMES),
     st.builds(ChatEnded, _REQUESTS, st.none() | st.integers(100, 120)),
     st.just(GatewayLost("gateway-0")),
+    st.builds(GatewayHolds, st.just("gateway-0"), st.frozensets(st.integers(100, 120))),
 )
 
 
@@ -233,8 +247,8 @@ def test_whatever_happens_load_is_never_negative_and_ends_at_nothing(happening: 
     dispatch = ChatDispatch(100)
     there: dict[str, bool] = {}
     epochs = [99]
-    for event in happening:
-        decisions: list[RouteSequence] = dispatch.handle(event, 0.0)
+    for now_s, event in enumerate(happening):
+        decisions: list[RouteSequence] = dispatch.handle(event, now_s)
         match event:
             case InstanceJoined(name):
                 there[name] = True
@@ -249,7 +263,7 @@ def test_whatever_happens_load_is_never_negative_and_ends_at_nothing(happening: 
             epochs.append(decision.epoch)
         assert all(tokens >= 0 for name in there for tokens in dispatch.load(name))
     for request_id in "abcd":
-        dispatch.handle(ChatEnded(request_id, None), 0.0)
+        dispatch.handle(ChatEnded(request_id, None), len(happening))
     assert all(dispatch.load(name) == (0, 0) for name in there)
     assert dispatch.waiting == 0
 
