@@ -139,7 +139,10 @@ class FindingPrefixes:
                     tokens=tokens[: (place + ref.shape[0]) * KEY_BYTES],
                     first_block=place,
                 )
-                await self._transfers.receive_within(blocks, max(_SHORTEST_S, end_s - clock()))
+                moved = await self._transfers.receive_within(blocks, max(_SHORTEST_S, end_s - clock()))
+                if not moved.addresses:
+                    # It was here by now, and not fetched. Whoever brought it or computed it is likely to go on.
+                    break
                 place += ref.shape[0]
                 del found[0]
         finally:

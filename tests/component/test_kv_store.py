@@ -279,6 +279,39 @@ async def test_what_cannot_be_used_is_let_go_and_asked_for_once(nats_server: Nat
         await subscription.stop()
 
 
+async def test_what_has_come_from_elsewhere_meanwhile_is_let_go(nats_server: NatsServer, language_model: Path) -> None:
+    url, prompt = nats_server.url, prompt_of(language_model, 1)
+    tokens = pack_tokens(prompt)[: BLOCKS * KEY_BYTES]
+    async with (
+        cache_client(url) as client,
+        asker(url) as asking,
+        language_instance(url, "decode-0", language_model, **STORED) as watched,
+    ):
+        assert await answered(asking, language_model, prompt) == 0
+        await watched.settled()
+        memory = watched.model.engine.memory
+        blocks = memory.hbm.memory[[address.block for address in memory.match(tokens)]].clone()
+        forget(watched, prompt)
+
+        async def find(asked: FindTensors) -> TensorsFound:
+            again = memory.alloc_mem(BLOCKS) or []
+            memory.hbm.memory[[address.block for address in again]] = blocks
+            memory.insert(tokens, again)
+            part = TensorsPart(places=tuple(range(BLOCKS)), tensor=client.tensors.export(blocks))
+            return TensorsFound(parts=(part,))
+
+        subscription = await client.bus.serve(FIND_TENSORS, find)
+        assert await answered(asking, language_model, prompt) == DEEP
+        assert watched.instance.stored.finding.found_tokens == 0
+
+        async def let_go() -> bool:
+            return client.tensors.exported_count == 0
+
+        await until(let_go)
+        await watched.settled()
+        await subscription.stop()
+
+
 async def test_answers_go_on_whatever_happens_to_stores(
     nats_server: NatsServer, language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
