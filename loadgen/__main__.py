@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loadgen.bench.compare import write_json
+from loadgen.bench.process import BenchmarkError
+from loadgen.interruption import ended_in_order
+from loadgen.refusal import Refused
 
 _BENCHMARKS = Path(__file__).with_name("bench")
 _COMMANDS = {
@@ -25,11 +28,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser(_chosen(words), words[0] if words else None).parse_args(words)
     if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise SystemExit(f"loadgen: --json {options.json}: the folder does not exist; make it first")
-    result: dict[str, object] = options.run(options)
+        raise _told(Refused(f"loadgen: --json {options.json}: the folder does not exist; make it first"))
+    try:
+        with ended_in_order():
+            result: dict[str, object] = options.run(options)
+    except Refused as refused:
+        raise _told(refused) from None
+    except BenchmarkError as error:
+        raise SystemExit(f"loadgen {' '.join(words[:2])}: {error}") from None
     if options.json is not None:
         write_json(options.json, result)
     return 0
+
+
+def _told(refused: Refused) -> Refused:
+    sys.stderr.write(f"{refused}\n")
+    return refused
 
 
 def benchmarks() -> dict[str, str]:

@@ -12,6 +12,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def several(text: str) -> int:
+    """As many readings as have a spread, 2 or more. Raises argparse.ArgumentTypeError."""
+    if count(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: give 2 or more")
+    return int(text)
+
+
 def width(text: str) -> int:
     """Channels of a random model: its eight heads turn pairs of them. Raises argparse.ArgumentTypeError."""
     if count(text) % _WIDTH_STEP:

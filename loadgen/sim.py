@@ -18,6 +18,7 @@ import numpy as np
 from common.policies.registry import UnknownPolicy, make_policy, policy_names
 from common.policies.rib import Rib, WrongRib, paper_rib
 from loadgen.environment import this_machine
+from loadgen.refusal import Refused, WrongArgument
 from loadgen.simulator.cost import CostModel, Noise, Overheads
 from loadgen.simulator.experiment import Plan, print_summary, run_experiment
 from loadgen.simulator.language.arms import UnknownArm
@@ -42,10 +43,6 @@ from loadgen.workloads import MIXES, UnknownMix, WrongMix, mix_named
 EXPERIMENTS = ("ddit", "tetriinfer", "memserve")
 TRACES = {"azure": azure_requests}
 SIZES = (8, 64)
-
-
-class WrongArgument(ValueError):
-    """An argument that makes no sense; the message says what to change."""
 
 
 _MISTAKES = (
@@ -114,7 +111,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         _check(options)
         result = _memserve(options) if _is_memserve(options) else _result(options)
     except _MISTAKES as error:
-        raise SystemExit(f"loadgen sim: {error}") from None
+        raise Refused(f"loadgen sim: {error}") from None
     if options.out is not None:
         write_experiment(options.out, result)
     if result["experiment"] == "ddit":

@@ -287,7 +287,12 @@ class Link:
             self.log.warning("events dropped: their handler is too slow", subject=error.subject)
         elif self.client.is_connected and not isinstance(error, nats.errors.UnexpectedEOF):
             self.log.warning("broker reported an error", reason=str(error))
-        elif not isinstance(error, nats.errors.UnexpectedEOF):
+        elif isinstance(error, nats.errors.UnexpectedEOF) or (self._ever_connected and self._up.is_set()):
+            return  # that it is lost is told next
+        else:
+            if self.client._transport is not None:
+                # The client makes another, and closes only the last one.
+                self.client._transport.close()  # type: ignore[no-untyped-call]
             log_every = _LOG_EVERY_ATTEMPTS if self._ever_connected else 1
             if self._failed_attempts % log_every == 0:
                 self.log.warning(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.mempool.checksum import checksum
+from common.mempool.fetching import fetch_into
 from common.messages.chat import KVPart
 from common.messages.tensors import TensorRef
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, KVPool
@@ -124,17 +125,11 @@ async def fetch_blocks(
     shape = tuple(pool.blocks.shape[1:])
     if any(ref.shape[1:] != shape for ref in refs) or sum(ref.shape[0] for ref in refs) != len(blocks):
         raise TensorMismatch(f"{[ref.shape for ref in refs]} do not fit {len(blocks)} blocks of {shape}")
-    end_s = asyncio.get_running_loop().time() + deadline_s
-    place = 0
+    places, first = [], 0
     for ref in refs:
-        own = list(blocks[place : place + ref.shape[0]])
-        place += len(own)
-        left_s = max(0.0, end_s - asyncio.get_running_loop().time())
-        if own[-1] - own[0] == len(own) - 1 and own == sorted(own):
-            await tensors.fetch(ref, into=pool.blocks[own[0] : own[0] + len(own)], deadline_s=left_s)
-        else:
-            fetched = await tensors.fetch(ref, deadline_s=left_s)
-            pool.blocks[torch.tensor(own, device=pool.blocks.device)] = fetched
+        places.append((pool.blocks, blocks[first : first + ref.shape[0]]))
+        first += ref.shape[0]
+    await fetch_into(tensors, refs, places, deadline_s)
 
 
 async def _fetch_layers(
@@ -144,11 +139,8 @@ async def _fetch_layers(
     shape = (part.tokens, *pool.layers[0].shape[1:])
     if len(layers) != len(part.kv) or any(ref.shape != shape for ref in part.kv):
         raise TensorMismatch(f"{[ref.shape for ref in part.kv]} are no layers of {shape} from {first_layer} on")
-    end_s = asyncio.get_running_loop().time() + deadline_s
-    fetched = []
-    for ref in part.kv:
-        left_s = max(0.0, end_s - asyncio.get_running_loop().time())
-        fetched.append(await tensors.fetch(ref, device=pool.blocks.device, deadline_s=left_s))
+    anywhere = [None] * len(part.kv)
+    fetched = await tensors.fetch_all(part.kv, anywhere, device=pool.blocks.device, deadline_s=deadline_s)
     spans = table.spans(part.first_token, part.first_token + part.tokens)
 
     def place() -> int | None:

@@ -13,15 +13,14 @@ from enum import Flag, auto
 from functools import partial
 from typing import Protocol, TypeVar
 
-import torch
-
 from common.bus.errors import Refusal
 from common.bus.port import Bus
 from common.mempool.address import BLOCK_TOKENS, KEY_BYTES, Address, Medium, MemoryType
 from common.mempool.allocator import Access, WrongBlock
 from common.mempool.checksum import checksums
+from common.mempool.fetching import fetch_into
 from common.mempool.pool import MemPool
-from common.mempool.tiers import begin_access, end_access, memory_of, runs_of
+from common.mempool.tiers import begin_access, end_access, memory_of
 from common.messages.failures import Failure, Stage
 from common.messages.mempool import BlockAddress, BlocksMoved, MoveBlocks
 from common.messages.subjects import MOVE_BLOCKS
@@ -242,20 +241,12 @@ class BlockTransfer:
 
     async def _fetch(self, message: MoveBlocks, addresses: Sequence[Address], deadline_s: float) -> None:
         """Raises: TensorError: they did not come; ValueError: they came damaged."""
-        clock = asyncio.get_running_loop().time
-        end_s = clock() + deadline_s
-        place = 0
+        places, first = [], 0
         for ref in message.kv:
-            own = addresses[place : place + ref.shape[0]]
-            place += len(own)
-            memory = self._memory.tiers[own[0].medium].memory
-            blocks = [address.block for address in own]
-            left_s = max(0.0, end_s - clock())
-            if len(runs_of(blocks)) == 1:
-                await self._tensors.fetch(ref, into=memory[blocks[0] : blocks[0] + len(blocks)], deadline_s=left_s)
-            else:
-                fetched = await self._tensors.fetch(ref, deadline_s=left_s)
-                memory[torch.tensor(blocks, device=memory.device)] = fetched.to(memory.device)
+            own = addresses[first : first + ref.shape[0]]
+            first += len(own)
+            places.append((self._memory.tiers[own[0].medium].memory, [address.block for address in own]))
+        await fetch_into(self._tensors, message.kv, places, deadline_s)
         if message.checksums:
             values = await asyncio.to_thread(checksums, memory_of(self._memory.tiers, addresses))
             if not _agree(values, message.checksums):

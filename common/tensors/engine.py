@@ -15,7 +15,7 @@ transports that raise no event, as UCX allows.
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Any
 
@@ -65,6 +65,19 @@ class Peer:
         self.failed = False
 
 
+class _Awaited:
+    """Requests that end together. Looked at from the last one on: a look at many costs no more than at one."""
+
+    __slots__ = ("arrays", "done", "error", "requests")
+
+    def __init__(self, requests: list[Any], arrays: list[Any], done: Done) -> None:
+        """``arrays`` keep the memory until all have ended."""
+        self.requests = requests
+        self.arrays = arrays
+        self.done = done
+        self.error: Exception | None = None
+
+
 class Engine:
     """Owns the UCX context and worker of one ``UcxTensors``. Used from its event loop only."""
 
@@ -89,7 +102,7 @@ class Engine:
         self._worker = libucxx.UCXWorker(self._context)
         self._worker.init_blocking_progress_mode()
         self._any_tag, self._any_mask = libucxx.UCXXTag(0), libucxx.UCXXTagMask(0)
-        self._requests: list[tuple[Any, Any, Done]] = []
+        self._awaited: list[_Awaited] = []
         self._peers: dict[bytes, Peer] = {}
         self._connections: dict[bytes, int] = {}
         self._turn_handle: asyncio.Handle | None = None
@@ -170,6 +183,20 @@ class Engine:
             raise PeerGone(str(error)) from error
         self._follow(request, array, done)
 
+    def send_all(self, peer: Peer, messages: Iterable[tuple[ByteRange | bytes, int]], done: Done) -> None:
+        """The same with several, each under its tag. ``done`` when all have ended, with one's error if there is any."""
+        awaited = _Awaited([], [], done)
+        try:
+            for data, tag in messages:
+                array = self._array(data)
+                awaited.requests.append(peer.endpoint.tag_send(array, self._ucx.UCXXTag(tag)))
+                awaited.arrays.append(array)
+        except self._ucx.UCXError as error:
+            awaited.done = _ignore
+            self._await(awaited)
+            raise PeerGone(str(error)) from error
+        self._await(awaited)
+
     def receive(self, arrival: Arrival, buffer: ByteRange | bytearray, done: Done) -> None:
         """Receive into ``buffer``, which must be of the message's size and stay alive until ``done``."""
         array = self._array(buffer)
@@ -200,9 +227,21 @@ class Engine:
     def _follow(self, request: Any, array: Any, done: Done) -> None:
         if request.completed:
             done(self._error(request))
-            return
-        self._requests.append((request, array, done))
-        self._schedule()
+        else:
+            self._await(_Awaited([request], [array], done))
+
+    def _await(self, awaited: _Awaited) -> None:
+        if self._have_ended(awaited):
+            awaited.done(awaited.error)
+        else:
+            self._awaited.append(awaited)
+            self._schedule()
+
+    def _have_ended(self, awaited: _Awaited) -> bool:
+        requests = awaited.requests
+        while requests and requests[-1].completed:
+            awaited.error = self._error(requests.pop()) or awaited.error
+        return not requests
 
     def _error(self, request: Any) -> Exception | None:
         try:
@@ -213,7 +252,7 @@ class Engine:
 
     @property
     def in_flight(self) -> int:
-        return len(self._requests)
+        return sum(len(awaited.requests) for awaited in self._awaited)
 
     # Progress
 
@@ -256,7 +295,7 @@ class Engine:
             self._turn_handle = self._loop.call_soon(self._turn)
 
     def _beat(self) -> None:
-        delay_s = _HEARTBEAT_IN_FLIGHT_S if self._requests else _HEARTBEAT_S
+        delay_s = _HEARTBEAT_IN_FLIGHT_S if self._awaited else _HEARTBEAT_S
         self._heartbeat = self._loop.call_later(delay_s, self._beat)
         self._schedule()
 
@@ -297,7 +336,7 @@ class Engine:
             steps += 1
         if not steps:
             return False
-        if self._requests:
+        if self._awaited:
             self._complete()
         return True
 
@@ -310,31 +349,31 @@ class Engine:
             self._on_arrival(Arrival(probe))
 
     def _complete(self) -> None:
-        finished = [entry for entry in self._requests if entry[0].completed]
+        finished = [awaited for awaited in self._awaited if self._have_ended(awaited)]
         if not finished:
             return
-        self._requests = [entry for entry in self._requests if not entry[0].completed]
-        for request, _, done in finished:
-            done(self._error(request))
+        self._awaited = [awaited for awaited in self._awaited if awaited.requests]
+        for awaited in finished:
+            awaited.done(awaited.error)
 
     # End
 
     async def close(self, deadline_s: float) -> None:
         """Let what is in flight end until ``deadline_s`` (the loop's time), then close every endpoint."""
-        while self._requests and self._loop.time() < deadline_s:
+        while self._awaited and self._loop.time() < deadline_s:
             self._schedule()
             await asyncio.sleep(0.005)
         for peer in list(self._peers.values()):
             self.break_off(peer)
         grace_s = self._loop.time() + 0.2
-        while self._requests and self._loop.time() < grace_s:
+        while self._awaited and self._loop.time() < grace_s:
             self._schedule()
             await asyncio.sleep(0.001)
         self.closed = True
         self._rouse()
         if self._heartbeat is not None:
             self._heartbeat.cancel()
-        self._requests.clear()
+        self._awaited.clear()
         self._peers.clear()
         del self._worker, self._context
 

@@ -1,7 +1,7 @@
-"""One fetch under way: which pieces are here, which are being received, and how it ends."""
+"""One fetch under way, of one tensor or several: which pieces are here or being received, and how it ends."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -9,7 +9,7 @@ from common.messages.tensors import TensorRef
 from common.tensors.engine import Peer
 from common.tensors.errors import TensorFetchTimeout, TensorOwnerLost
 from common.tensors.memory import ByteRange, TensorBytes
-from common.tensors.wire import piece_count, piece_range
+from common.tensors.wire import piece_size, pieces_of
 
 _SLICE_BYTES = 1 << 20
 
@@ -19,24 +19,36 @@ class Fetch:
 
     def __init__(
         self,
-        ref: TensorRef,
-        memory: TensorBytes | None,
-        piece_bytes: int,
+        refs: Sequence[TensorRef],
+        given: Sequence[TensorBytes | None],
+        stripe_bytes: int,
         deadline: float,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        """``deadline`` is in the loop's time. ``memory`` may be given later, before the first piece can arrive."""
-        self.ref = ref
-        self.memory = memory
-        self.piece_bytes = piece_bytes
+        """``deadline`` is in the loop's time. ``memories`` are set later, before the first piece can arrive."""
+        self.refs = refs
+        self.sizes_bytes = tuple([ref.size_bytes for ref in refs])
+        self.given = given
+        self.memories: Sequence[TensorBytes] = ()
+        self.piece_bytes = piece_size(self.sizes_bytes, stripe_bytes)
         self.deadline = deadline
         self.peer: Peer | None = None
         self.receiving = 0
         self.done: asyncio.Future[None] = loop.create_future()
         self._loop = loop
-        self._missing = set(range(piece_count(ref.size_bytes, piece_bytes)))
+        self._pieces = pieces_of(self.sizes_bytes, self.piece_bytes)
+        self._missing = set(range(len(self._pieces)))
         self._idle: asyncio.Event | None = None
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def awaited(self) -> TensorRef:
+        """The first tensor of which something has not begun to come; the last one where all has."""
+        return self.refs[self._pieces[min(self._missing, default=-1)][0]]
+
+    @property
+    def in_one_piece(self) -> bool:
+        return len(self._pieces) == 1
 
     async def wait(self) -> None:
         """Until all of it is here. Raises what ``fail`` was given, or TensorFetchTimeout at the deadline."""
@@ -46,11 +58,10 @@ class Fetch:
 
     def place(self, piece: int, size_bytes: int) -> ByteRange | None:
         """Where an arriving piece goes, or None where it is not wanted: too late, twice, or of the wrong size."""
-        unwanted = self.done.done() or piece not in self._missing or self._loop.time() >= self.deadline
-        if unwanted or self.memory is None:
+        if self.done.done() or piece not in self._missing or self._loop.time() >= self.deadline:
             return None
-        start, stop = piece_range(self.ref.size_bytes, self.piece_bytes, piece)
-        return self.memory.range(start, stop) if stop - start == size_bytes else None
+        tensor, start, stop = self._pieces[piece]
+        return self.memories[tensor].range(start, stop) if stop - start == size_bytes else None
 
     def begin_piece(self, piece: int) -> Callable[[Exception | None], None]:
         """A piece is being received; call what this returns when it is here."""
@@ -76,7 +87,7 @@ class Fetch:
     def _end_piece(self, error: Exception | None) -> None:
         self.receiving -= 1
         if error is not None:
-            self.fail(TensorOwnerLost(self.ref, f"its owner was lost in the middle of it ({error})"))
+            self.fail(TensorOwnerLost(self.awaited, f"its owner was lost in the middle of it ({error})"))
         elif not self._missing and not self.receiving:
             # After the deadline the owner may have given the memory up, so that what was read may be anything.
             if self._loop.time() >= self.deadline:
@@ -89,7 +100,7 @@ class Fetch:
     def requested(self, error: Exception | None) -> None:
         """The request has left, or could not."""
         if error is not None:
-            self.fail(TensorOwnerLost(self.ref, f"its owner is gone ({error})"))
+            self.fail(TensorOwnerLost(self.awaited, f"its owner is gone ({error})"))
 
     def fail(self, error: Exception) -> None:
         if not self.done.done():
@@ -97,11 +108,11 @@ class Fetch:
 
     def _expire(self) -> None:
         state = "the owner did not answer" if self.nothing_came() else "only a part of it came"
-        self.fail(TensorFetchTimeout(self.ref, f"{state} by the deadline; is the owner alive and not blocked?"))
+        self.fail(TensorFetchTimeout(self.awaited, f"{state} by the deadline; is the owner alive and not blocked?"))
 
     def nothing_came(self) -> bool:
         """Whether no piece has begun to arrive."""
-        return len(self._missing) == piece_count(self.ref.size_bytes, self.piece_bytes)
+        return len(self._missing) == len(self._pieces)
 
     def stop(self) -> None:
         """No more pieces are wanted."""

@@ -70,14 +70,14 @@ class TensorBytes:
             raise TensorMismatch(f"{what} must be dense and contiguous: pass {what}.contiguous()")
         if tensor.is_quantized:
             raise TensorMismatch(f"{what} is quantized: send its int_repr(), scale and zero point")
-        if tensor.device.type not in ("cpu", "cuda"):
+        if not (tensor.is_cpu or tensor.is_cuda):
             raise TensorMismatch(f"{what} is on {tensor.device}: move it to the CPU or a CUDA device")
         if tensor.is_conj() or tensor.is_neg():
             raise TensorMismatch(f"{what} is a lazy conjugate or negative: pass {what}.resolve_conj().resolve_neg()")
         self.tensor = tensor.detach() if tensor.requires_grad else tensor
         self.size_bytes = tensor.nbytes
         self._flat: Bytes | None = None
-        if tensor.device.type == "cpu":
+        if tensor.is_cpu:
             self._flat = self.tensor.view(-1).view(torch.uint8).numpy()
 
     @classmethod

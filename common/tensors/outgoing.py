@@ -1,29 +1,32 @@
 """The owner's side of fetches: pieces being sent, and the memory that must outlive them.
 
-An export may be dropped (by count, release or lease) while its bytes are on their way. The transfer keeps the memory
+An export may be dropped (by count, release or lease) while its bytes are on their way. What is posted keeps its memory
 until UCX says the receiver is done with it. A receiver that never gets there is dead (UCX notices) or stopped: then,
 some time after its deadline, when it can no longer use what it reads, the connection is cut and the memory let go.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from common.tensors.engine import Engine, Peer, PeerGone
 from common.tensors.exports import Export
-from common.tensors.memory import TensorBytes
-from common.tensors.wire import FetchRequest, Kind, piece_count, piece_range, tag_of
+from common.tensors.wire import FetchRequest, Kind, pieces_of, tag_of
 
 _GRACE_S = 2.0
 
 
 class _Transfer:
-    """The pieces of one fetch. Holds the tensor's memory until ``pieces_left`` is 0."""
+    """What is sent in answer to one request."""
 
-    def __init__(self, memory: TensorBytes, peer: Peer, pieces: int) -> None:
-        self.memory = memory
-        self.peer = peer
-        self.pieces_left = pieces
+    def __init__(self) -> None:
+        self.ended = False
         self.timer: asyncio.TimerHandle | None = None
+
+    def end(self, error: Exception | None) -> None:
+        """All of it has left, or could not."""
+        self.ended = True
+        if self.timer is not None:
+            self.timer.cancel()
 
 
 class Outgoing:
@@ -34,52 +37,47 @@ class Outgoing:
         self._loop = loop
         self._waiting: set[asyncio.Task[None]] = set()
 
-    def answer(self, fetch_id: int, request: FetchRequest, export: Export | None) -> None:
-        """Send the tensor, or that there is none."""
+    def answer(self, fetch_id: int, request: FetchRequest, exports: Sequence[Export]) -> None:
+        """Send the tensors that were asked for."""
         try:
             peer = self._engine.peer(request.address, request.connection)
-            if export is None:
-                self._engine.send(peer, b"\0", tag_of(Kind.UNKNOWN, fetch_id), _ignore)
-                # Frees what is held ready for it.
-                self._engine.send(peer, b"\0", tag_of(Kind.PIECE, fetch_id), _ignore)
-            elif export.ready is None or export.ready.query():  # type: ignore[no-untyped-call]
-                self._send(fetch_id, request, export.memory, peer)
+            if all(map(_is_ready, exports)):
+                self._send(fetch_id, request, exports, peer)
             else:
-                self._send_when_ready(fetch_id, request, export, peer)
+                self._send_when_ready(fetch_id, request, exports, peer)
         except PeerGone:
             return  # whoever asked is no more
 
-    def _send(self, fetch_id: int, request: FetchRequest, memory: TensorBytes, peer: Peer) -> None:
-        pieces = piece_count(request.size_bytes, request.piece_bytes)
-        transfer = _Transfer(memory, peer, pieces)
-        done = self._piece_done(transfer)
-        for piece in range(pieces):
-            start, stop = piece_range(request.size_bytes, request.piece_bytes, piece)
-            self._engine.send(peer, memory.range(start, stop), tag_of(Kind.PIECE, fetch_id, piece), done)
-        if transfer.pieces_left:
+    def refuse(self, fetch_id: int, request: FetchRequest, unknown: int) -> None:
+        """Say that there is not the tensor of this number among those that were asked for; none is sent."""
+        try:
+            peer = self._engine.peer(request.address, request.connection)
+            self._engine.send(peer, b"\0", tag_of(Kind.UNKNOWN, fetch_id, unknown), _ignore)
+            # Frees what is held ready for it.
+            self._engine.send(peer, b"\0", tag_of(Kind.PIECE, fetch_id), _ignore)
+        except PeerGone:
+            return
+
+    def _send(self, fetch_id: int, request: FetchRequest, exports: Sequence[Export], peer: Peer) -> None:
+        pieces = pieces_of(request.sizes_bytes, request.piece_bytes)
+        memories = [export.memory for export in exports]
+        tag = tag_of(Kind.PIECE, fetch_id)
+        transfer = _Transfer()
+        messages = [
+            (memories[one].range(start, stop), tag | number) for number, (one, start, stop) in enumerate(pieces)
+        ]
+        self._engine.send_all(peer, messages, transfer.end)
+        if not transfer.ended:
             delay_s = max(0.0, request.remaining_s) + _GRACE_S
-            transfer.timer = self._loop.call_later(delay_s, self._give_up, transfer)
+            transfer.timer = self._loop.call_later(delay_s, self._engine.break_off, peer)
 
-    def _piece_done(self, transfer: _Transfer) -> Callable[[Exception | None], None]:
-        def done(error: Exception | None) -> None:
-            transfer.pieces_left -= 1
-            if transfer.pieces_left == 0 and transfer.timer is not None:
-                transfer.timer.cancel()
-
-        return done
-
-    def _give_up(self, transfer: _Transfer) -> None:
-        if transfer.pieces_left:
-            self._engine.break_off(transfer.peer)
-
-    def _send_when_ready(self, fetch_id: int, request: FetchRequest, export: Export, peer: Peer) -> None:
-        """Wait for the kernels that make the tensor, in a thread, so that the loop goes on."""
+    def _send_when_ready(self, fetch_id: int, request: FetchRequest, exports: Sequence[Export], peer: Peer) -> None:
+        """Wait for the kernels that make the tensors, in a thread, so that the loop goes on."""
 
         async def wait_and_send() -> None:
-            if export.ready is not None:
-                await asyncio.to_thread(export.ready.synchronize)
+            await asyncio.to_thread(_wait_for, exports)
             try:
-                self._send(fetch_id, request, export.memory, peer)
+                self._send(fetch_id, request, exports, peer)
             except PeerGone:
                 return
 
@@ -95,3 +93,13 @@ class Outgoing:
 
 def _ignore(error: Exception | None) -> None:
     """Nothing hangs on it."""
+
+
+def _is_ready(export: Export) -> bool:
+    return export.ready is None or bool(export.ready.query())  # type: ignore[no-untyped-call]
+
+
+def _wait_for(exports: Sequence[Export]) -> None:
+    for export in exports:
+        if export.ready is not None:
+            export.ready.synchronize()

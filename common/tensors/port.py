@@ -1,5 +1,6 @@
 """What a service may expect of the tensor transport."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -50,6 +51,23 @@ class Tensors(Protocol):
             TensorFetchTimeout: not here within ``deadline_s``; ``TensorOwnerLost`` where the owner is known to be gone.
             TensorMismatch: ``into`` has another shape or dtype or is not contiguous, or ``ref`` contradicts itself.
             TensorsClosed: after ``close``.
+        """
+        ...
+
+    async def fetch_all(
+        self,
+        refs: Sequence[TensorRef],
+        into: Sequence[torch.Tensor | None],
+        *,
+        deadline_s: float = 10.0,
+        device: torch.device | str | None = None,
+    ) -> list[torch.Tensor]:
+        """The tensors behind ``refs``, all of one owner, in order; ``into`` has a place, or None, for each.
+
+        They are asked for and answered together, so that many small ones cost little more than their bytes. All come
+        and are counted, or none is.
+
+        Raises: see ``fetch``; ``TensorMismatch`` also where they are not of one owner.
         """
         ...
 

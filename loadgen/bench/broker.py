@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 _START_S = 20.0
+_STOP_S = 20.0
 
 
 @contextlib.contextmanager
@@ -29,14 +30,18 @@ def broker() -> Iterator[str]:
         port = free_port()
         log = str(Path(folder) / "nats.log")
         process = subprocess.Popen(
-            [program, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(Path(folder) / "jetstream"), "-l", log]
+            [program, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(Path(folder) / "jetstream"), "-l", log],
+            process_group=0,  # Ctrl-C is not for it: it stays for as long as those who need it
         )
         try:
             _wait_until_up(port)
             yield f"nats://127.0.0.1:{port}"
         finally:
             process.terminate()
-            process.wait(_START_S)
+            try:
+                process.wait(_STOP_S)
+            finally:
+                process.kill()
 
 
 def free_port() -> int:

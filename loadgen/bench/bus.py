@@ -25,6 +25,7 @@ from common.messages.tensors import TensorRef
 from common.messages.video import DenoisingFinished, Lease, VideoRequest
 from loadgen.bench.broker import broker
 from loadgen.bench.compare import Comparison, compare_async
+from loadgen.counts import count, several
 
 _OURS_LEASE = RequestSubject("bench.{}.lease", Lease, Acknowledged)
 _OURS_FINISHED = RequestSubject("bench.{}.finished", DenoisingFinished, DenoisingFinished)
@@ -34,8 +35,8 @@ _RESPONDER = "responder-0"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=int, default=61, help="readings of each side")
-    parser.add_argument("--operations", type=int, default=100, help="round trips per reading")
+    parser.add_argument("--pairs", type=several, default=61, help="readings of each side")
+    parser.add_argument("--operations", type=count, default=100, help="round trips per reading")
     parser.add_argument("--uvloop", action="store_true", help="run all processes on uvloop")
 
 
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         responder = subprocess.Popen(
             [sys.executable, "-m", "loadgen.bench.bus", url, *(["--uvloop"] if arguments.uvloop else [])],
             stdout=subprocess.PIPE,
+            process_group=0,
         )
         try:
             if responder.stdout is None or not responder.stdout.readline():

@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import os
 import sys
-from asyncio.subprocess import DEVNULL
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +22,17 @@ from common.policies.registry import UnknownPolicy, make_policy
 from common.policies.rib import Rib, WrongRib
 from loadgen.bench.live import live_stack
 from loadgen.bench.parity import parities
-from loadgen.bench.process import ROOT, BenchmarkError, located
+from loadgen.bench.process import BenchmarkError, completed, located
 from loadgen.bench.rounds import Readings, comparison, lines
 from loadgen.bench.series import Series, WrongSeries, read_series
 from loadgen.environment import this_machine
 from loadgen.random_model import save_random_model
+from loadgen.refusal import Refused, WrongArgument
 from loadgen.simulator.outcome import summary
 from loadgen.workloads import MIXES, UnknownMix, Workload, WrongMix, mix_named
 
 _PROFILE = ("--language-model", "none", "--in-stack", "--repeats", "10")
 _POLICIES = ("sdop:1", "sdop:2", "ddit", "elastic")
-
-
-class WrongArgument(ValueError):
-    """An argument that makes no sense; the message says what to change."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +74,9 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         _check(options)
         with TemporaryDirectory(prefix="ddit-live-") as folder:
             return asyncio.run(_run(options, Path(folder)))
-    except (WrongArgument, WrongMix, WrongRib, WrongSeries, UnknownMix, UnknownPolicy, BenchmarkError) as error:
+    except (WrongArgument, WrongMix, WrongRib, WrongSeries, UnknownMix, UnknownPolicy) as error:
+        raise Refused(f"loadgen bench ddit-live: {error}") from None
+    except BenchmarkError as error:
         raise SystemExit(f"loadgen bench ddit-live: {error}") from None
     except (aiohttp.ClientError, TimeoutError) as error:
         what = f"{type(error).__name__} {error}".strip()
@@ -152,10 +150,7 @@ async def _profile(model: str, slots: int, folder: Path) -> Path:
     """The RIB file that ``triptych profile`` writes here: of a stack at work, as policies run in one."""
     target = folder / "rib.json"
     command = [sys.executable, "-m", "compose.cli", "profile", "--video-model", model, "--output", str(target)]
-    process = await asyncio.create_subprocess_exec(
-        *command, *("--slots", str(slots), *_PROFILE), cwd=ROOT, env=_environment(), stdin=DEVNULL
-    )
-    if await process.wait():
+    if await completed(*command, "--slots", str(slots), *_PROFILE, environment=_environment()):
         raise BenchmarkError("the machine could not be profiled; the reason stands above")
     return target
 

@@ -22,6 +22,7 @@ from common.policies.policy import Policy
 from common.policies.registry import make_policy, policy_names
 from common.policies.rib import Rib, paper_rib
 from common.policies.state import Job, Phase
+from loadgen.counts import count
 
 SERVER_SLOTS = 8
 STEPS = 30
@@ -44,8 +45,8 @@ class Reading:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", action="append", choices=policy_names(), help="only this one (may be repeated)")
-    parser.add_argument("--events", type=int, default=6_000, help="timed events at each size")
-    parser.add_argument("--largest", type=int, default=len(SIZES), help="how many of the sizes, smallest first")
+    parser.add_argument("--events", type=count, default=6_000, help="timed events at each size")
+    parser.add_argument("--largest", type=count, default=len(SIZES), help="how many of the sizes, smallest first")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:

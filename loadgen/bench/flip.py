@@ -28,8 +28,10 @@ from loadgen.bench.phases_workload import kv_token_bytes
 from loadgen.bench.process import BenchmarkError, located
 from loadgen.bench.rounds import MEASURES, Readings, comparison
 from loadgen.bench.trace_excerpt import SmallRequest, random_tokens
+from loadgen.counts import width
 from loadgen.environment import this_machine
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
+from loadgen.refusal import Refused
 from loadgen.simulator.outcome import summary
 
 FLIPPING = "flipping"
@@ -89,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=int, nargs=2, default=(24, 96), metavar="N", help="tokens in and out")
     parser.add_argument("--room", type=int, default=6, metavar="N", help="answers that an instance has room for")
     parser.add_argument("--model", metavar="FOLDER", help="a published model (default: one with random weights)")
-    parser.add_argument("--hidden", type=int, default=512, metavar="N", help="channels of the random model")
+    parser.add_argument("--hidden", type=width, default=512, metavar="N", help="channels of the random model")
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="(default %(default)s)")
     parser.add_argument("--precision", choices=tuple(_VALUE_BYTES), default="bfloat16", help="(default %(default)s)")
 
@@ -100,13 +102,13 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         min(options.rounds, options.room, *options.prompts, *options.answers) < 1
         or min(options.seconds, options.load, options.cost) <= 0
     ):
-        raise SystemExit("loadgen bench flip: rounds, tokens and room are 1 or more, seconds, load and cost above 0")
+        raise Refused("loadgen bench flip: rounds, tokens and room are 1 or more, seconds, load and cost above 0")
     if options.instances < 2:
-        raise SystemExit(f"loadgen bench flip: --instances {options.instances}: give 2 or more, one for each role")
+        raise Refused(f"loadgen bench flip: --instances {options.instances}: give 2 or more, one for each role")
     known = splits(options.instances)
     for name in options.splits or ():
         if name not in known:
-            raise SystemExit(f"loadgen bench flip: --splits {name}: there are {', '.join(known)}")
+            raise Refused(f"loadgen bench flip: --splits {name}: there are {', '.join(known)}")
     try:
         with TemporaryDirectory(prefix="flip-") as folder:
             model = options.model and Path(located(options.model))

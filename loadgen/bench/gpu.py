@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.models.opensora.gpu.graphs import CapturedSTDiT3
 from loadgen.bench.compare import keep_rows
 from loadgen.gpu.measure import Failed, Reading, free_memory, measure
-from loadgen.gpu.options import DTYPES, WrongArgument, add_measuring_arguments, check_counts, chosen_device
+from loadgen.gpu.options import DTYPES, add_measuring_arguments, check_counts, chosen_device
 from loadgen.gpu.rates import data_sheet_flops, matrix_flops
 from loadgen.gpu.setups import (
     PUBLISHED,
@@ -34,6 +34,7 @@ from loadgen.gpu.setups import (
     random_vae,
 )
 from loadgen.gpu.table import Decode, Rates, Step, device_name, name_of
+from loadgen.refusal import Refused, WrongArgument
 
 _ATTENTION = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     try:
         bench = _Bench.of(options)
     except WrongArgument as error:
-        raise SystemExit(f"loadgen bench gpu: {error}") from None
+        raise Refused(f"loadgen bench gpu: {error}") from None
     torch.manual_seed(1)
     with _preferring(options.attention):
         rates = bench.begin()

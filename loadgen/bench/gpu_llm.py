@@ -16,9 +16,10 @@ from common.models.causal_lm import CausalLM
 from loadgen.bench.compare import keep_rows
 from loadgen.gpu.language import PUBLISHED, TINY, Decoding, LanguageSetup, Prefill, Work, random_language_model
 from loadgen.gpu.measure import Failed, Reading, free_memory, measure
-from loadgen.gpu.options import DTYPES, WrongArgument, add_measuring_arguments, check_counts, chosen_device
+from loadgen.gpu.options import DTYPES, add_measuring_arguments, check_counts, chosen_device
 from loadgen.gpu.rates import copy_bytes, matrix_flops
 from loadgen.gpu.table import device_name, duration, memory, name_of
+from loadgen.refusal import Refused, WrongArgument
 
 _PREFILL_HEAD = f"{'chunk':>6} {'passes':>6} {'prompt':>10} {'tokens/s':>9} {'TFLOP/s':>8} {'of rate':>8} {'peak':>10}"
 _DECODE_HEAD = (
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     try:
         bench = _Bench.of(options)
     except WrongArgument as error:
-        raise SystemExit(f"loadgen bench gpu-llm: {error}") from None
+        raise Refused(f"loadgen bench gpu-llm: {error}") from None
     torch.manual_seed(1)
     begun = bench.begin()
     return keep_rows({"benchmark": "gpu-llm", "environment": begun}, bench.rows(begun), options.json)

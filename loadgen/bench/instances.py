@@ -13,7 +13,7 @@ from common.bus.nats_bus import NatsBus
 from common.messages.chat import GenerateTokens, Sampling, TokensGenerated, pack_tokens
 from common.messages.cluster import MemberState
 from common.messages.subjects import GENERATE_TOKENS, MEMBERS, TOKENS_GENERATED
-from loadgen.bench.process import ROOT, BenchmarkError
+from loadgen.bench.process import ROOT, BenchmarkError, end
 
 VOCABULARY = 1024
 _GATEWAY = "gateway-bench"
@@ -53,17 +53,12 @@ async def running_service(url: str, service: str, name: str, settings: Mapping[s
         **settings,
     }
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", f"services.{service}", env=environment, cwd=ROOT
+        sys.executable, "-m", f"services.{service}", env=environment, cwd=ROOT, process_group=0
     )
     try:
         yield
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), _WAIT_S)
-        except TimeoutError:
-            process.kill()
+        await end(process, _WAIT_S)
 
 
 async def ready(bus: NatsBus, name: str) -> None:

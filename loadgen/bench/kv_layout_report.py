@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loaded", type=count, default=4, help="layouts: prompts of a loaded round (default %(default)s)"
     )
-    parser.add_argument("--fetches", type=count, default=8, help="layouts: under way at once (default %(default)s)")
 
 
 def run_layouts(options: argparse.Namespace) -> dict[str, object]:
@@ -50,10 +49,10 @@ def run_layouts(options: argparse.Namespace) -> dict[str, object]:
     heads = max(1, options.hidden // _HEAD_DIM)
     shape = Shape(options.prompt_tokens, options.layers, heads, options.hidden // heads)
     with broker() as url:
-        found = asyncio.run(measured(url, shape, options.rounds, options.loaded, options.fetches))
+        found = asyncio.run(measured(url, shape, options.rounds, options.loaded))
     print(
         f"layouts: prompts of {shape.prompt_tokens} tokens, {shape.size_bytes / 1e6:.1f} MB, {shape.layers} layers; "
-        f"{options.fetches} fetches at once; medians of {options.rounds} rounds, ratios to discrete_by_request"
+        f"medians of {options.rounds} rounds, ratios to discrete_by_request"
     )
     for load, readings in found.items():
         print(f"{'alone' if load == 'alone' else f'loaded, {options.loaded} prompts'}")

@@ -16,12 +16,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-import torch
-
 from common.bus.nats_bus import NatsBus
 from common.messages.mempool import BlocksMoved, MoveBlocks
 from common.messages.subjects import MOVE_BLOCKS
-from common.messages.tensors import TensorRef
 from common.tensors import UcxTensors
 from loadgen.bench.kv_layout_sender import RECEIVER, LayerWork, Timed, run_sender
 from loadgen.bench.kv_layouts import Pool, Shape, Way
@@ -61,10 +58,9 @@ Readings = Mapping[Way, Sequence[Reading]]
 class Receiver:
     """Fetches what is offered to its place."""
 
-    def __init__(self, tensors: UcxTensors, shape: Shape, prompts: int, at_once: int) -> None:
+    def __init__(self, tensors: UcxTensors, shape: Shape, prompts: int) -> None:
         self._tensors = tensors
         self._shape = shape
-        self._at_once = at_once
         self._memory = [Pool.memory_for(shape) for _ in range(prompts)]
 
     def pool(self, prompt: int, way: Way) -> Pool:
@@ -85,19 +81,12 @@ class Receiver:
             await asyncio.to_thread(pool.copy_in, layer, copied)
             return BlocksMoved()
         targets = list(pool.pieces(layer))[first : first + len(offer.kv)]
-        left = iter(zip(offer.kv, targets, strict=True))
-        async with asyncio.TaskGroup() as tasks:
-            for number in range(min(self._at_once, len(targets))):
-                tasks.create_task(self._fetch(left), name=f"fetch {number}")
+        await self._tensors.fetch_all(offer.kv, targets, deadline_s=_DEADLINE_S)
         return BlocksMoved()
 
-    async def _fetch(self, left: Iterator[tuple[TensorRef, torch.Tensor]]) -> None:
-        for ref, target in left:
-            await self._tensors.fetch(ref, into=target, deadline_s=_DEADLINE_S)
 
-
-async def measured(url: str, shape: Shape, rounds: int, prompts: int, at_once: int) -> dict[str, Readings]:
-    """Rounds alone and under load. ``at_once``: how many fetches are under way.
+async def measured(url: str, shape: Shape, rounds: int, prompts: int) -> dict[str, Readings]:
+    """Rounds alone and under load.
 
     Raises:
         BenchmarkError: something came to the wrong place.
@@ -108,7 +97,7 @@ async def measured(url: str, shape: Shape, rounds: int, prompts: int, at_once: i
             await UcxTensors.open(RECEIVER) as tensors,
             _sending(url, shape, prompts) as pipe,
         ):
-            receiver = Receiver(tensors, shape, prompts, at_once)
+            receiver = Receiver(tensors, shape, prompts)
             serving = await bus.serve(MOVE_BLOCKS, receiver.move, RECEIVER)
             try:
                 await _proved(pipe, receiver, prompts)
@@ -171,12 +160,11 @@ async def _sending(url: str, shape: Shape, prompts: int) -> AsyncIterator[Connec
     try:
         await _heard(pipe)
         yield pipe
-    finally:
         with contextlib.suppress(OSError):
             pipe.send((_STOP, 0, False))
         await asyncio.to_thread(process.join, 10)
-        if process.is_alive():
-            process.kill()
+    finally:
+        process.kill()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from loadgen.bench.process import ROOT, BenchmarkError, started
+from loadgen.bench.process import BenchmarkError, completed, started
 from loadgen.bench.trace_excerpt import SmallRequest, random_tokens
 
 _ANSWER_TIMEOUT_S = 300.0
@@ -207,9 +207,8 @@ async def profiled(model: str, folder: Path) -> str:
     """
     target = str(folder / "profile.json")
     command = [sys.executable, "-m", "compose.cli", "profile", "--video-model", "none", "--language-model", model]
-    process = await asyncio.create_subprocess_exec(*command, "-o", target, cwd=ROOT)
     async with asyncio.timeout(_PROFILE_TIMEOUT_S):
-        if await process.wait():
+        if await completed(*command, "-o", target):
             raise BenchmarkError("the language model was not profiled; why stands above")
     return target
 

@@ -20,6 +20,7 @@ from typing import Any
 from loadgen.bench.llm_readings import Readings, Workload
 from loadgen.bench.llm_servers import Server, other, running, stack
 from loadgen.bench.process import BenchmarkError, line_of, located, started
+from loadgen.counts import count
 
 _CLIENT = Path(__file__).with_name("llm_client.py")
 _RUN_TIMEOUT_S = 600.0
@@ -39,17 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--running", action="append", default=[], metavar="NAME=URL", help="a server that runs already (repeatable)"
     )
     parser.add_argument("--reference", metavar="NAME", help="whom the others are compared with (default: the peer)")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16], metavar="N")
-    parser.add_argument("--input", type=int, nargs="+", default=[256, 1024], metavar="N", help="tokens of a prompt")
-    parser.add_argument("--output", type=int, default=64, metavar="N", help="tokens of an answer (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--concurrency", type=count, nargs="+", default=[1, 4, 16], metavar="N")
+    parser.add_argument("--input", type=count, nargs="+", default=[256, 1024], metavar="N", help="tokens of a prompt")
+    parser.add_argument(
+        "--output", type=count, default=64, metavar="N", help="tokens of an answer (default %(default)s)"
+    )
+    parser.add_argument("--rounds", type=count, default=3, metavar="N", help="(default %(default)s)")
     parser.add_argument(
         "--first-seed",
         type=int,
         metavar="N",
         help="of the first round's prompts (default: by the clock, as a server that runs on remembers earlier prompts)",
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each server of ours, all together")
+    parser.add_argument(
+        "--threads", type=count, default=os.cpu_count() or 1, help="of each server of ours, all together"
+    )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="of ours")
 
 

@@ -19,6 +19,8 @@ import aiohttp
 import numpy as np
 
 from common.bus.nats_bus import NatsBus
+from common.policies.chat_rule import CHAT_RULES
+from common.policies.routing_rules import UnknownRule, make_rule
 from common.runtime.membership import MembershipView
 from loadgen.bench.broker import free_port
 from loadgen.bench.greedy_answers import GreedyAnswers
@@ -28,8 +30,10 @@ from loadgen.bench.language_stack import LanguageStack, Replay, stack_of
 from loadgen.bench.memserve_live import hits
 from loadgen.bench.process import BenchmarkError
 from loadgen.bench.trace_excerpt import SmallRequest, excerpt
+from loadgen.counts import width
 from loadgen.environment import this_machine
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
+from loadgen.refusal import Refused, WrongArgument
 from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve.trace import read_mooncake
 from loadgen.simulator.memserve.turns import Turn
@@ -46,12 +50,10 @@ _AGREEMENT_S = 60.0
 _MEMBER_TIMEOUT_S = 3.0
 
 
-class WrongArgument(ValueError):
-    """An argument that makes no sense; the message says what to change."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
+    # Behind an option that takes several names it would be taken for one more of them.
+    parser.usage = "%(prog)s FILE [options]"
     parser.add_argument("trace", type=Path, metavar="FILE", help="in Mooncake's format")
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="on each topology (default %(default)s)")
     parser.add_argument("--topology", nargs="+", default=["fused", "split"], metavar="NAME", help=", ".join(TOPOLOGIES))
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=10.0, help="requests a second (default %(default)s)")
     parser.add_argument("--rule", default="cost", metavar="NAME", help="of routing (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of conversations, victims and moments")
-    parser.add_argument("--hidden", type=int, default=128, metavar="N", help="channels of the model (%(default)s)")
+    parser.add_argument("--hidden", type=width, default=128, metavar="N", help="channels of the model (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="(default %(default)s)")
     parser.add_argument("--kv-mb", type=int, default=32, metavar="N", help="of an instance (default %(default)s)")
 
@@ -108,13 +110,18 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     """Run each topology, print, and return what ``--json`` writes."""
     try:
         _check(options)
+        turns = read_mooncake(options.trace)
+        if not turns:
+            raise WrongArgument(f"{options.trace}: there is no request in it")
         with TemporaryDirectory(prefix="memserve-kills-") as folder:
             deviation = 1.6 / options.hidden**0.5
             model = save_random_language_model(
                 Path(folder) / "random", options.hidden, options.layers, deviation=deviation
             )
-            found = {name: asyncio.run(_measured(name, options, model)) for name in options.topology}
-    except (WrongArgument, WrongTrace, BenchmarkError) as error:
+            found = {name: asyncio.run(_measured(name, options, model, turns)) for name in options.topology}
+    except (WrongArgument, WrongTrace, UnknownRule) as error:
+        raise Refused(f"loadgen bench memserve-kills: {error}") from None
+    except BenchmarkError as error:
         raise SystemExit(f"loadgen bench memserve-kills: {error}") from None
     except (aiohttp.ClientError, TimeoutError) as error:
         what = f"{type(error).__name__} {error}".strip()
@@ -122,10 +129,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     return _result(options, found)
 
 
-async def _measured(topology: str, options: argparse.Namespace, model: Path) -> Outcome:
-    turns = read_mooncake(options.trace)
-    if not turns:
-        raise WrongArgument(f"{options.trace}: there is no request in it")
+async def _measured(topology: str, options: argparse.Namespace, model: Path, turns: Sequence[Turn]) -> Outcome:
     prefills, decodes, role = TOPOLOGIES[topology]
     print(f"{topology}: {prefills} prefill, {decodes} {role}, {options.kills} kills", flush=True)
     port = free_port()
@@ -237,7 +241,7 @@ def _result(options: argparse.Namespace, found: dict[str, Outcome]) -> dict[str,
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, least in (("kills", 1), ("requests", 2), ("hidden", 8), ("layers", 1), ("kv_mb", 1)):
+    for name, least in (("kills", 1), ("requests", 2), ("layers", 1), ("kv_mb", 1)):
         if getattr(options, name) < least:
             raise WrongArgument(f"--{name.replace('_', '-')} {getattr(options, name)}: give {least} or more")
     if options.rate <= 0:
@@ -245,3 +249,4 @@ def _check(options: argparse.Namespace) -> None:
     for name in options.topology:
         if name not in TOPOLOGIES:
             raise WrongArgument(f"--topology {name}: use one of {', '.join(TOPOLOGIES)}")
+    make_rule(options.rule, CHAT_RULES)

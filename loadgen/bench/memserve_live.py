@@ -23,10 +23,13 @@ from loadgen.bench.language_stack import Replay, Told, language_stack, profiled
 from loadgen.bench.process import BenchmarkError
 from loadgen.bench.rounds import MEASURES, Readings, comparison
 from loadgen.bench.trace_excerpt import excerpt
+from loadgen.counts import width
 from loadgen.environment import this_machine
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
+from loadgen.refusal import Refused, WrongArgument
 from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve.trace import read_mooncake
+from loadgen.simulator.memserve.turns import Turn
 from loadgen.simulator.outcome import summary
 
 _RULES = ("least_load", "session", "cost", "added_time")
@@ -34,12 +37,10 @@ _RULES = ("least_load", "session", "cost", "added_time")
 _NEAR_BEST = 0.95
 
 
-class WrongArgument(ValueError):
-    """An argument that makes no sense; the message says what to change."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
+    # Behind an option that takes several names it would be taken for one more of them.
+    parser.usage = "%(prog)s FILE [options]"
     parser.add_argument("trace", type=Path, metavar="FILE", help="in Mooncake's format")
     parser.add_argument("--rule", nargs="+", default=list(_RULES), metavar="NAME", help=f"of {', '.join(CHAT_RULES)}")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default %(default)s)")
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=4.0, help="requests a second (default %(default)s)")
     parser.add_argument("--instances", type=int, default=3, metavar="N", help="(default %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="of the first round")
-    parser.add_argument("--hidden", type=int, default=256, metavar="N", help="channels of the model (%(default)s)")
+    parser.add_argument("--hidden", type=width, default=256, metavar="N", help="channels of the model (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="(default %(default)s)")
     parser.add_argument(
         "--prefill-rate", type=float, metavar="TOKENS", help="of an instance, a second, in the place of a profile"
@@ -62,20 +63,22 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     """Run the rounds, print, and return what ``--json`` writes."""
     try:
         _check(options)
+        turns = read_mooncake(options.trace)
+        if not turns:
+            raise WrongArgument(f"{options.trace}: there is no request in it")
         with TemporaryDirectory(prefix="memserve-live-") as folder:
             model = save_random_language_model(Path(folder) / "random", options.hidden, options.layers)
-            return asyncio.run(_run(options, str(model), Path(folder)))
-    except (WrongArgument, WrongTrace, UnknownRule, BenchmarkError) as error:
+            return asyncio.run(_run(options, turns, str(model), Path(folder)))
+    except (WrongArgument, WrongTrace, UnknownRule) as error:
+        raise Refused(f"loadgen bench memserve-live: {error}") from None
+    except BenchmarkError as error:
         raise SystemExit(f"loadgen bench memserve-live: {error}") from None
     except (aiohttp.ClientError, TimeoutError) as error:
         what = f"{type(error).__name__} {error}".strip()
         raise SystemExit(f"loadgen bench memserve-live: the stack did not answer ({what})") from None
 
 
-async def _run(options: argparse.Namespace, model: str, folder: Path) -> dict[str, object]:
-    turns = read_mooncake(options.trace)
-    if not turns:
-        raise WrongArgument(f"{options.trace}: there is no request in it")
+async def _run(options: argparse.Namespace, turns: Sequence[Turn], model: str, folder: Path) -> dict[str, object]:
     if options.prefill_rate:
         told = Told("", options.prefill_rate, options.transfer_rate)
     else:
@@ -178,7 +181,7 @@ def _told(told: Told) -> dict[str, object]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, least in (("rounds", 1), ("requests", 2), ("instances", 1), ("hidden", 8), ("layers", 1)):
+    for name, least in (("rounds", 1), ("requests", 2), ("instances", 1), ("layers", 1)):
         if getattr(options, name) < least:
             raise WrongArgument(f"--{name} {getattr(options, name)}: give {least} or more")
     for name in ("rate", "prefill_rate", "transfer_rate"):

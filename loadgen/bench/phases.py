@@ -23,8 +23,10 @@ from loadgen.bench.phases_systems import CONTINUOUS, FIXED, System, common_setti
 from loadgen.bench.phases_workload import TOKENS, Scale, kv_token_bytes, mean_lengths, requests_of, save_predictor
 from loadgen.bench.process import BenchmarkError, located
 from loadgen.bench.trace_excerpt import SmallRequest
+from loadgen.counts import width
 from loadgen.environment import this_machine
 from loadgen.random_language_model import save_random_language_model
+from loadgen.refusal import Refused, WrongArgument
 from loadgen.simulator.language.predictors import PAPER_ACCURACY
 from loadgen.simulator.language.workloads import CLASSES
 
@@ -33,10 +35,6 @@ _SYSTEMS = (FIXED, CONTINUOUS, "split", "split-predicting")
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 # Of the random model, beyond which no prompt with its answer may come.
 _CONTEXT = 4096
-
-
-class WrongArgument(ValueError):
-    """An argument that makes no sense; the message says what to change."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="FOLDER", help="a published model (default: one with random weights)")
     parser.add_argument(
-        "--hidden", type=int, default=512, metavar="N", help="channels of the random model (%(default)s)"
+        "--hidden", type=width, default=512, metavar="N", help="channels of the random model (%(default)s)"
     )
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="(default %(default)s)")
     parser.add_argument("--precision", choices=tuple(_VALUE_BYTES), default="bfloat16", help="(default %(default)s)")
@@ -66,7 +64,9 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         with TemporaryDirectory(prefix="phases-") as folder:
             model = _model(options, Path(folder) / "model")
             return asyncio.run(_run(options, model))
-    except (WrongArgument, BenchmarkError) as error:
+    except WrongArgument as error:
+        raise Refused(f"loadgen bench phases: {error}") from None
+    except BenchmarkError as error:
         raise SystemExit(f"loadgen bench phases: {error}") from None
     except (aiohttp.ClientError, TimeoutError) as error:
         what = f"{type(error).__name__} {error}".strip()
@@ -211,7 +211,7 @@ def _check(options: argparse.Namespace) -> None:
                 raise WrongArgument(f"--{option} {name}: there are {', '.join(known)}")
         if len(set(names)) < len(names):
             raise WrongArgument(f"--{option}: name each once")
-    least = {"rounds": 1, "requests": 1, "hidden": 8, "layers": 1, "first_seed": 0}
+    least = {"rounds": 1, "requests": 1, "layers": 1, "first_seed": 0}
     for name, at_least in least.items():
         if getattr(options, name) is not None and getattr(options, name) < at_least:
             raise WrongArgument(f"--{name.replace('_', '-')} {getattr(options, name)}: give {at_least} or more")

@@ -19,17 +19,18 @@ import aiohttp
 
 from loadgen.bench.compare import compare_async
 from loadgen.bench.process import BenchmarkError, line_of, located, started
+from loadgen.counts import count, several
 
 _VIDEO_TIMEOUT_S = 600.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
-    parser.add_argument("--pairs", type=int, default=7, help="videos of each side (default %(default)s)")
+    parser.add_argument("--pairs", type=several, default=7, help="videos of each side (default %(default)s)")
     parser.add_argument("--video-model", default="demo", metavar="PATH|NAME")
     parser.add_argument("--prompt", default="a red circle moving right")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads of each process (default %(default)s)")
+    parser.add_argument("--steps", type=count, help="denoising steps (default: the model's)")
+    parser.add_argument("--threads", type=count, default=1, help="torch threads of each process (default %(default)s)")
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:

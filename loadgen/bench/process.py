@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -19,17 +19,37 @@ class BenchmarkError(RuntimeError):
 @contextlib.asynccontextmanager
 async def started(command: Sequence[str], environment: dict[str, str]) -> AsyncIterator[tuple[Process, str]]:
     """A process and the line by which it said that it is ready; stopped at the end."""
-    process = await asyncio.create_subprocess_exec(*command, env=environment, cwd=ROOT, stdin=PIPE, stdout=PIPE)
+    # A group of its own, as each of these here: Ctrl-C is for this process, which ends the others in their order.
+    process = await asyncio.create_subprocess_exec(
+        *command, env=environment, cwd=ROOT, stdin=PIPE, stdout=PIPE, process_group=0
+    )
     try:
         yield process, await line_of(process, START_TIMEOUT_S)
     finally:
-        if process.returncode is None:
+        await end(process, _STOP_TIMEOUT_S)
+
+
+async def end(process: Process, wait_s: float) -> None:
+    """Ask it to end, and kill it where that takes longer, or where nobody waits for it any more."""
+    try:
+        with contextlib.suppress(ProcessLookupError):
             process.terminate()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _STOP_TIMEOUT_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), wait_s)
+    finally:
         if process.returncode is None:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
             await process.wait()
+
+
+async def completed(*command: str, environment: dict[str, str] | None = None) -> int:
+    """Run a command to its end, without anything to read; its exit status. Stopped where nobody waits for it."""
+    process = await asyncio.create_subprocess_exec(*command, env=environment, cwd=ROOT, stdin=DEVNULL, process_group=0)
+    try:
+        return await process.wait()
+    finally:
+        await end(process, _STOP_TIMEOUT_S)
 
 
 async def line_of(process: Process, timeout_s: float) -> str:

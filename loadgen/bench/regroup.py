@@ -20,6 +20,7 @@ from common.models.opensora.stdit3 import PreparedText, STDiT3, STDiT3Config
 from common.parallel.group import Group
 from common.parallel.groups import Groups
 from loadgen.bench.compare import Comparison, Side, compare
+from loadgen.counts import count, several, width
 
 _WARMUP = 2
 _TIMEOUT_S = 120.0
@@ -34,12 +35,12 @@ _FORMS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
-    parser.add_argument("--pairs", type=int, help="readings of each side (default 101, with --step 7)")
+    parser.add_argument("--pairs", type=several, help="readings of each side (default 101, with --step 7)")
     parser.add_argument("--step", action="store_true", help="measure one denoising step at degree 1 and 2 instead")
-    parser.add_argument("--hidden", type=int, default=384, help="channels of the model (default %(default)s)")
-    parser.add_argument("--depth", type=int, default=4, help="pairs of blocks of the model (default %(default)s)")
-    parser.add_argument("--frames", type=int, default=8, help="latent frames (default %(default)s)")
-    parser.add_argument("--side", type=int, default=32, help="latent height and width (default %(default)s)")
+    parser.add_argument("--hidden", type=width, default=384, help="channels of the model (default %(default)s)")
+    parser.add_argument("--depth", type=count, default=4, help="pairs of blocks of the model (default %(default)s)")
+    parser.add_argument("--frames", type=count, default=8, help="latent frames (default %(default)s)")
+    parser.add_argument("--side", type=count, default=32, help="latent height and width (default %(default)s)")
 
 
 @dataclass(frozen=True)

@@ -4,35 +4,41 @@ Bare UCX is ``ucxx`` as its manual shows it, at its best: endpoints over worker 
 made and touched once, the receive posted before the sender is told to send. So both sides of the comparison are one
 small message there and the bytes back. Ours adds the request's meaning, the lease, the count and the receive pool.
 Both run between the same two processes, in turn; while one is measured, the other sleeps.
+
+Messages are many small tensors, as blocks of keys and values are: fetched together, against some at a time, and against
+bare UCX with all receives posted.
 """
 
 import argparse
 import asyncio
 import contextlib
 import multiprocessing
-import os
 from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
-from typing import Any
 
 import numpy as np
 import torch
 
 from common.messages.tensors import TensorRef
 from common.tensors import UcxTensors
-from common.tensors.settings import context_options
 from common.tensors.ucx import DEFAULT_STRIPE_BYTES
+from loadgen.bench.bare_tensors import Bare, touched
 from loadgen.bench.compare import Comparison, compare_async
+from loadgen.counts import count, several
 
 _SIZES = {64 << 10: 200, 1 << 20: 100, 16 << 20: 8, 128 << 20: 2}  # bytes: operations in one reading
-_GO_TAG, _BYTES_TAG = 1, 2
-_STOP, _BARE, _OURS = "stop", "bare", "ours"
+_STOP, _BARE, _BARE_TOGETHER, _OURS = "stop", "bare", "bare together", "ours"
+# How many are fetched together, and of those some at a time.
+_MESSAGES, _AT_A_TIME = 128, 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(_SIZES), metavar="BYTES")
-    parser.add_argument("--pairs", type=int, default=25, help="readings of each side (default 25)")
-    parser.add_argument("--stripe", type=int, default=DEFAULT_STRIPE_BYTES, metavar="BYTES", help="our stripe_bytes")
+    parser.add_argument("--sizes", type=count, nargs="+", default=list(_SIZES), metavar="BYTES")
+    parser.add_argument(
+        "--messages", type=count, nargs="*", default=[8 << 10, 32 << 10, 128 << 10], metavar="BYTES", help="of each"
+    )
+    parser.add_argument("--pairs", type=several, default=25, help="readings of each side (default 25)")
+    parser.add_argument("--stripe", type=count, default=DEFAULT_STRIPE_BYTES, metavar="BYTES", help="our stripe_bytes")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
@@ -42,13 +48,20 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 async def _run(arguments: argparse.Namespace) -> dict[str, object]:
     comparisons: list[dict[str, object]] = []
-    async with _opened(arguments.sizes, arguments.stripe) as bench:
+    async with _opened(arguments.sizes, arguments.messages, arguments.stripe) as bench:
         for size in arguments.sizes:
             for comparison in (
                 await bench.against_bare(size, arguments.pairs),
                 await bench.against_memcpy(size, arguments.pairs),
             ):
                 print(_text(comparison, size))
+                comparisons.append({**comparison.as_dict(), "size_bytes": size})
+        for size in arguments.messages:
+            for comparison in (
+                await bench.together_against_some(size, arguments.pairs),
+                await bench.together_against_bare(size, arguments.pairs),
+            ):
+                print(f"{comparison.text()}\n")
                 comparisons.append({**comparison.as_dict(), "size_bytes": size})
     return {"benchmark": "tensors", "comparisons": comparisons}
 
@@ -62,11 +75,19 @@ def _text(comparison: Comparison, size: int) -> str:
 class _Bench:
     """The receiving process: both ways of getting the same bytes."""
 
-    def __init__(self, tensors: UcxTensors, bare: "_Bare", pipe: Connection, refs: dict[int, TensorRef]) -> None:
+    def __init__(
+        self,
+        tensors: UcxTensors,
+        bare: Bare,
+        pipe: Connection,
+        refs: dict[int, TensorRef],
+        messages: dict[int, list[TensorRef]],
+    ) -> None:
         self._tensors = tensors
         self._bare = bare
         self._pipe = pipe
         self._refs = refs
+        self._messages = messages
 
     async def against_bare(self, size: int, pairs: int) -> Comparison:
         operations = _operations(size)
@@ -91,7 +112,7 @@ class _Bench:
         )
 
     async def against_memcpy(self, size: int, pairs: int) -> Comparison:
-        source, target = _touched(size), _touched(size)
+        source, target = touched(size), touched(size)
 
         async def ours() -> None:
             for _ in range(_operations(size)):
@@ -110,6 +131,47 @@ class _Bench:
             operations=_operations(size),
         )
 
+    async def together_against_some(self, size: int, pairs: int) -> Comparison:
+        refs, places = self._messages[size], _small(size)
+
+        async def theirs() -> None:
+            left = iter(zip(refs, places, strict=True))
+
+            async def fetch_some() -> None:
+                for ref, place in left:
+                    await self._tensors.fetch(ref, place)
+
+            await asyncio.gather(*(fetch_some() for _ in range(_AT_A_TIME)))
+
+        return await compare_async(
+            lambda: self._tensors.fetch_all(refs, places),
+            theirs,
+            title=f"{size} bytes {_MESSAGES} times, each",
+            names=("together", f"{_AT_A_TIME} fetches at a time"),
+            pairs=pairs,
+            operations=_MESSAGES,
+        )
+
+    async def together_against_bare(self, size: int, pairs: int) -> Comparison:
+        refs, places = self._messages[size], _small(size)
+
+        async def ours() -> None:
+            await self._tell(_OURS, size, 1)
+            await self._tensors.fetch_all(refs, places)
+
+        async def theirs() -> None:
+            await self._tell(_BARE_TOGETHER, size, 1)
+            await self._bare.receive_together([place.numpy() for place in places])
+
+        return await compare_async(
+            ours,
+            theirs,
+            title=f"{size} bytes {_MESSAGES} times, each",
+            names=("together", "bare UCX, all posted"),
+            pairs=pairs,
+            operations=_MESSAGES,
+        )
+
     async def _tell(self, what: str, size: int, operations: int) -> None:
         """Said before either side's readings, so that it costs both the same."""
         self._pipe.send((what, size, operations))
@@ -117,79 +179,53 @@ class _Bench:
         self._pipe.recv()
 
 
-class _Bare:
-    """Plain ``ucxx``. In its blocking mode it spins while it waits for a request, and sleeps otherwise."""
-
-    def __init__(self, sizes: list[int]) -> None:
-        import ucxx
-        from ucxx.types import Tag
-
-        ucxx.init(options=context_options(os.environ), progress_mode="blocking")
-        self._ucxx, self._tag = ucxx, Tag
-        self._buffers = {size: _touched(size) for size in sizes}
-        self._go = np.zeros(1, dtype=np.uint8)
-        self._endpoint: Any = None
-        self.address = bytes(ucxx.get_worker_address())
-
-    async def connect(self, address: bytes) -> None:
-        target = self._ucxx.get_ucx_address_from_buffer(address)
-        self._endpoint = await self._ucxx.create_endpoint_from_worker_address(target, endpoint_error_handling=True)
-
-    async def receive(self, size: int) -> None:
-        posted = asyncio.ensure_future(self._ucxx.recv(self._buffers[size], tag=self._tag(_BYTES_TAG)))
-        await asyncio.sleep(0)
-        await self._endpoint.send(self._go, tag=self._tag(_GO_TAG), force_tag=True)
-        await posted
-
-    async def send(self, size: int) -> None:
-        await self._ucxx.recv(self._go, tag=self._tag(_GO_TAG))
-        await self._endpoint.send(self._buffers[size], tag=self._tag(_BYTES_TAG), force_tag=True)
-
-    async def close(self) -> None:
-        await self._endpoint.close()
-        self._endpoint = None
-
-
 @contextlib.asynccontextmanager
-async def _opened(sizes: list[int], stripe_bytes: int) -> AsyncIterator[_Bench]:
+async def _opened(sizes: list[int], messages: list[int], stripe_bytes: int) -> AsyncIterator[_Bench]:
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=_sender, args=(theirs, sizes), daemon=True)
+    process = context.Process(target=_sender, args=(theirs, sizes, messages), daemon=True)
     process.start()
     theirs.close()
     async with await UcxTensors.open("receiver", stripe_bytes=stripe_bytes) as tensors:
-        bare = _Bare(sizes)
+        bare = Bare(sizes)
         pipe.send(bare.address)
         await _until_readable(pipe)
-        address, refs = pipe.recv()
+        address, *packed = pipe.recv()
         await bare.connect(address)
+        refs, many = ([TensorRef.unpack(ref) for ref in some] for some in packed)
+        grouped = {size: [ref for ref in many if ref.size_bytes == size] for size in messages}
         try:
-            yield _Bench(tensors, bare, pipe, {ref.size_bytes: ref for ref in map(TensorRef.unpack, refs)})
-        finally:
+            yield _Bench(tensors, bare, pipe, {ref.size_bytes: ref for ref in refs}, grouped)
             pipe.send((_STOP, 0, 0))
             await asyncio.to_thread(process.join, 10)
+        finally:
+            process.kill()
             await bare.close()
 
 
-def _sender(pipe: Connection, sizes: list[int]) -> None:
+def _sender(pipe: Connection, sizes: list[int], messages: list[int]) -> None:
     torch.set_num_threads(1)
-    asyncio.run(_send(pipe, sizes))
+    asyncio.run(_send(pipe, sizes, messages))
 
 
-async def _send(pipe: Connection, sizes: list[int]) -> None:
+async def _send(pipe: Connection, sizes: list[int], messages: list[int]) -> None:
     async with await UcxTensors.open("sender") as tensors:
-        bare = _Bare(sizes)
-        tensors_kept = [torch.from_numpy(_touched(size)) for size in sizes]
+        bare = Bare(sizes)
+        tensors_kept = [torch.from_numpy(touched(size)) for size in sizes]
         refs = [tensors.export(tensor, uses=None, lease_s=3600.0).pack() for tensor in tensors_kept]
+        small = {size: _small(size) for size in messages}
+        many = [tensors.export(one, uses=None, lease_s=3600.0).pack() for some in small.values() for one in some]
         await _until_readable(pipe)
         await bare.connect(pipe.recv())
-        pipe.send((bare.address, refs))
+        pipe.send((bare.address, refs, many))
         while True:
             await _until_readable(pipe)
             what, size, operations = pipe.recv()
             if what == _STOP:
                 break
             pipe.send(what)
+            if what == _BARE_TOGETHER:
+                await bare.send_together([one.numpy() for one in small[size]])
             for _ in range(operations if what == _BARE else 0):
                 await bare.send(size)
         await bare.close()
@@ -211,5 +247,6 @@ def _operations(size: int) -> int:
     return _SIZES.get(size, max(2, min(200, (128 << 20) // max(size, 1))))
 
 
-def _touched(size: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
-    return np.ones(size, dtype=np.uint8)
+def _small(size: int) -> list[torch.Tensor]:
+    """As many as are fetched together."""
+    return list(torch.from_numpy(touched(_MESSAGES * size)).view(_MESSAGES, size))

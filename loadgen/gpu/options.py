@@ -4,11 +4,9 @@ import argparse
 
 import torch
 
+from loadgen.refusal import WrongArgument
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-class WrongArgument(ValueError):
-    """An argument that makes no sense here; the message says what to change."""
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:

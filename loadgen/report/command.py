@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loadgen.refusal import Refused
 from loadgen.report.page import page as ddit_page
 from loadgen.report.phases import page as live_page
 from loadgen.report.tetriinfer import page as tetriinfer_page
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
             text = (tetriinfer_page if data.get("experiment") in _LANGUAGE else ddit_page)(data)
         options.page.write_text(text, encoding="utf-8")
     except (WrongFile, OSError) as error:
-        raise SystemExit(f"loadgen report: {error}") from None
+        raise Refused(f"loadgen report: {error}") from None
     print(f"wrote {options.page}: {len(data['runs']):,} runs")
     return {}
 

@@ -1,9 +1,7 @@
 """Runs policies at points, for every seed the same requests under each policy, and gives what the JSON holds."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from loadgen.simulator.cost import CostModel, Noise, Overheads
 from loadgen.simulator.loop import Simulation, Watch
 from loadgen.simulator.outcome import Outcome, Span, summary
 from loadgen.simulator.points import Point
+from loadgen.simulator.processes import in_processes
 
 # Levels of the pooled latency distribution, in per cent: finer where p99 lies.
 LEVELS = tuple([*range(95), *(95 + 0.25 * step for step in range(21))])
@@ -64,8 +63,7 @@ def run_tasks(tasks: Sequence[Task], workers: int) -> Iterator[tuple[list[dict[s
     if workers <= 1:
         yield from map(run_task, tasks)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(run_task, tasks, chunksize=4)
+    yield from in_processes(run_task, tasks, workers)
 
 
 def run_record(task: Task, seed: int, outcome: Outcome) -> dict[str, Any]:

@@ -41,6 +41,9 @@ from tests.support.nats_server import NatsServer, nats_server_process
 
 T = TypeVar("T")
 
+# OpenAI's clients wait five seconds for a connection, which this machine may stand still for.
+CLIENT_S = 240.0
+
 MODEL = VideoModelInfo(
     name="demo",
     sizes=((64, 64), (96, 64)),

@@ -18,7 +18,7 @@ from common.messages.subjects import TELL_VIEW
 from gateway.config import GatewaySettings
 from gateway.service import Gateway, bind, running_gateway
 from tests.component.chat_support import PATIENT, scheduler
-from tests.component.gateway_support import until
+from tests.component.gateway_support import CLIENT_S, until
 from tests.support.language_model import greedy
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
@@ -102,7 +102,7 @@ async def language_stack(
         listener = opened.enter_context(bind(own))
         gateway = await opened.enter_async_context(running_gateway(bus, own, listener))
         client = await opened.enter_async_context(
-            openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
+            openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=CLIENT_S)
         )
         yield LanguageStack(bus, gateway, client, folder.name)
 

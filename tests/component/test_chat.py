@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from tests.component.chat_support import ANSWER, DECODE, MESSAGES, PREFILL, chat_stack, events
+from tests.component.gateway_support import CLIENT_S
 from tests.support.language import ids_of
 from tests.support.nats_server import NatsServer
 
@@ -17,7 +18,7 @@ from tests.support.nats_server import NatsServer
 async def test_the_sdk_chats_at_once_and_as_it_comes(nats_server: NatsServer, tmp_path: Path) -> None:
     async with (
         chat_stack(nats_server, tmp_path) as stack,
-        openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client,
+        openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0, timeout=CLIENT_S) as client,
     ):
         whole = await client.chat.completions.create(model="tiny", **MESSAGES)
         assert whole.choices[0].message.content == ANSWER
@@ -47,7 +48,7 @@ async def test_the_sdk_chats_at_once_and_as_it_comes(nats_server: NatsServer, tm
 async def test_the_sdk_completes_at_once_and_as_it_comes(nats_server: NatsServer, tmp_path: Path) -> None:
     async with (
         chat_stack(nats_server, tmp_path) as stack,
-        openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client,
+        openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0, timeout=CLIENT_S) as client,
     ):
         whole = await client.completions.create(model="tiny", prompt="hello", max_tokens=3, logprobs=1)
         choice = whole.choices[0]

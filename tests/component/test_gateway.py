@@ -18,7 +18,7 @@ from common.messages.cluster import Service
 from common.messages.failures import Failure, Stage
 from common.messages.subjects import VIDEO_FILES, VIDEO_JOBS, VIDEO_RECORDS, VIDEO_TIMELINES
 from common.messages.video import VideoState
-from tests.component.gateway_support import MODEL, ThreadedStack, member, mp4, stack, threaded_stack, until
+from tests.component.gateway_support import CLIENT_S, MODEL, ThreadedStack, member, mp4, stack, threaded_stack, until
 from tests.support.nats_server import NatsServer
 
 # --- create ---------------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def threaded() -> Iterator[ThreadedStack]:
 
 @pytest.fixture
 def client(threaded: ThreadedStack) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{threaded.stack.url}/v1", api_key="any", max_retries=0) as made:
+    with openai.OpenAI(base_url=f"{threaded.stack.url}/v1", api_key="any", max_retries=0, timeout=CLIENT_S) as made:
         yield made
 
 

@@ -167,6 +167,7 @@ async def test_a_job_from_queue_to_file_with_progress_and_timeline(nats_server: 
         await play.dit.do_step(lease, 1)
         await heard.until(lambda last: last.step == 1)
         await play.dit.do_step(lease, 2)
+        await heard.until(lambda last: last.step == 2)
         await play.dit.finish_denoising(lease)
         work = await play.vae.next_decoding()
         assert work.latent == play.dit.ref(lease.epoch)

@@ -154,21 +154,21 @@ async def test_a_silent_cache_store_costs_a_moment_and_no_job(
 
 async def test_a_cache_store_that_is_being_started_again_is_waited_for(nats_server: NatsServer) -> None:
     url = nats_server.url
-    async with stage(url) as play:
+    settings = ServiceSettings(nats_url=url, instance="cache_store-0", heartbeat_s=0.1)
+    # Known to the scheduler from the beginning: it dies with the DiT worker, and its record is there, as between two
+    # lives.
+    async with stage(url) as play, Registration(play.bus, settings, Service.CACHE_STORE):
         async with cache_store(url) as store:
             await play.submit("video_a")
             lease = await play.dit.next_lease()
             await checkpoint(play, store, lease, 1)
-        # Died with the DiT worker; its record is there, and then its next life.
-        settings = ServiceSettings(nats_url=url, instance="cache_store-0", heartbeat_s=0.1)
-        async with Registration(play.bus, settings, Service.CACHE_STORE):
-            await play.dit.fail(lease, "lost", retryable=True)
-            await play.reaches("video_a", VideoState.ENCODING, attempt=2)
-            await asyncio.sleep(0.5)
-            assert play.dit.leases.empty()
-            async with cache_store(url) as store:
-                store.steps[checkpoint_key("video_a")] = 1
-                assert (await play.dit.next_lease()).resume == Checkpoint(step=1, latent=LATENT)
+        await play.dit.fail(lease, "lost", retryable=True)
+        await play.reaches("video_a", VideoState.ENCODING, attempt=2)
+        await asyncio.sleep(0.5)
+        assert play.dit.leases.empty()
+        async with cache_store(url) as store:
+            store.steps[checkpoint_key("video_a")] = 1
+            assert (await play.dit.next_lease()).resume == Checkpoint(step=1, latent=LATENT)
 
 
 async def test_a_new_scheduler_knows_how_far_a_job_has_come(nats_server: NatsServer) -> None:

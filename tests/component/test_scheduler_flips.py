@@ -23,10 +23,10 @@ PATIENCE_S = 60.0
 class Played:
     """A language instance that flips, or says why not, and does nothing else."""
 
-    def __init__(self, bus: NatsBus, registration: Registration) -> None:
+    def __init__(self, bus: NatsBus, registration: Registration, refuses: bool) -> None:
         self._bus = bus
         self._registration = registration
-        self.refuses = False
+        self.refuses = refuses
         self.asked: asyncio.Queue[FlipRole] = asyncio.Queue(100)
         self.flipped = asyncio.Event()
 
@@ -40,14 +40,14 @@ class Played:
 
 
 @contextlib.asynccontextmanager
-async def played(url: str, name: str, roles: tuple[LanguageRole, ...]) -> AsyncIterator[Played]:
+async def played(url: str, name: str, roles: tuple[LanguageRole, ...], refuses: bool = False) -> AsyncIterator[Played]:
     service = Service.PREFILL if roles == PREFILL else Service.DECODE
     settings = ServiceSettings(nats_url=url, instance=name, heartbeat_s=0.1)
     async with (
         await NatsBus.connect(url, name=name) as bus,
         Registration(bus, settings, service) as registration,
     ):
-        instance = Played(bus, registration)
+        instance = Played(bus, registration, refuses)
         await bus.serve(FLIP_ROLE, instance.flip, name)
         await registration.ready(language_model=INFO, roles=roles)
         yield instance
@@ -78,19 +78,19 @@ async def test_who_decodes_comes_to_prefill_where_prompts_wait_but_never_the_las
         await bus.prepare(queues=VIDEO_QUEUES, buckets=VIDEO_BUCKETS, object_buckets=VIDEO_OBJECTS)
         await opened.enter_async_context(scheduler(url, flip="queue", flip_cost_s=0.5))
         await opened.enter_async_context(played(url, "prefill-0", PREFILL))
-        first = await opened.enter_async_context(played(url, "decode-0", DECODE))
-        second = await opened.enter_async_context(played(url, "decode-1", DECODE))
-        first.refuses = True
+        last = await opened.enter_async_context(played(url, "decode-1", DECODE))
         number = 0
         for number in range(8):
             await routed(bus, number)
-        # Nobody computes them, so they wait. Who refuses keeps its role, and is asked again after as much waiting.
-        asked = await asyncio.wait_for(first.asked.get(), PATIENCE_S)
+        # Nobody computes them, so they wait, and then there is a second one who decodes. Who refuses keeps its role,
+        # and is asked again after as much waiting.
+        coming = await opened.enter_async_context(played(url, "decode-0", DECODE, refuses=True))
+        asked = await asyncio.wait_for(coming.asked.get(), PATIENCE_S)
         assert (asked.roles, asked.decode) == (PREFILL, ("decode-1",))
-        assert (await asyncio.wait_for(first.asked.get(), PATIENCE_S)).roles == PREFILL
-        first.refuses = False
+        assert (await asyncio.wait_for(coming.asked.get(), PATIENCE_S)).roles == PREFILL
+        coming.refuses = False
         # What is routed before that may be routed by a flip that is still being refused.
-        await asyncio.wait_for(first.flipped.wait(), PATIENCE_S)
+        await asyncio.wait_for(coming.flipped.wait(), PATIENCE_S)
 
         async def prefills() -> bool:
             nonlocal number
@@ -103,4 +103,4 @@ async def test_who_decodes_comes_to_prefill_where_prompts_wait_but_never_the_las
         for number in range(100, 120):
             await routed(bus, number)
         await asyncio.sleep(1.0)
-        assert second.asked.empty()
+        assert last.asked.empty()

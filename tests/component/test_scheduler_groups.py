@@ -89,6 +89,7 @@ async def test_a_job_starts_on_all_members_and_its_timeline_names_them(nats_serv
         assert lease.text is not None and lease.resume is None
         await group.play.dit.do_step(lease, 1)
         await group.play.dit.do_step(lease, 2)
+        await recorded(group.record, '"StepFinished"', 2)
         await finish(group, lease, "video_a")
         spans = (await group.play.bus.get(VIDEO_TIMELINES, "video_a")).value.spans
         steps = [(span.step, span.slot, span.instance) for span in spans if span.phase == "step"]
@@ -129,6 +130,7 @@ async def test_those_left_of_a_group_get_a_lease_at_once(nats_server: NatsServer
         await group.play.submit("video_a", LONG)
         lease = await group.lease()
         await group.play.dit.do_step(lease, 7)
+        await recorded(group.record, '"StepFinished"')
         # Killed: its record stands, its last life sign is fresh, but nobody is there. Its group notices first.
         await group.other.bus.close()
         await group.play.dit.lose_group(lease)

@@ -205,6 +205,12 @@ class _Child:
         fetched = await self._tensors.fetch(reference, deadline_s=deadline_s)
         return same_bytes(fetched, patterned(reference.shape, fetched.dtype, seed))
 
+    async def fetch_all(self, refs: list[bytes], deadline_s: float = 60.0) -> bool:
+        """Whether those fetched together are what ``patterned`` makes, with seeds that count from 0."""
+        references = [TensorRef.unpack(ref) for ref in refs]
+        fetched = await self._tensors.fetch_all(references, [None] * len(refs), deadline_s=deadline_s)
+        return all(same_bytes(one, patterned(tuple(one.shape), one.dtype, seed)) for seed, one in enumerate(fetched))
+
     async def release(self, ref: bytes) -> None:
         await self._tensors.release(TensorRef.unpack(ref))
 

@@ -157,7 +157,7 @@ def test_a_negative_prompt_changes_the_video(stack: Stack, made: bytes, request_
 
 
 def test_openais_own_client(stack: Stack, request_fields: dict[str, Any]) -> None:
-    with openai.OpenAI(base_url=f"{stack.base_url}/v1", api_key="any", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{stack.base_url}/v1", api_key="any", max_retries=0, timeout=VIDEO_S) as client:
         models = [model.id for model in client.models.list()]
         video = client.videos.create(
             model=models[0],
@@ -444,7 +444,7 @@ CAPTIONS = {"ball go right, red": "a red ball going right", "star spin green": "
 
 
 def test_chats_beside_videos_outlive_their_instance(stack: Stack) -> None:
-    with openai.OpenAI(base_url=f"{stack.base_url}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{stack.base_url}/v1", api_key="none", max_retries=0, timeout=VIDEO_S) as client:
         model = next(model.id for model in client.models.list() if "language" in model.id)
         for killed in (False, True):
             for idea, caption in CAPTIONS.items():

@@ -9,7 +9,7 @@ from loadgen.simulator.language.link import ROCE
 from loadgen.simulator.language.predictors import PAPER_ACCURACY
 from loadgen.simulator.language.setups import Setup
 
-# vLLM's coupled engine takes prompts whole, as many as its budget holds; heavy ones came in by 3 to 5 (brief, 10.1).
+# vLLM's coupled engine takes prompts whole, as many as its budget holds; heavy ones came in by 3 to 5 (figures 13, 14).
 VLLM_BUDGET = 4096
 _OURS = "fluid"
 

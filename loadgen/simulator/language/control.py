@@ -26,7 +26,7 @@ from loadgen.simulator.language.instance import Instance
 from loadgen.simulator.language.requests import ChatRequest
 from loadgen.simulator.language.router import Router
 
-FLIP_S = 0.006  # 5 to 7 ms in the paper (brief, section 9.3)
+FLIP_S = 0.006  # 5 to 7 ms in the paper (TetriInfer, section 3.5)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,14 +30,13 @@ class EngineCost(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MeasuredEngine:
-    """Straight lines through measured points (TetriInfer's figures 2 to 5; brief, section 11.2).
+    """Straight lines through measured points (TetriInfer's figures 2 to 5).
 
     A pass with n prompt tokens takes ``max(prompt_floor_s + n * prompt_token_s, n * saturated_token_s)``: up to the
     point of saturation each token costs little beside what the pass costs anyway, and beyond it throughput is flat. A
     pass without prompts takes ``decode_floor_s``. Each sequence that decodes adds its share and what it reads.
 
-    Departure from the brief, which gives mixed passes without it: the keys and values that are read count there too.
-    At the contexts of figure 4 that is 4 ms of 39.
+    In mixed passes the keys and values that are read count too. At the contexts of figure 4 that is 4 ms of 39.
     """
 
     prompt_floor_s: float

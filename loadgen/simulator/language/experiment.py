@@ -6,8 +6,6 @@ See ``loadgen/simulator/language/points.py`` for what is run.
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from loadgen.simulator.language.points import (
 from loadgen.simulator.language.requests import ChatRequest, Progress
 from loadgen.simulator.language.setups import build
 from loadgen.simulator.outcome import summary
+from loadgen.simulator.processes import in_processes
 
 GPUS_PER_INSTANCE = 2
 _LEVELS = tuple(range(0, 101, 2))
@@ -106,8 +105,7 @@ def _results(tasks: Sequence[Task], workers: int) -> Iterator[dict[str, Any]]:
     if workers <= 1:
         yield from map(run_task, tasks)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(run_task, tasks, chunksize=2)
+    yield from in_processes(run_task, tasks, workers)
 
 
 def run_task(task: Task) -> dict[str, Any]:

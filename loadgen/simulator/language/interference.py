@@ -1,4 +1,4 @@
-"""The paper's measurements of how requests slow each other (TetriInfer, section 2; brief, section 2), and the model's.
+"""The paper's measurements of how requests slow each other (TetriInfer, section 2.2, figures 2 to 5), and the model's.
 
 Every point is one pass of a coupled engine, of whatever phases: no scheduling is involved. They are what the model of
 the cost stands or falls by.

@@ -21,7 +21,7 @@ class LinkKind:
     shared: bool = True
 
 
-# TetriInfer's two emulated links (brief, section 9.2). What a message costs is ours: the paper counts none.
+# TetriInfer's two emulated links (section 4). What a message costs is ours: the paper counts none.
 ROCE = LinkKind("RoCE, 200 Gb/s", 25e9, 10e-6)
 NVLINK = LinkKind("NVLink, 300 GB/s", 300e9, 10e-6)
 

@@ -11,7 +11,7 @@ from common.policies.length_prediction import LengthBuckets, LengthHistogram, Le
 from loadgen.arrivals import generator
 from loadgen.simulator.language.requests import ChatRequest
 
-# How often TetriInfer's classifier names the right range, by its width in tokens (brief, section 6).
+# How often TetriInfer's classifier names the right range, by its width in tokens (section 5.2.2).
 PAPER_ACCURACY = {100: 0.589, 200: 0.749, 400: 0.85}
 _STREAM = 20
 
@@ -90,7 +90,7 @@ class PredictorTax:
     """A predictor that shares the accelerator (the paper's parallel mode): while it runs, the model is slower.
 
     It takes the prompts that have come one after the other, ahead of the model: in the paper's bursts chunks take 1.65
-    times as long for the first two or three seconds and then what they always take (brief, section 6). How long in all
+    times as long for the first two or three seconds and then what they always take (figures 11 to 15). How long in all
     follows from by how much prefill ends later than its chunks alone would: 0.09 ms a token fits all five classes.
 
     Attributes:

@@ -27,7 +27,7 @@ from loadgen.simulator.language.requests import ChatRequest
 from loadgen.simulator.language.router import FluidRoles, LeastLoad, Router
 
 _DRAWS = 21
-CHUNK_TOKENS = 512  # where prefill saturates OPT-13B on two V100s (brief, section 5.1)
+CHUNK_TOKENS = 512  # where prefill saturates OPT-13B on two V100s (TetriInfer, section 3.3.3)
 # In host memory, 128 GB at OPT-13B's size; nothing is shared in the paper's own workloads.
 HISTORY_TOKENS = 160_000
 # A chunk of 512 takes 144 ms by figure 2; the steps in figures 11 to 16 are 150 to 155 ms apart.

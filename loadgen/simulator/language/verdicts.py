@@ -45,7 +45,7 @@ class Against:
 
     @property
     def perf_per_dollar(self) -> float:
-        """As all five rows of the paper are (brief, section 10.4), which is not the usual speed-up over cost."""
+        """As all five of the paper's figures (section 5.1) come out, which is not the usual speed-up over cost."""
         return (1 + self.jct_cut) / self.resources
 
     @property

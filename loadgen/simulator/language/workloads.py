@@ -1,7 +1,7 @@
 """The paper's classes of requests (TetriInfer, section 5.1), and traces of production.
 
 Lengths follow the quantiles of ShareGPT that the paper's figure 1 shows, within the bounds of the class; prompts of the
-light classes have the means that follow from the number of chunks in its figures (brief, section 10.1). OPT's context
+light classes have the means that follow from the number of chunks in its figures 11 to 15. OPT's context
 bounds prompt and answer together.
 """
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from common.policies.routing_rules import UnknownRule, make_rule
 from loadgen.environment import this_machine
+from loadgen.refusal import Refused
 from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve.experiment import TRACE_SIZES, run_paper, run_trace
 from loadgen.simulator.memserve.machine import PAPER_MACHINE, TRACE_MACHINE
@@ -31,7 +32,7 @@ def run_memserve(options: argparse.Namespace) -> dict[str, Any]:
             print_paper(result)
             machine, experiment = PAPER_MACHINE, "memserve"
     except (UnknownRule, WrongTrace) as error:
-        raise SystemExit(f"loadgen sim: {error}") from None
+        raise Refused(f"loadgen sim: {error}") from None
     environment = {
         **this_machine(simulated=True),
         "instances": machine.name,
