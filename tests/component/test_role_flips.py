@@ -16,7 +16,8 @@ from common.bus.errors import RemoteFailure
 from common.bus.nats_bus import NatsBus
 from common.language.settings import TransferMode
 from common.messages.cluster import FlipRole, LanguageRole, RoleFlipped, Service
-from common.messages.subjects import FLIP_ROLE, ROLE_FLIPPED
+from common.messages.dispatch import DecodeLoads
+from common.messages.subjects import DECODE_LOADS, FLIP_ROLE, ROLE_FLIPPED
 from common.runtime.membership import Registration
 from common.runtime.settings import ServiceSettings
 from tests.component.chat_support import DECODE, PREFILL
@@ -139,6 +140,19 @@ async def test_prompts_that_wait_are_routed_anew_and_what_does_not_fit_elsewhere
             await one.settled()
 
 
+async def _nobody_has_room(bus: NatsBus, *decode: str) -> None:
+    """Return once all dispatchers have been told so."""
+    told: asyncio.Queue[DecodeLoads] = asyncio.Queue()
+    listening = await bus.subscribe(DECODE_LOADS, told.put_nowait)
+    in_turn = 0
+    # The first may not have come to all yet, but comes before the second.
+    while in_turn < 2:
+        loads = (await asyncio.wait_for(told.get(), PATIENCE_S)).loads
+        full = {load.instance for load in loads if load.free_blocks <= 0} == set(decode)
+        in_turn = in_turn + 1 if full else 0
+    await listening.stop()
+
+
 async def test_what_nobody_has_room_for_goes_on_where_it_was_prefilled(
     nats_server: NatsServer, language_model: Path
 ) -> None:
@@ -152,6 +166,7 @@ async def test_what_nobody_has_room_for_goes_on_where_it_was_prefilled(
     ):
         memory = {name: instances[name].model.engine.memory for name in ("decode-0", "decode-1")}
         taken = {name: one.alloc_mem(one.available_blocks) or [] for name, one in memory.items()}
+        await _nobody_has_room(bus, *memory)
         answers = [asyncio.create_task(stack.text(prompt)) for prompt in prompts]
         prefill = instances["prefill-0"]
 
