@@ -9,7 +9,8 @@ from typing import Any
 from common.policies.rib import Rib
 from loadgen.simulator.bounds import bounds_at
 from loadgen.simulator.points import Point, points
-from loadgen.simulator.sweep import LEVELS, Setting, Task, run_tasks, timeline
+from loadgen.simulator.processes import in_processes
+from loadgen.simulator.sweep import LEVELS, Setting, Task, run_task, timeline
 from loadgen.simulator.verdicts import STATIC, Result, Verdict, against_best, table_of
 from loadgen.workloads import MIXES, Mix, Pattern, saturation_rate
 
@@ -45,7 +46,7 @@ def run_experiment(plan: Plan, setting: Setting) -> dict[str, Any]:
     started_s = time.perf_counter()
     runs: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
-    for done, (task_runs, curve) in enumerate(run_tasks(tasks, plan.workers), 1):
+    for done, (task_runs, curve) in enumerate(in_processes(run_task, tasks, plan.workers), 1):
         runs += task_runs
         curves.append(curve)
         if done == len(tasks) or done % max(1, len(tasks) // 10) == 0:

@@ -11,10 +11,13 @@ Result = TypeVar("Result")
 
 
 def in_processes(do: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
-    """The results in the order of the tasks, which go to ``workers`` processes.
+    """The results in the order of the tasks, which go to ``workers`` processes; one worker is this process.
 
     Who stops asking, or is interrupted, has the processes end at once.
     """
+    if workers <= 1:
+        yield from map(do, tasks)
+        return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waited_for = deque(pool.submit(do, task) for task in tasks)
         try:

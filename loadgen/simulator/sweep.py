@@ -1,6 +1,5 @@
 """Runs policies at points, for every seed the same requests under each policy, and gives what the JSON holds."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from loadgen.simulator.cost import CostModel, Noise, Overheads
 from loadgen.simulator.loop import Simulation, Watch
 from loadgen.simulator.outcome import Outcome, Span, summary
 from loadgen.simulator.points import Point
-from loadgen.simulator.processes import in_processes
 
 # Levels of the pooled latency distribution, in per cent: finer where p99 lies.
 LEVELS = tuple([*range(95), *(95 + 0.25 * step for step in range(21))])
@@ -56,14 +54,6 @@ def run_task(task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         runs.append(run_record(task, seed, outcome))
         latencies.append(outcome.latency_s())
     return runs, {**_where(task), "latency_s": _rounded(np.percentile(np.concatenate(latencies), LEVELS))}
-
-
-def run_tasks(tasks: Sequence[Task], workers: int) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
-    """The results in the order of the tasks, whatever the number of processes."""
-    if workers <= 1:
-        yield from map(run_task, tasks)
-        return
-    yield from in_processes(run_task, tasks, workers)
 
 
 def run_record(task: Task, seed: int, outcome: Outcome) -> dict[str, Any]:

@@ -94,18 +94,11 @@ def run_trace(
 def _run_all(tasks: Sequence[Task], workers: int) -> list[dict[str, Any]]:
     """In the order of the tasks, whatever the number of processes."""
     runs = []
-    for done, record in enumerate(_results(tasks, workers), 1):
+    for done, record in enumerate(in_processes(run_task, tasks, workers), 1):
         runs.append(record)
         if done == len(tasks) or done % max(1, len(tasks) // 10) == 0:
             print(f"{done} of {len(tasks)} runs", file=sys.stderr)
     return runs
-
-
-def _results(tasks: Sequence[Task], workers: int) -> Iterator[dict[str, Any]]:
-    if workers <= 1:
-        yield from map(run_task, tasks)
-        return
-    yield from in_processes(run_task, tasks, workers)
 
 
 def run_task(task: Task) -> dict[str, Any]:
