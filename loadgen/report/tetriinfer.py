@@ -8,9 +8,9 @@ from loadgen.report import tetriinfer_words as words
 from loadgen.report.charts import Line, bar_chart, cdf_chart, policy_class
 from loadgen.report.style import SCRIPT, STYLE, policy_colours
 from loadgen.report.tetriinfer_paper import CLASSES, DISPATCH, PREFILL, RESERVE
-from loadgen.simulator.language.points import SWAPPING
 from loadgen.simulator.language.verdicts import (
     BASELINE,
+    SWAPPING,
     Place,
     Verdict,
     against_baseline,

@@ -16,9 +16,9 @@ from loadgen.simulator.language.arms import burst_arms, fluid
 from loadgen.simulator.language.cost import OPT_13B_2_V100, StepWork
 from loadgen.simulator.language.experiment import Task, run_task
 from loadgen.simulator.language.interference import series
-from loadgen.simulator.language.points import SWAPPING, dispatch, flip, prefill, reserve
+from loadgen.simulator.language.points import dispatch, flip, prefill, reserve
 from loadgen.simulator.language.setups import CHUNK_TOKENS, build
-from loadgen.simulator.language.verdicts import Against, against_baseline, mean
+from loadgen.simulator.language.verdicts import SWAPPING, Against, against_baseline, mean
 from loadgen.simulator.language.workloads import CLASSES, class_requests, turning
 
 SEEDS = 3

@@ -16,6 +16,7 @@ from loadgen.simulator.language.decode_only import RULES
 from loadgen.simulator.language.link import V100_HOST
 from loadgen.simulator.language.requests import ChatRequest
 from loadgen.simulator.language.setups import Setup
+from loadgen.simulator.language.verdicts import SWAPPING
 from loadgen.simulator.language.workloads import (
     CLASSES,
     MIXED,
@@ -31,8 +32,6 @@ STEADY_INSTANCES = 4
 # Requests a second for each class on four instances: between half and nine tenths of what the best cluster carries.
 STEADY_RATES = {"LPLD": (8.0, 14.0), "LPHD": (1.5, 3.0), "HPLD": (4.0, 7.0), "HPHD": (1.5, 2.5), "Mixed": (3.0, 5.0)}
 CONVERSATION_RATES = (1.0, 2.0)
-# What the names of setups of ``reserve`` end with that swap.
-SWAPPING = ", swapping"
 
 
 @dataclass(frozen=True, slots=True)

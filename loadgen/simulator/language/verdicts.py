@@ -10,6 +10,8 @@ from loadgen.simulator.statistics import Estimate, ratio_estimate
 
 OURS = "fluid"
 BASELINE = "coupled-16"
+# What the names of setups of ``reserve`` end with that swap.
+SWAPPING = ", swapping"
 MEASURES = ("ttft_s", "jct_s")
 # Two clusters whose means differ by less are called even.
 TOLERANCE = 0.01
