@@ -44,10 +44,12 @@ def flip_loads(sites: Iterable[Site], between: Collection[Between], flipping: st
     for site in there:
         if site.kind is InstanceKind.FUSED:
             continue
-        role = LanguageRole.PREFILL if site.prefills else LanguageRole.DECODE
-        waits = max(0, len(site.unfinished) - 1) if site.prefills else waiting[site.name]
-        next_tokens = next((prefill.tokens for prefill in site.unfinished.values()), 0)
-        full = kept[site.name] > 0 and kept[site.name] + next_tokens > site.kv_tokens
+        if site.prefills:
+            role, waits = LanguageRole.PREFILL, max(0, len(site.unfinished) - 1)
+            running = int(_computes(site, kept[site.name]))
+        else:
+            role, waits = LanguageRole.DECODE, waiting[site.name]
+            running = max(0, len(site.decoding) - waits)
         found.append(
             InstanceLoad(
                 site.name,
@@ -55,14 +57,18 @@ def flip_loads(sites: Iterable[Site], between: Collection[Between], flipping: st
                 waits,
                 busy=bool(site.unfinished or site.decoding),
                 flipping=site.name == flipping,
-                running=int(bool(site.unfinished) and not full)
-                if site.prefills
-                else max(0, len(site.decoding) - waits),
+                running=running,
                 room=site.kv_tokens * site.sequences // site.context_tokens if site.context_tokens else 0,
                 prefilled_tokens=site.prefilled_tokens,
             )
         )
     return found
+
+
+def _computes(site: Site, kept_tokens: int) -> bool:
+    """Whether it has a prompt, and memory for it beside what others are to fetch; without these it always has."""
+    first = next(iter(site.unfinished.values()), None)
+    return first is not None and (kept_tokens == 0 or kept_tokens + first.tokens <= site.kv_tokens)
 
 
 @dataclass(slots=True)
