@@ -105,7 +105,7 @@ class ChatDispatch:
         """See ``ChatLoad``."""
         running = sum(one.answer_tokens for one in self._routed.values() if one.prefilled and not one.between)
         waiting = sum(one.answer_tokens for one in self._routed.values()) - running
-        return self._counts.load(self._sites.values(), waiting, running)
+        return self._counts.load(sum(site.prefill_tokens for site in self._sites.values()), waiting, running)
 
     def decoding(self, but: str) -> list[str]:
         """Who decodes, ``but`` one, the least to generate first."""

@@ -73,18 +73,18 @@ def _computes(site: Site, kept_tokens: int) -> bool:
 
 @dataclass(slots=True)
 class ChatCounts:
-    """What has come and been answered since the scheduler began. Of an answer counts what was asked for at most."""
+    """What has come and been answered since the scheduler began; see ``ChatLoad`` for what counts of an answer."""
 
     prompt_tokens: int = 0
     answer_tokens: int = 0
     answered_tokens: int = 0
 
-    def load(self, sites: Iterable[Site], waiting_tokens: int, running_tokens: int) -> ChatLoad:
-        """Given what all answers will have that nobody decodes yet, and all that are decoded."""
+    def load(self, to_prefill: int, waiting_tokens: int, running_tokens: int) -> ChatLoad:
+        """Given tokens of prompts yet to be computed, of all answers that nobody decodes yet, and of those decoded."""
         return ChatLoad(
             self.prompt_tokens,
             self.answer_tokens,
-            to_prefill=sum(site.prefill_tokens for site in sites),
+            to_prefill,
             to_decode=waiting_tokens,
             decoded_tokens=self.answered_tokens + running_tokens / 2,
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.messages.cluster import LanguageRole
+from common.policies.chat_loads import ChatCounts
 from common.policies.cluster_monitor import ClusterMonitor, LoadReported, PeriodPassed, StoppedDecoding
 from common.policies.decode_dispatch import (
     ChooseDecode,
@@ -93,8 +94,7 @@ class ControlPlane:
         self._members: dict[str, _Member] = {}
         self._dispatchers: dict[str, DecodeDispatch] = {}
         self._heavy: dict[str, bool] = {}
-        self._come_tokens = [0, 0]
-        self._ended_tokens = 0
+        self._counts = ChatCounts()
 
     def add(self, instance: Instance, role: LanguageRole) -> None:
         """An instance begins to take what its role does."""
@@ -121,8 +121,8 @@ class ControlPlane:
 
     def came(self, request: ChatRequest, cached_tokens: int) -> None:
         """A request has its prefill instance, where so much of its prompt is cached."""
-        self._come_tokens[0] += request.prompt_tokens - cached_tokens
-        self._come_tokens[1] += request.answer_tokens
+        self._counts.prompt_tokens += request.prompt_tokens - cached_tokens
+        self._counts.answer_tokens += request.answer_tokens
 
     def began(self, request: ChatRequest, prefill: str, predicted: LengthRange) -> None:
         """A sequence's first chunk is computed, and its length predicted."""
@@ -140,19 +140,16 @@ class ControlPlane:
 
     def ended(self, request: ChatRequest, instance: str) -> None:
         self._heavy.pop(request.name, None)
-        self._ended_tokens += request.answer_tokens
+        self._counts.answered_tokens += request.answer_tokens
         self._members[instance].decodes.pop(request.name, None)
 
     def _chats(self) -> ChatLoad:
         """What the live scheduler knows: of an answer the most that was asked for, here its length."""
         answers = [member.instance.answer_tokens for member in self._members.values()]
         prefills = [member.instance for member in self._members.values() if member.role is LanguageRole.PREFILL]
-        return ChatLoad(
-            self._come_tokens[0],
-            self._come_tokens[1],
-            to_prefill=sum(instance.batching.prompt_tokens for instance in prefills),
-            to_decode=sum(waiting for _, waiting in answers),
-            decoded_tokens=self._ended_tokens + sum(decoding for decoding, _ in answers) / 2,
+        to_prefill = sum(instance.batching.prompt_tokens for instance in prefills)
+        return self._counts.load(
+            to_prefill, sum(waiting for _, waiting in answers), sum(decoding for decoding, _ in answers)
         )
 
     # --- flips --------------------------------------------------------------------------------------------------
