@@ -81,6 +81,8 @@ _EMPTY_S = 2.0
 _WINDOW, _WORKED_OFF, _BEGINS = 4.0, 3.0, 2.0
 _ERRS = 0.02
 _QUEUED_S, _LEAST_WEIGHT = 2.0, 0.02
+# In batches: what an instance has memory for while that is not known.
+_GUESSED_ROOM = 4.0
 
 
 class FlipPolicy(Protocol):
@@ -218,7 +220,7 @@ class QueueFlip:
         within_s = _WORKED_OFF * self._cost_s
         prefill = self._prefill.token_s * (self._prompts.per_s + chats.to_prefill / within_s)
         decode = self._decode.token_s * (self._answers.per_s + chats.to_decode / within_s)
-        return Demand(prefill, decode, self._batch, self._room or _WINDOW * self._batch)
+        return Demand(prefill, decode, self._batch, self._room or _GUESSED_ROOM * self._batch)
 
     def _best_step(self, demand: Demand, prefill: int, decode: int) -> tuple[int, float]:
         """One more that prefills (1) or one less (-1), whichever is better; how many sequences fewer there were then.
