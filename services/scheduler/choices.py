@@ -73,17 +73,13 @@ def _costs(settings: SchedulerSettings) -> Costs:
     )
 
 
-def choose_flips(settings: SchedulerSettings) -> FlipPolicy | None:
-    """The policy that is set for roles; None: they stay what they are.
-
-    Raises:
-        CannotServe: the file has no costs of a language model.
-    """
+def choose_flips(settings: SchedulerSettings, costs: Costs) -> FlipPolicy | None:
+    """The policy that is set for roles; None: they stay what they are. ``costs``: what chats are routed by."""
     match settings.flip:
         case "idle":
             return IdleFlip(settings.flip_idle_s)
         case "queue":
-            return QueueFlip(settings.flip_cost_s, doubling_batch(_costs(settings).decode))
+            return QueueFlip(settings.flip_cost_s, doubling_batch(costs.decode))
         case "off":
             return None
 

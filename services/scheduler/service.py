@@ -76,10 +76,9 @@ class Scheduler:
         self._unfinished: dict[str, VideoRecord] = {}
         self._view = MembershipView(bus, settings.member_timeout_s, self._member_changed)
         self._workers = Workers(bus, self._view.doubt)
-        self._chats = ChatRouter(
-            bus, first_epoch, self._view.doubt, choose_rule(settings), settings.dispatch != "scheduler"
-        )
-        self._flips = Flips(bus, self._chats, self._view, choose_flips(settings))
+        rule = choose_rule(settings)
+        self._chats = ChatRouter(bus, first_epoch, self._view.doubt, rule, settings.dispatch != "scheduler")
+        self._flips = Flips(bus, self._chats, self._view, choose_flips(settings, rule.costs))
         self._checkpoints = Checkpoints(bus, self._cache_store_expected)
         self._present: dict[str, str] = {}
         self._records_read = asyncio.Event()
