@@ -124,7 +124,9 @@ class CheckpointWriter:
         if self._failing:
             return
         try:
-            await asyncio.wait_for(self.idle.wait(), CATCH_UP_S)
+            # ``wait_for`` forgets, before Python 3.12, a cancellation that comes together with the event.
+            async with asyncio.timeout(CATCH_UP_S):
+                await self.idle.wait()
         except TimeoutError:
             self._failing = True
             log.warning("the cache store is slow, checkpoints may come late", seconds=CATCH_UP_S)

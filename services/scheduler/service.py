@@ -97,7 +97,8 @@ class Scheduler:
                 tasks.create_task(self._publish_progress(), name="publish-progress"),
             ]
             async with self._view.running(), self._chats.running(), self._flips.running():
-                await asyncio.wait_for(self._records_read.wait(), timeout=30.0)
+                async with asyncio.timeout(30.0):
+                    await self._records_read.wait()
                 await self._recover()
                 intake = [
                     tasks.create_task(self._take_jobs(), name="take-jobs"),
