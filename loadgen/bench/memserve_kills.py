@@ -22,7 +22,7 @@ from common.bus.nats_bus import NatsBus
 from common.policies.chat_rule import CHAT_RULES
 from common.policies.routing_rules import UnknownRule, make_rule
 from common.runtime.membership import MembershipView
-from loadgen.bench.broker import free_port
+from common.runtime.ports import free_port
 from loadgen.bench.greedy_answers import GreedyAnswers
 from loadgen.bench.index_agreement import agreement
 from loadgen.bench.kills import Killer
