@@ -182,12 +182,6 @@ class DenoisingStage(Processes):
                 self._news.clear()
                 await self._news.wait()
 
-    async def eventually(self, holds: Callable[[], object]) -> None:
-        """Return once ``holds`` does, looking now and then: not everything is reported."""
-        async with asyncio.timeout(WAIT_S):
-            while not holds():  # noqa: ASYNC110 - see there
-                await asyncio.sleep(0.02)
-
     @contextlib.asynccontextmanager
     async def hearing(self) -> AsyncIterator[None]:
         subscriptions = [
