@@ -20,9 +20,9 @@ from services.scheduler.checkpoints import Checkpoints
 from tests.support.bus import eventually
 from tests.support.denoising import DenoisingStage, denoising_stage
 from tests.support.nats_server import NatsServer
+from tests.support.processes import WAIT_S
 from tests.support.small_model import save_small_model
 
-WAIT_S = 120.0
 STEPS = 20
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "4"))
 

@@ -12,11 +12,10 @@ from common.policies.chat_rule import ChatRule, FewestTokens, guessed_costs
 from common.runtime.membership import MemberDraining, MemberJoined, MemberRolesChanged
 from services.scheduler.chat import ChatRouter
 from services.scheduler.decode_loads import DecodeLoadMonitor
-from tests.support.language import INFO
+from tests.support.language import INFO, WAIT_S
 from tests.support.nats_server import NatsServer
 
 PREFILL, DECODE = (LanguageRole.PREFILL,), (LanguageRole.DECODE,)
-WAIT_S = 60.0
 
 
 class Listener:

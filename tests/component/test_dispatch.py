@@ -20,14 +20,13 @@ from common.policies.decode_dispatch import DispatchRule
 from tests.component.chat_support import DECODE, PREFILL, always
 from tests.component.gateway_support import until
 from tests.component.language_support import LanguageStack, gathered, known_prompts, language_stack, shown
-from tests.support.language import played_language_worker
+from tests.support.language import WAIT_S, played_language_worker
 from tests.support.language_instance import Watched, language_instance
 from tests.support.language_model import BLOCK_BYTES
 from tests.support.nats_server import NatsServer
 
 FOUR = {"prefill-0": PREFILL, "prefill-1": PREFILL, "decode-0": DECODE, "decode-1": DECODE}
 TWO = {"prefill-0": PREFILL, "decode-0": DECODE}
-WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
