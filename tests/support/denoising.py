@@ -44,6 +44,13 @@ from services.scheduler.workers import Workers
 from tests.support.nats_server import NatsServer, running_nats_server
 from tests.support.processes import WAIT_S, Processes
 
+# Where this machine stands still for a while, no group is given up for it.
+PATIENT = {
+    "TRIPTYCH_MEETING_TIMEOUT_S": "60",
+    "TRIPTYCH_EXCHANGE_TIMEOUT_S": "60",
+    "TRIPTYCH_REGROUP_S": "60",
+}
+
 
 class Outrun(Exception):
     """A job came to its end before the test could do with it what it wanted to."""
