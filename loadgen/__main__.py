@@ -1,7 +1,8 @@
 """The ``loadgen`` command: ``bench NAME`` runs a micro-benchmark, ``sim`` a simulation, ``report`` makes its page.
 
 A benchmark is a module in ``loadgen/bench`` with ``add_arguments(parser)`` and ``run(options)``; ``run`` prints the two
-things it compares and returns what ``--json`` writes. The other commands are modules of the same form.
+things it compares and returns what ``--json`` writes. A ``WrongArgument`` or ``BenchmarkError`` of its is said here, in
+one line. The other commands are modules of the same form.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from loadgen.bench.compare import write_json
 from loadgen.bench.process import BenchmarkError
 from loadgen.interruption import ended_in_order
-from loadgen.refusal import Refused
+from loadgen.refusal import Refused, WrongArgument
 
 _BENCHMARKS = Path(__file__).with_name("bench")
 _COMMANDS = {
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result: dict[str, object] = options.run(options)
     except Refused as refused:
         raise _told(refused) from None
+    except WrongArgument as error:
+        raise _told(Refused(f"loadgen {' '.join(words[:2])}: {error}")) from None
     except BenchmarkError as error:
         raise SystemExit(f"loadgen {' '.join(words[:2])}: {error}") from None
     if options.json is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.mempool.checksum import checksum
-from common.mempool.fetching import fetch_into
+from common.mempool.fetching import blocks_of_each, fetch_into
 from common.messages.chat import KVPart
 from common.messages.tensors import TensorRef
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, KVPool
@@ -125,10 +125,7 @@ async def fetch_blocks(
     shape = tuple(pool.blocks.shape[1:])
     if any(ref.shape[1:] != shape for ref in refs) or sum(ref.shape[0] for ref in refs) != len(blocks):
         raise TensorMismatch(f"{[ref.shape for ref in refs]} do not fit {len(blocks)} blocks of {shape}")
-    places, first = [], 0
-    for ref in refs:
-        places.append((pool.blocks, blocks[first : first + ref.shape[0]]))
-        first += ref.shape[0]
+    places = [(pool.blocks, own) for own in blocks_of_each(refs, blocks)]
     await fetch_into(tensors, refs, places, deadline_s)
 
 

@@ -1,6 +1,7 @@
 """Tensors of blocks, fetched to where they are to lie."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,6 +9,16 @@ from torch import Tensor
 from common.mempool.tiers import runs_of
 from common.messages.tensors import TensorRef
 from common.tensors.port import Tensors
+
+B = TypeVar("B")
+
+
+def blocks_of_each(refs: Sequence[TensorRef], blocks: Sequence[B]) -> Iterator[Sequence[B]]:
+    """Of blocks that tensors [n, ...] are for, in order: the n of each."""
+    first = 0
+    for ref in refs:
+        yield blocks[first : first + ref.shape[0]]
+        first += ref.shape[0]
 
 
 async def fetch_into(

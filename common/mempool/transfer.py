@@ -18,7 +18,7 @@ from common.bus.port import Bus
 from common.mempool.address import BLOCK_TOKENS, KEY_BYTES, Address, Medium, MemoryType
 from common.mempool.allocator import Access, WrongBlock
 from common.mempool.checksum import checksums
-from common.mempool.fetching import fetch_into
+from common.mempool.fetching import blocks_of_each, fetch_into
 from common.mempool.pool import MemPool
 from common.mempool.tiers import begin_access, end_access, memory_of
 from common.messages.failures import Failure, Stage
@@ -241,11 +241,10 @@ class BlockTransfer:
 
     async def _fetch(self, message: MoveBlocks, addresses: Sequence[Address], deadline_s: float) -> None:
         """Raises: TensorError: they did not come; ValueError: they came damaged."""
-        places, first = [], 0
-        for ref in message.kv:
-            own = addresses[first : first + ref.shape[0]]
-            first += len(own)
-            places.append((self._memory.tiers[own[0].medium].memory, [address.block for address in own]))
+        places = [
+            (self._memory.tiers[own[0].medium].memory, [address.block for address in own])
+            for own in blocks_of_each(message.kv, addresses)
+        ]
         await fetch_into(self._tensors, message.kv, places, deadline_s)
         if message.checksums:
             values = await asyncio.to_thread(checksums, memory_of(self._memory.tiers, addresses))

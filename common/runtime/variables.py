@@ -7,7 +7,6 @@ variables of another version may stand in an environment, or what an orchestrato
 import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 
 from pydantic_settings import BaseSettings
@@ -19,7 +18,6 @@ _OF_TESTS = "TRIPTYCH_TEST_"
 _FILLED_IN = re.compile(rf"(?<!\$)\$\{{?({PREFIX}\w+)")
 
 
-@cache
 def stack_variables(compose_file: Path = COMPOSE_FILE) -> frozenset[str]:
     """The variables that the compose file fills in.
 

@@ -251,8 +251,7 @@ class UcxTensors:
             place = self._take(ref) if memory is None else memory
             await copy_in_slices(place.tensor, export.memory.tensor)
             here.append(place)
-        for ref in refs:
-            self._exports.taken(ref.tensor_id)
+        self._count(ref.tensor_id for ref in refs)
         return here
 
     # What comes in

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from common.runtime.ports import free_port
+
 _START_S = 20.0
 _STOP_S = 20.0
 
@@ -42,14 +44,6 @@ def broker() -> Iterator[str]:
                 process.wait(_STOP_S)
             finally:
                 process.kill()
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _wait_until_up(port: int) -> None:

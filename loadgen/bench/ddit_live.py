@@ -27,7 +27,7 @@ from loadgen.bench.rounds import Readings, comparison, lines
 from loadgen.bench.series import Series, WrongSeries, read_series
 from loadgen.environment import this_machine
 from loadgen.random_model import save_random_model
-from loadgen.refusal import Refused, WrongArgument
+from loadgen.refusal import WrongArgument
 from loadgen.simulator.outcome import summary
 from loadgen.workloads import MIXES, UnknownMix, Workload, WrongMix, mix_named
 
@@ -74,13 +74,11 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         _check(options)
         with TemporaryDirectory(prefix="ddit-live-") as folder:
             return asyncio.run(_run(options, Path(folder)))
-    except (WrongArgument, WrongMix, WrongRib, WrongSeries, UnknownMix, UnknownPolicy) as error:
-        raise Refused(f"loadgen bench ddit-live: {error}") from None
-    except BenchmarkError as error:
-        raise SystemExit(f"loadgen bench ddit-live: {error}") from None
+    except (WrongMix, WrongRib, WrongSeries, UnknownMix, UnknownPolicy) as error:
+        raise WrongArgument(str(error)) from None
     except (aiohttp.ClientError, TimeoutError) as error:
         what = f"{type(error).__name__} {error}".strip()
-        raise SystemExit(f"loadgen bench ddit-live: the stack did not answer ({what})") from None
+        raise BenchmarkError(f"the stack did not answer ({what})") from None
 
 
 async def _run(options: argparse.Namespace, folder: Path) -> dict[str, object]:

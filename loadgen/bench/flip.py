@@ -31,7 +31,7 @@ from loadgen.bench.trace_excerpt import SmallRequest, random_tokens
 from loadgen.counts import width
 from loadgen.environment import this_machine
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
-from loadgen.refusal import Refused
+from loadgen.refusal import WrongArgument
 from loadgen.simulator.outcome import summary
 
 FLIPPING = "flipping"
@@ -102,23 +102,21 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         min(options.rounds, options.room, *options.prompts, *options.answers) < 1
         or min(options.seconds, options.load, options.cost) <= 0
     ):
-        raise Refused("loadgen bench flip: rounds, tokens and room are 1 or more, seconds, load and cost above 0")
+        raise WrongArgument("rounds, tokens and room are 1 or more, seconds, load and cost above 0")
     if options.instances < 2:
-        raise Refused(f"loadgen bench flip: --instances {options.instances}: give 2 or more, one for each role")
+        raise WrongArgument(f"--instances {options.instances}: give 2 or more, one for each role")
     known = splits(options.instances)
     for name in options.splits or ():
         if name not in known:
-            raise Refused(f"loadgen bench flip: --splits {name}: there are {', '.join(known)}")
+            raise WrongArgument(f"--splits {name}: there are {', '.join(known)}")
     try:
         with TemporaryDirectory(prefix="flip-") as folder:
             model = options.model and Path(located(options.model))
             model = model or save_random_language_model(Path(folder) / "random", options.hidden, options.layers)
             return asyncio.run(_run(options, model))
-    except BenchmarkError as error:
-        raise SystemExit(f"loadgen bench flip: {error}") from None
     except (aiohttp.ClientError, TimeoutError) as error:
         what = f"{type(error).__name__} {error}".strip()
-        raise SystemExit(f"loadgen bench flip: a stack did not answer ({what})") from None
+        raise BenchmarkError(f"a stack did not answer ({what})") from None
 
 
 async def _run(options: argparse.Namespace, model: Path) -> dict[str, object]:

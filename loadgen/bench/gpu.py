@@ -34,7 +34,7 @@ from loadgen.gpu.setups import (
     random_vae,
 )
 from loadgen.gpu.table import Decode, Rates, Step, device_name, name_of
-from loadgen.refusal import Refused, WrongArgument
+from loadgen.refusal import WrongArgument
 
 _ATTENTION = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -56,10 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Measure, print line by line, keep what there is in ``--json`` after each, and return it."""
-    try:
-        bench = _Bench.of(options)
-    except WrongArgument as error:
-        raise Refused(f"loadgen bench gpu: {error}") from None
+    bench = _Bench.of(options)
     torch.manual_seed(1)
     with _preferring(options.attention):
         rates = bench.begin()

@@ -19,7 +19,7 @@ from loadgen.gpu.measure import Failed, Reading, free_memory, measure
 from loadgen.gpu.options import DTYPES, add_measuring_arguments, check_counts, chosen_device
 from loadgen.gpu.rates import copy_bytes, matrix_flops
 from loadgen.gpu.table import device_name, duration, memory, name_of
-from loadgen.refusal import Refused, WrongArgument
+from loadgen.refusal import WrongArgument
 
 _PREFILL_HEAD = f"{'chunk':>6} {'passes':>6} {'prompt':>10} {'tokens/s':>9} {'TFLOP/s':>8} {'of rate':>8} {'peak':>10}"
 _DECODE_HEAD = (
@@ -36,10 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Measure, print line by line, keep what there is in ``--json`` after each, and return it."""
-    try:
-        bench = _Bench.of(options)
-    except WrongArgument as error:
-        raise Refused(f"loadgen bench gpu-llm: {error}") from None
+    bench = _Bench.of(options)
     torch.manual_seed(1)
     begun = bench.begin()
     return keep_rows({"benchmark": "gpu-llm", "environment": begun}, bench.rows(begun), options.json)

@@ -21,7 +21,7 @@ from loadgen.bench.compare import Comparison, Side
 from loadgen.bench.instances import VOCABULARY, Asked, Asking, answered, ready, running_service, save_model
 from loadgen.bench.process import BenchmarkError
 from loadgen.counts import count, width
-from loadgen.refusal import Refused
+from loadgen.refusal import WrongArgument
 
 _STORE = "cache_store-0"
 _SOURCE, _WITH, _WITHOUT = "decode-0", "decode-1", "decode-2"
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Start the processes, measure, stop them."""
     if options.prompt_tokens < _LEAST_TOKENS:
-        raise Refused(f"loadgen bench kv-store: --prompt-tokens {options.prompt_tokens}: give {_LEAST_TOKENS} or more")
+        raise WrongArgument(f"--prompt-tokens {options.prompt_tokens}: give {_LEAST_TOKENS} or more")
     with tempfile.TemporaryDirectory(prefix="triptych-kv-") as folder, broker() as url:
         context = options.prompt_tokens + options.answer_tokens
         model = save_model(Path(folder) / "model", options.hidden, options.layers, context)

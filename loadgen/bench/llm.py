@@ -60,10 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Start what is to be started, measure, print the table, and return what ``--json`` writes."""
-    try:
-        return asyncio.run(_run(options))
-    except BenchmarkError as error:
-        raise SystemExit(f"loadgen bench llm: {error}") from None
+    return asyncio.run(_run(options))
 
 
 async def _run(options: argparse.Namespace) -> dict[str, object]:

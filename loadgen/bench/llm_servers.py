@@ -5,7 +5,6 @@ import contextlib
 import os
 import shlex
 import signal
-import socket
 import sys
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from common.runtime.ports import free_port
 from loadgen.bench.process import ROOT, START_TIMEOUT_S, BenchmarkError, started
 
 _STOP_TIMEOUT_S = 60.0
@@ -63,7 +63,7 @@ async def stack(mode: str, model: str, threads: int, precision: str) -> AsyncIte
 @contextlib.asynccontextmanager
 async def other(name: str, command: str, model: str) -> AsyncIterator[Server]:
     """Another's server; ``{model}`` and ``{port}`` in its command are filled in."""
-    port = _free_port()
+    port = free_port()
     words = [word.format(model=model, port=port) for word in shlex.split(command)]
     # A group of its own, since such servers have processes of their own.
     process = await asyncio.create_subprocess_exec(
@@ -93,10 +93,3 @@ async def _answering(name: str, url: str, process: asyncio.subprocess.Process) -
     except TimeoutError as error:
         raise BenchmarkError(f"{name} did not answer within {START_TIMEOUT_S:g} s") from error
     raise BenchmarkError(f"{name} ended early; what it said stands above")
-
-
-def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port

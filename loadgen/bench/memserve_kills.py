@@ -22,7 +22,7 @@ from common.bus.nats_bus import NatsBus
 from common.policies.chat_rule import CHAT_RULES
 from common.policies.routing_rules import UnknownRule, make_rule
 from common.runtime.membership import MembershipView
-from loadgen.bench.broker import free_port
+from common.runtime.ports import free_port
 from loadgen.bench.greedy_answers import GreedyAnswers
 from loadgen.bench.index_agreement import agreement
 from loadgen.bench.kills import Killer
@@ -33,7 +33,7 @@ from loadgen.bench.trace_excerpt import SmallRequest, excerpt
 from loadgen.counts import width
 from loadgen.environment import this_machine
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
-from loadgen.refusal import Refused, WrongArgument
+from loadgen.refusal import WrongArgument
 from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve.trace import read_mooncake
 from loadgen.simulator.memserve.turns import Turn
@@ -119,13 +119,11 @@ def run(options: argparse.Namespace) -> dict[str, object]:
                 Path(folder) / "random", options.hidden, options.layers, deviation=deviation
             )
             found = {name: asyncio.run(_measured(name, options, model, turns)) for name in options.topology}
-    except (WrongArgument, WrongTrace, UnknownRule) as error:
-        raise Refused(f"loadgen bench memserve-kills: {error}") from None
-    except BenchmarkError as error:
-        raise SystemExit(f"loadgen bench memserve-kills: {error}") from None
+    except (WrongTrace, UnknownRule) as error:
+        raise WrongArgument(str(error)) from None
     except (aiohttp.ClientError, TimeoutError) as error:
         what = f"{type(error).__name__} {error}".strip()
-        raise SystemExit(f"loadgen bench memserve-kills: the stack did not answer ({what})") from None
+        raise BenchmarkError(f"the stack did not answer ({what})") from None
     return _result(options, found)
 
 

@@ -26,7 +26,7 @@ from loadgen.bench.trace_excerpt import excerpt
 from loadgen.counts import width
 from loadgen.environment import this_machine
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
-from loadgen.refusal import Refused, WrongArgument
+from loadgen.refusal import WrongArgument
 from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve.trace import read_mooncake
 from loadgen.simulator.memserve.turns import Turn
@@ -69,13 +69,11 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         with TemporaryDirectory(prefix="memserve-live-") as folder:
             model = save_random_language_model(Path(folder) / "random", options.hidden, options.layers)
             return asyncio.run(_run(options, turns, str(model), Path(folder)))
-    except (WrongArgument, WrongTrace, UnknownRule) as error:
-        raise Refused(f"loadgen bench memserve-live: {error}") from None
-    except BenchmarkError as error:
-        raise SystemExit(f"loadgen bench memserve-live: {error}") from None
+    except (WrongTrace, UnknownRule) as error:
+        raise WrongArgument(str(error)) from None
     except (aiohttp.ClientError, TimeoutError) as error:
         what = f"{type(error).__name__} {error}".strip()
-        raise SystemExit(f"loadgen bench memserve-live: the stack did not answer ({what})") from None
+        raise BenchmarkError(f"the stack did not answer ({what})") from None
 
 
 async def _run(options: argparse.Namespace, turns: Sequence[Turn], model: str, folder: Path) -> dict[str, object]:

@@ -26,7 +26,7 @@ from loadgen.bench.trace_excerpt import SmallRequest
 from loadgen.counts import width
 from loadgen.environment import this_machine
 from loadgen.random_language_model import save_random_language_model
-from loadgen.refusal import Refused, WrongArgument
+from loadgen.refusal import WrongArgument
 from loadgen.simulator.language.predictors import PAPER_ACCURACY
 from loadgen.simulator.language.workloads import CLASSES
 
@@ -64,13 +64,9 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         with TemporaryDirectory(prefix="phases-") as folder:
             model = _model(options, Path(folder) / "model")
             return asyncio.run(_run(options, model))
-    except WrongArgument as error:
-        raise Refused(f"loadgen bench phases: {error}") from None
-    except BenchmarkError as error:
-        raise SystemExit(f"loadgen bench phases: {error}") from None
     except (aiohttp.ClientError, TimeoutError) as error:
         what = f"{type(error).__name__} {error}".strip()
-        raise SystemExit(f"loadgen bench phases: a stack did not answer ({what})") from None
+        raise BenchmarkError(f"a stack did not answer ({what})") from None
 
 
 def _model(options: argparse.Namespace, folder: Path) -> Path:

@@ -16,15 +16,13 @@ from gateway.config import GatewaySettings
 from gateway.service import Gateway, bind, running_gateway
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.service import serve as serve_scheduler
-from tests.component.gateway_support import until
+from tests.component.gateway_support import PATIENT, until
 from tests.support.language import FUSED, PlayedLanguageWorker, played_language_worker
 from tests.support.nats_server import NatsServer
 from tests.support.tiny_tokenizer import write_tokenizer
 
 PREFILL = (LanguageRole.PREFILL,)
 DECODE = (LanguageRole.DECODE,)
-# For those who are only lost where they say so: silence means nothing, where this machine stands still for a while.
-PATIENT: dict[str, Any] = {"member_timeout_s": 60.0}
 # Text that answers every prompt, unless a test has its own. Its emoji are four bytes, so four tokens, each.
 ANSWER = "hello world, 😀 héllo 👩‍🚀 hello!"
 
@@ -80,10 +78,7 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, An
 async def scheduler(url: str, **settings: Any) -> AsyncIterator[None]:
     """A real scheduler, in this process."""
     stop = asyncio.Event()
-    # Longer than a broker on a busy machine stands still.
-    own = SchedulerSettings(
-        nats_url=url, instance="scheduler-0", drain_s=0.0, **({"member_timeout_s": 20.0} | settings)
-    )
+    own = SchedulerSettings(nats_url=url, instance="scheduler-0", drain_s=0.0, **(PATIENT | settings))
     running = asyncio.create_task(serve_scheduler(own, stop))
     try:
         yield
@@ -105,7 +100,7 @@ async def chat_stack(
     """``roles``: of each instance by name; without it, there is one fused instance. ``scheduled``: with a scheduler."""
     async with contextlib.AsyncExitStack() as opened:
         if scheduled:
-            await opened.enter_async_context(scheduler(broker.url, **PATIENT))
+            await opened.enter_async_context(scheduler(broker.url))
         bus = await opened.enter_async_context(await NatsBus.connect(broker.url, name="gateway-0"))
         tokenizer = str(write_tokenizer(folder))
         own = GatewaySettings(port=0, instance="gateway-0", language_model=tokenizer, **(PATIENT | settings))

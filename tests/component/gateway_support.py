@@ -41,6 +41,8 @@ from tests.support.nats_server import NatsServer, nats_server_process
 
 T = TypeVar("T")
 
+# Who leaves says so, and who is killed comes anew: silence means nothing, where this machine stands still for a while.
+PATIENT: dict[str, Any] = {"member_timeout_s": 60.0}
 # OpenAI's clients wait five seconds for a connection, which this machine may stand still for.
 CLIENT_S = 240.0
 
@@ -171,8 +173,7 @@ async def stack(
     async with contextlib.AsyncExitStack() as opened:
         own = await opened.enter_async_context(await NatsBus.connect(broker.url, name="test", deadline_s=60.0))
         bus = await opened.enter_async_context(await NatsBus.connect(broker.url, name="gateway-0", deadline_s=60.0))
-        # Whoever leaves here says so: nobody's silence means anything, where this machine stands still for a while.
-        own_settings = GatewaySettings(port=0, **{"member_timeout_s": 60.0, "bus_deadline_s": 60.0} | settings)
+        own_settings = GatewaySettings(port=0, **PATIENT | {"bus_deadline_s": 60.0} | settings)
         listener = opened.enter_context(bind(own_settings))
         gateway = await opened.enter_async_context(running_gateway(bus, own_settings, listener))
         http = await opened.enter_async_context(aiohttp.ClientSession(gateway.url))

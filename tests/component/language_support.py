@@ -17,8 +17,8 @@ from common.messages.kv_index import AskView
 from common.messages.subjects import TELL_VIEW
 from gateway.config import GatewaySettings
 from gateway.service import Gateway, bind, running_gateway
-from tests.component.chat_support import PATIENT, scheduler
-from tests.component.gateway_support import CLIENT_S, until
+from tests.component.chat_support import scheduler
+from tests.component.gateway_support import CLIENT_S, PATIENT, until
 from tests.support.language_model import greedy
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
@@ -84,12 +84,10 @@ async def language_stack(
 ) -> AsyncIterator[LanguageStack]:
     """``folder`` holds the model; ``dispatch`` is the scheduler's, ``settings`` are the gateway's.
 
-    Unless they say otherwise, nobody is taken for lost, and nothing begun anew, because this machine is busy.
-    ``PATIENT`` among them is for both.
+    Nobody is taken for lost, and nothing begun anew unless they say so, because this machine is busy.
     """
     async with contextlib.AsyncExitStack() as opened:
-        both = {name: value for name, value in settings.items() if name in PATIENT}
-        await opened.enter_async_context(scheduler(url, dispatch=dispatch, **both))
+        await opened.enter_async_context(scheduler(url, dispatch=dispatch))
         bus = await opened.enter_async_context(await NatsBus.connect(url, name="gateway-0"))
         own = GatewaySettings(
             nats_url=url,
@@ -97,7 +95,7 @@ async def language_stack(
             instance="gateway-0",
             language_model=str(folder),
             route_s=60.0,
-            **({"member_timeout_s": 20.0, "silence_s": 20.0} | settings),
+            **(PATIENT | {"silence_s": 20.0} | settings),
         )
         listener = opened.enter_context(bind(own))
         gateway = await opened.enter_async_context(running_gateway(bus, own, listener))

@@ -10,7 +10,7 @@ from common.policies.decode_admission import AdmissionRule
 from common.policies.prefill_schedule import PrefillOrder
 from common.runtime.process import CannotServe
 from services.prefill.service import serve
-from tests.component.chat_support import DECODE, PATIENT, PREFILL
+from tests.component.chat_support import DECODE, PREFILL
 from tests.component.language_support import gathered, known_prompts, language_stack, shown
 from tests.support.language_instance import language_instance
 from tests.support.language_model import BLOCK_BYTES
@@ -24,7 +24,7 @@ async def test_what_is_handed_over_waits_until_the_rule_lets_it_in(
     """The answers are generate's, whether their keys and values were taken, or came too late and were recomputed."""
     prompts = known_prompts(language_model)
     async with (
-        language_stack(nats_server.url, language_model, **PATIENT) as stack,
+        language_stack(nats_server.url, language_model) as stack,
         language_instance(
             nats_server.url, "prefill-0", language_model, PREFILL, chunk_tokens=32, prefill_order=PrefillOrder.SRF
         ) as prefill,
@@ -49,7 +49,7 @@ async def test_what_is_handed_over_waits_until_the_rule_lets_it_in(
 async def test_fixed_batches_give_the_same_answers(nats_server: NatsServer, language_model: Path) -> None:
     prompts = known_prompts(language_model)
     async with (
-        language_stack(nats_server.url, language_model, **PATIENT) as stack,
+        language_stack(nats_server.url, language_model) as stack,
         language_instance(
             nats_server.url, "decode-0", language_model, batching=Batching.FIXED, fixed_batch=4
         ) as instance,

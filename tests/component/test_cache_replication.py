@@ -295,9 +295,7 @@ async def test_nothing_that_two_stores_have_is_lost_with_either_of_them(
                 async with writer.still:
                     kept = await client.agreed(FIRST, SECOND)
                     assert not writer.dropped & set(kept), f"seed {SEED}"
-            async with asyncio.timeout(WAIT_S):
-                while writer.looked <= 5 * KILLS:  # noqa: ASYNC110 - the writer at its work
-                    await asyncio.sleep(0.02)
+            await eventually(lambda: writer.looked > 5 * KILLS, WAIT_S)
             writing.cancel()
 
 

@@ -14,11 +14,10 @@ from common.bus.errors import RemoteFailure
 from common.messages.cache import StoreTensor
 from common.messages.subjects import STORE_TENSOR
 from common.messages.tensors import TensorRef
-from tests.support.cache_store import CacheClient, cache_client, running_store
+from tests.support.cache_store import WAIT_S, CacheClient, cache_client, running_store
 from tests.support.nats_server import NatsServer
 from tests.support.tensor_peer import patterned, same_bytes
 
-WAIT_S = 90.0
 KB = 1024
 
 

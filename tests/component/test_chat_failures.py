@@ -17,7 +17,6 @@ from tests.component.chat_support import (
     ANSWER,
     DECODE,
     MESSAGES,
-    PATIENT,
     PREFILL,
     ChatStack,
     always,
@@ -244,7 +243,7 @@ async def test_the_scheduler_is_told_what_is_under_way_again_and_again(
 async def test_streams_outlive_the_scheduler(nats_server: NatsServer, tmp_path: Path) -> None:
     """What runs needs none; what comes waits for the next one."""
     async with contextlib.AsyncExitStack() as first, chat_stack(nats_server, tmp_path, scheduled=False) as stack:
-        await first.enter_async_context(scheduler(nats_server.url, **PATIENT))
+        await first.enter_async_context(scheduler(nats_server.url))
         worker = stack.workers["fused-0"]
         worker.allowed = asyncio.Semaphore(1)
         running = asyncio.create_task(stack.chat())
@@ -254,6 +253,6 @@ async def test_streams_outlive_the_scheduler(nats_server: NatsServer, tmp_path: 
         for _ in ANSWER * 4:
             worker.allowed.release()
         assert (await running)["choices"][0]["message"]["content"] == ANSWER
-        async with scheduler(nats_server.url, **PATIENT):
+        async with scheduler(nats_server.url):
             assert (await waiting)["choices"][0]["message"]["content"] == ANSWER
         assert (await worker.next_request()).epoch > epoch + 1000

@@ -5,18 +5,17 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from common.bus.nats_bus import NatsBus
-from common.messages.cluster import LanguageRole, Member, MemberState, Service
+from common.messages.cluster import LanguageRole, MemberState
 from common.messages.dispatch import DecodeLoad, DecodeLoads
 from common.messages.subjects import DECODE_LOADS, LOAD_REPORTED
 from common.policies.chat_rule import ChatRule, FewestTokens, guessed_costs
 from common.runtime.membership import MemberDraining, MemberJoined, MemberRolesChanged
 from services.scheduler.chat import ChatRouter
 from services.scheduler.decode_loads import DecodeLoadMonitor
-from tests.support.language import INFO
+from tests.support.language import WAIT_S, language_member
 from tests.support.nats_server import NatsServer
 
 PREFILL, DECODE = (LanguageRole.PREFILL,), (LanguageRole.DECODE,)
-WAIT_S = 60.0
 
 
 class Listener:
@@ -118,10 +117,10 @@ async def test_who_drains_is_left_out_whatever_its_roles_become(nats_server: Nat
         router = ChatRouter(own, 1, lambda _: None, ChatRule(FewestTokens(), guessed_costs(2000.0, 20_000.0)), True)
         async with router.running():
             for name, roles in (("decode-0", DECODE), ("decode-1", DECODE), ("prefill-0", PREFILL)):
-                router.member_changed(MemberJoined(member(name, roles)))
+                router.member_changed(MemberJoined(language_member(name, roles)))
             await listener.report("decode-1")
             await listener.report("decode-0")
-            leaving = member("decode-1", DECODE, MemberState.DRAINING)
+            leaving = language_member("decode-1", DECODE, MemberState.DRAINING)
             router.member_changed(MemberDraining(leaving))
             router.member_changed(MemberRolesChanged(leaving.model_copy(update={"roles": (*DECODE, *PREFILL)})))
             free_blocks = 0
@@ -145,17 +144,3 @@ async def test_it_stops_when_it_is_told_to_whatever_has_just_come(nats_server: N
                     monitor.has_roles("decode-0", DECODE)
                     for _ in range(turns):
                         await asyncio.sleep(0)
-
-
-def member(name: str, roles: tuple[LanguageRole, ...], state: MemberState = MemberState.READY) -> Member:
-    return Member(
-        instance=name,
-        incarnation="1",
-        service=Service.DECODE,
-        state=state,
-        host="here",
-        pid=1,
-        started_at_s=0.0,
-        language_model=INFO,
-        roles=roles,
-    )

@@ -17,17 +17,16 @@ from common.messages.dispatch import DecodeLoad, DecodeLoads
 from common.messages.failures import Failure, Stage
 from common.messages.subjects import DECODE_LOADS, LOAD_REPORTED
 from common.policies.decode_dispatch import DispatchRule
-from tests.component.chat_support import DECODE, PATIENT, PREFILL, always
+from tests.component.chat_support import DECODE, PREFILL, always
 from tests.component.gateway_support import until
 from tests.component.language_support import LanguageStack, gathered, known_prompts, language_stack, shown
-from tests.support.language import played_language_worker
+from tests.support.language import WAIT_S, played_language_worker
 from tests.support.language_instance import Watched, language_instance
 from tests.support.language_model import BLOCK_BYTES
 from tests.support.nats_server import NatsServer
 
 FOUR = {"prefill-0": PREFILL, "prefill-1": PREFILL, "decode-0": DECODE, "decode-1": DECODE}
 TWO = {"prefill-0": PREFILL, "decode-0": DECODE}
-WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ async def cluster(
         bus = await opened.enter_async_context(await NatsBus.connect(url, name="listener"))
         loads: asyncio.Queue[DecodeLoads] = asyncio.Queue(10_000)
         await bus.subscribe(DECODE_LOADS, loads.put_nowait)
-        stack = await opened.enter_async_context(language_stack(url, folder, DispatchRule.POWER_OF_TWO, **PATIENT))
+        stack = await opened.enter_async_context(language_stack(url, folder, DispatchRule.POWER_OF_TWO))
         instances = {}
         for name, own in roles.items():
             rule = (rules or {}).get(name, DispatchRule.POWER_OF_TWO)

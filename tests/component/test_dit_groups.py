@@ -15,19 +15,13 @@ import pytest
 import torch
 
 from common.messages.video import Lease, VideoRequest
-from tests.support.denoising import DenoisingStage, Outrun, denoising_stage, unless_outrun
+from tests.support.denoising import PATIENT, DenoisingStage, Outrun, denoising_stage, unless_outrun
 from tests.support.small_model import save_small_model
 
 STEPS = 40
 ATOL = 1e-4
 KILLS = int(os.environ.get("TRIPTYCH_TEST_KILLS", "4"))
 WORKERS = ("dit-0", "dit-1", "dit-2", "dit-3")
-# Where this machine stands still for a while, no group is given up for it.
-PATIENT = {
-    "TRIPTYCH_MEETING_TIMEOUT_S": "60",
-    "TRIPTYCH_EXCHANGE_TIMEOUT_S": "60",
-    "TRIPTYCH_REGROUP_S": "60",
-}
 REQUEST = VideoRequest(
     model="small", prompt="", width=96, height=96, frames=13, fps=8, steps=STEPS, guidance_scale=2.0, seed=7
 )
@@ -213,12 +207,9 @@ async def is_killed(
     await stage.kill(victim)
     left = tuple(instance for instance in members if instance != victim)
     await stage.until(
-        lambda: (
-            {report.instance for report in stage.lost if report.job_id == job_id} >= set(left)
-            or STEPS in stage.steps[lease.epoch]
-        )
+        lambda: {report.instance for report in stage.lost if report.job_id == job_id} >= set(left) or stage.done(lease)
     )
-    if STEPS in stage.steps[lease.epoch]:
+    if stage.done(lease):
         await stage.start(victim, **PATIENT)
         raise Outrun
     done = stage.steps[lease.epoch][-1]

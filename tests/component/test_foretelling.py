@@ -15,7 +15,7 @@ from common.models.length_predictor.network import LengthNetwork, NetworkShape
 from common.policies.decode_admission import AdmissionRule, VictimRule
 from common.policies.length_prediction import LengthBuckets
 from common.policies.prefill_schedule import PrefillOrder
-from tests.component.chat_support import DECODE, PATIENT, PREFILL
+from tests.component.chat_support import DECODE, PREFILL
 from tests.component.language_support import gathered, known_prompts, language_stack, shown
 from tests.support.language_instance import language_instance
 from tests.support.language_model import BLOCK_BYTES
@@ -92,7 +92,7 @@ async def test_predictions_go_from_prefill_to_decode(
     # So small a pool that whoever is expected to be longest leaves now and then: the answers stay the same.
     pool = {"kv_bytes": 24 * BLOCK_BYTES, "victim_rule": VictimRule.LONGEST_REMAINING}
     async with (
-        language_stack(nats_server.url, with_predictor, **PATIENT) as stack,
+        language_stack(nats_server.url, with_predictor) as stack,
         language_instance(
             nats_server.url, "prefill-0", with_predictor, PREFILL, chunk_tokens=32, length_prediction=mode
         ) as prefill,
@@ -116,7 +116,7 @@ async def test_a_fused_instance_that_reserves_predicts_for_itself(
     prompts = known_prompts(with_predictor)
     rules = {"decode_admission": AdmissionRule.RESERVE_DYNAMIC, "prefill_order": PrefillOrder.SJF}
     async with (
-        language_stack(nats_server.url, with_predictor, **PATIENT) as stack,
+        language_stack(nats_server.url, with_predictor) as stack,
         language_instance(
             nats_server.url,
             "decode-0",
@@ -136,7 +136,7 @@ async def test_a_fused_instance_that_reserves_predicts_for_itself(
 async def test_without_a_predictor_the_decode_instance_counts(nats_server: NatsServer, language_model: Path) -> None:
     prompts = known_prompts(language_model)
     async with (
-        language_stack(nats_server.url, language_model, **PATIENT) as stack,
+        language_stack(nats_server.url, language_model) as stack,
         language_instance(nats_server.url, "prefill-0", language_model, PREFILL),
         language_instance(nats_server.url, "decode-0", language_model, DECODE) as decode,
     ):

@@ -29,6 +29,7 @@ from common.messages.subjects import FIND_COPY, FIND_TENSORS, MATCH_PREFIX
 from tests.component.gateway_support import until
 from tests.component.language_support import gathered, language_stack, shown
 from tests.support.asking import Asker, Told, asker
+from tests.support.bus import eventually
 from tests.support.cache_store import CacheClient, cache_client, running_store
 from tests.support.language_instance import Watched, language_instance
 from tests.support.language_model import BLOCK_BYTES, greedy
@@ -194,9 +195,6 @@ async def test_stores_die_come_back_and_are_not_trusted(
                 await processes.kill(instance)
                 await gone(client, instance)
 
-        async def written(instance: str, files: int) -> bool:
-            return len(list((tmp_path / "cache" / instance).glob("*.tensor"))) == files
-
         async def again(found: int) -> None:
             """Have it answered by an instance that has nothing of it."""
             await watched.settled()
@@ -212,7 +210,7 @@ async def test_stores_die_come_back_and_are_not_trusted(
             await counted(storing.outcomes, "stored", 1)
             assert set(await client.agreed(FIRST, SECOND)) == set(keys)
             # On disk too, of which the catalogue says nothing.
-            await until(lambda: written(FIRST, BLOCKS), deadline_s=PATIENCE_S)
+            await eventually(lambda: len(list((tmp_path / "cache" / FIRST).glob("*.tensor"))) == BLOCKS, PATIENCE_S)
             await killed(FIRST)
             await again(DEEP)
             await killed(SECOND)
@@ -256,10 +254,7 @@ async def test_what_cannot_be_used_is_let_go_and_asked_for_once(nats_server: Nat
     ):
 
         async def find(asked: FindTensors) -> TensorsFound:
-            async def all_look() -> bool:
-                return watched.instance.sequences == prompts
-
-            await until(all_look, deadline_s=PATIENCE_S)
+            await eventually(lambda: watched.instance.sequences == prompts, PATIENCE_S)
             # An answer that comes between two steps, after the last one has begun to look.
             await client.bus.request(MATCH_PREFIX, MatchPrefix(tokens=b""), "decode-0", deadline_s=PATIENCE_S)
             ref = client.tensors.export(torch.ones(len(asked.keys), 3))
@@ -271,10 +266,7 @@ async def test_what_cannot_be_used_is_let_go_and_asked_for_once(nats_server: Nat
         assert sorted(cached) == [0, DEEP, DEEP, DEEP]
         assert watched.instance.stored.finding.outcomes == {"not_wanted": 1}
 
-        async def let_go() -> bool:
-            return client.tensors.exported_count == 0
-
-        await until(let_go)
+        await eventually(lambda: client.tensors.exported_count == 0)
         await watched.settled()
         await subscription.stop()
 
@@ -304,10 +296,7 @@ async def test_what_has_come_from_elsewhere_meanwhile_is_let_go(nats_server: Nat
         assert await answered(asking, language_model, prompt) == DEEP
         assert watched.instance.stored.finding.found_tokens == 0
 
-        async def let_go() -> bool:
-            return client.tensors.exported_count == 0
-
-        await until(let_go)
+        await eventually(lambda: client.tensors.exported_count == 0)
         await watched.settled()
         await subscription.stop()
 

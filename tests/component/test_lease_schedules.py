@@ -16,7 +16,7 @@ import torch
 
 from common.messages.video import Lease, VideoRequest
 from services.dit.checkpoints import STORE_DEADLINE_S
-from tests.support.denoising import DenoisingStage, denoising_stage
+from tests.support.denoising import PATIENT, DenoisingStage, denoising_stage
 from tests.support.small_model import save_small_model
 
 SCHEDULES = int(os.environ.get("TRIPTYCH_TEST_KILLS", "5"))
@@ -24,8 +24,6 @@ SEED = int(os.environ["TRIPTYCH_TEST_SEED"])
 STEPS = 24
 ATOL = 1e-4
 WORKERS = ("dit-0", "dit-1", "dit-2", "dit-3")
-# Nobody dies here: whoever does not come has not had its turn on a busy machine.
-PATIENT = {"TRIPTYCH_MEETING_TIMEOUT_S": "60", "TRIPTYCH_EXCHANGE_TIMEOUT_S": "60"}
 REQUEST = VideoRequest(
     model="small", prompt="", width=96, height=64, frames=13, fps=8, steps=STEPS, guidance_scale=2.0, seed=7
 )

@@ -23,10 +23,9 @@ from common.tensors import (
 )
 from common.tensors.memory import _DTYPES
 from tests.support.bus import eventually
-from tests.support.tensor_peer import open_descriptors, patterned, peers, same_bytes, threads
+from tests.support.tensor_peer import WAIT_S, open_descriptors, patterned, peers, same_bytes, threads
 
 MB = 1 << 20
-WAIT_S = 60.0
 DTYPES = sorted(name for name in _DTYPES if not name.startswith(("qint", "quint")))
 SHAPES = [(), (0,), (3, 0, 2), (1,), (3, 5, 7), (2, 1, 64, 33), (1000, 17)]
 SIZES = [1, 8191, 8192, 8193, 65_536, MB - 1, MB, MB + 1, 3 * MB - 7, 16 * MB + 5, 100_000_001, 128 * MB]

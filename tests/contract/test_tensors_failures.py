@@ -12,11 +12,10 @@ import torch
 from common.messages.tensors import TensorRef
 from common.tensors import TensorFetchTimeout, TensorUnknown, UcxTensors
 from tests.support.bus import eventually
-from tests.support.tensor_peer import TensorPeer, patterned, peers, same_bytes, shared_memory_of
+from tests.support.tensor_peer import WAIT_S, TensorPeer, patterned, peers, same_bytes, shared_memory_of
 
 MB = 1 << 20
 BIG = 256 * MB
-WAIT_S = 60.0
 
 
 async def until_it_begins(fetch: asyncio.Task[torch.Tensor], into: torch.Tensor) -> None:

@@ -11,10 +11,9 @@ from common.messages.tensors import TensorRef
 from common.tensors import TensorFetchTimeout, TensorMismatch, TensorUnknown, UcxTensors
 from common.tensors.wire import MAXIMUM_TENSORS
 from tests.support.bus import eventually
-from tests.support.tensor_peer import TensorPeer, patterned, peers, same_bytes
+from tests.support.tensor_peer import WAIT_S, TensorPeer, are_patterned, patterned, peers, same_bytes
 
 MB = 1 << 20
-WAIT_S = 60.0
 # More than are asked for at a time, some of no bytes, some of several pieces.
 SIZES = [(number * 7_919) % 60_000 for number in range(MAXIMUM_TENSORS + 20)] + [0, 3 * MB + 1, 1, MB, 2 * MB]
 
@@ -31,18 +30,13 @@ async def fetched(
     return await tensors.fetch_all(refs, places or [None] * len(refs), deadline_s=wait_s)
 
 
-def are_as_sent(came: Sequence[torch.Tensor]) -> bool:
-    """Whether they are what ``exported`` keeps, in order."""
-    return all(same_bytes(one, patterned(tuple(one.shape), seed=number)) for number, one in enumerate(came))
-
-
 async def test_all_come_in_order_to_the_places_given_and_are_counted() -> None:
     async with peers() as [peer], await UcxTensors.open("test", stripe_bytes=MB) as tensors:
         refs = await exported(peer, SIZES)
         home = torch.zeros(sum(SIZES), dtype=torch.uint8)
         places = [place if number % 3 else None for number, place in enumerate(home.split(SIZES))]
         came = await fetched(tensors, refs, places)
-        assert [one.numel() for one in came] == SIZES and are_as_sent(came)
+        assert [one.numel() for one in came] == SIZES and are_patterned(came)
         for one, place in zip(came, places, strict=True):
             assert place is None or one is place
         await peer.counts_become(0, 0, 0)
@@ -56,7 +50,7 @@ async def test_one_that_is_unknown_is_named_and_none_is_counted() -> None:
         with pytest.raises(TensorUnknown) as raised:
             await fetched(tensors, refs)
         assert raised.value.ref == gone
-        assert are_as_sent(await fetched(tensors, refs[:-1]))
+        assert are_patterned(await fetched(tensors, refs[:-1]))
         await peer.counts_become(0, 0, 0)
 
 
@@ -70,7 +64,7 @@ async def test_those_of_two_owners_and_what_does_not_fit_are_refused_before_anyt
         with pytest.raises(TensorMismatch, match=r"\(11,\)"):
             await tensors.fetch_all([first, first], [None, torch.zeros(11, dtype=torch.uint8)])
         assert await tensors.fetch_all([], []) == []
-        assert are_as_sent(await fetched(tensors, [first]))
+        assert are_patterned(await fetched(tensors, [first]))
         await one.counts_become(0, 0, 0)
 
 
@@ -80,7 +74,7 @@ async def test_own_ones_are_copied_and_counted() -> None:
         into = torch.zeros(SIZES[1], dtype=torch.uint8)
         came = await fetched(tensors, refs, [None, into, *[None] * len(refs[2:])])
         assert came[1] is into
-        assert are_as_sent(came) and tensors.exported_count == 0
+        assert are_patterned(came) and tensors.exported_count == 0
         with pytest.raises(TensorUnknown):
             await tensors.fetch_all(refs[:2], [None, None])
 
@@ -89,7 +83,7 @@ async def test_many_at_once_do_not_get_into_each_others_way() -> None:
     async with peers(2) as [one, two], await UcxTensors.open("test", stripe_bytes=MB) as tensors:
         groups = [await exported((one, two)[number % 2], SIZES) for number in range(3)]
         fetching = [fetched(tensors, refs) for refs in groups]
-        assert all(are_as_sent(came) for came in await asyncio.gather(*fetching))
+        assert all(are_patterned(came) for came in await asyncio.gather(*fetching))
         for peer in (one, two):
             await peer.counts_become(0, 0, 0)
 
@@ -110,7 +104,7 @@ async def test_a_stopped_owner_times_out_and_writes_nowhere_when_it_goes_on() ->
         await tensors.fetch(warm, deadline_s=WAIT_S)
         await owner.counts_become(len(refs) + 1, sum(SIZES) + MB, 0)
         assert bool((home == 7).all())
-        assert are_as_sent(await fetched(tensors, refs, home.split(SIZES)))
+        assert are_patterned(await fetched(tensors, refs, home.split(SIZES)))
         await owner.counts_become(1, MB, 0)
 
 
@@ -131,13 +125,13 @@ async def test_cancelled_or_bereft_in_the_middle_the_places_are_left_alone(kille
         [outcome] = await asyncio.gather(fetch, return_exceptions=True)
         # It may have been too fast to be caught.
         if isinstance(outcome, list):
-            assert are_as_sent(outcome)
+            assert are_patterned(outcome)
         else:
             assert isinstance(outcome, TensorFetchTimeout if killed else asyncio.CancelledError)
             home.fill_(1)
             assert same_bytes(await tensors.fetch(small, deadline_s=WAIT_S), patterned((MB,), seed=3))
             if not killed:
-                assert are_as_sent(await fetched(tensors, refs[:2]))
+                assert are_patterned(await fetched(tensors, refs[:2]))
                 await owner.counts_become(count - 2, (count - 2) * size, 0)
             assert bool((home == 1).all())
         await eventually(lambda: tensors.in_flight == 0)
@@ -166,6 +160,6 @@ async def test_many_travel_between_devices(source: str, target: str) -> None:
     async with peers(device=source) as [peer], await UcxTensors.open("test", device=target) as tensors:
         refs = await exported(peer, SIZES)
         places = [torch.zeros(size, dtype=torch.uint8, device=target) if size % 2 else None for size in SIZES]
-        assert are_as_sent(await fetched(tensors, refs, places))
+        assert are_patterned(await fetched(tensors, refs, places))
         ours = [tensors.export(patterned((size,), seed=number).to(source)) for number, size in enumerate(SIZES)]
         assert await peer.ask("fetch_all", refs=[ref.pack() for ref in ours])

@@ -44,6 +44,13 @@ from services.scheduler.workers import Workers
 from tests.support.nats_server import NatsServer, running_nats_server
 from tests.support.processes import WAIT_S, Processes
 
+# Where this machine stands still for a while, no group is given up for it.
+PATIENT = {
+    "TRIPTYCH_MEETING_TIMEOUT_S": "60",
+    "TRIPTYCH_EXCHANGE_TIMEOUT_S": "60",
+    "TRIPTYCH_REGROUP_S": "60",
+}
+
 
 class Outrun(Exception):
     """A job came to its end before the test could do with it what it wanted to."""
@@ -181,12 +188,6 @@ class DenoisingStage(Processes):
             while not holds():
                 self._news.clear()
                 await self._news.wait()
-
-    async def eventually(self, holds: Callable[[], object]) -> None:
-        """Return once ``holds`` does, looking now and then: not everything is reported."""
-        async with asyncio.timeout(WAIT_S):
-            while not holds():  # noqa: ASYNC110 - see there
-                await asyncio.sleep(0.02)
 
     @contextlib.asynccontextmanager
     async def hearing(self) -> AsyncIterator[None]:

@@ -26,7 +26,7 @@ from common.messages.chat import (
     tokens_in,
     unpack_tokens,
 )
-from common.messages.cluster import LanguageModelInfo, LanguageRole, Service
+from common.messages.cluster import LanguageModelInfo, LanguageRole, Member, MemberState, Service
 from common.messages.failures import Acknowledged, Failure
 from common.messages.subjects import (
     CANCEL_GENERATION,
@@ -42,9 +42,25 @@ from tests.support.tiny_tokenizer import END, tiny_tokenizer
 WAIT_S = 60.0
 INFO = LanguageModelInfo(name="tiny", context_tokens=512, created_at_s=1)
 FUSED = (LanguageRole.PREFILL, LanguageRole.DECODE)
-
 _TOKENIZER = tiny_tokenizer()
 END_ID: int = _TOKENIZER.token_to_id(END)
+
+
+def language_member(
+    name: str, roles: tuple[LanguageRole, ...], state: MemberState = MemberState.READY, model: str = INFO.name
+) -> Member:
+    """The record of an instance that is only talked about."""
+    return Member(
+        instance=name,
+        incarnation="1",
+        service=Service.DECODE,
+        state=state,
+        host="here",
+        pid=1,
+        started_at_s=0.0,
+        language_model=INFO.model_copy(update={"name": model}),
+        roles=roles,
+    )
 
 
 def ids_of(text: str) -> list[int]:

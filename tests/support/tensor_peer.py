@@ -5,7 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -18,6 +18,8 @@ from common.tensors import TensorError, Tensors, UcxTensors
 from common.tensors.memory import dtype_named
 from tests.support.stopping import stop_process
 
+# Longer than this machine stands still for.
+WAIT_S = 60.0
 _FORK_SERVER_IMPORTS = ["torch", "ucxx", "common.tensors", "tests.support.tensor_peer"]
 
 
@@ -40,6 +42,11 @@ def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
         and left.dtype == right.dtype
         and torch.equal(left.cpu().reshape(-1).view(torch.uint8), right.cpu().reshape(-1).view(torch.uint8))
     )
+
+
+def are_patterned(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether each is what ``patterned`` makes of bytes, with seeds that count from 0."""
+    return all(same_bytes(tensor, patterned(tuple(tensor.shape), seed=seed)) for seed, tensor in enumerate(tensors))
 
 
 class TensorPeer:
@@ -199,17 +206,17 @@ class _Child:
         """Exports, their bytes, and requests in flight."""
         return self._tensors.exported_count, self._tensors.exported_bytes, self._ucx.in_flight
 
-    async def fetch(self, ref: bytes, seed: int = 0, deadline_s: float = 60.0) -> bool:
+    async def fetch(self, ref: bytes, seed: int = 0, deadline_s: float = WAIT_S) -> bool:
         """Whether what was fetched is what ``patterned`` makes."""
         reference = TensorRef.unpack(ref)
         fetched = await self._tensors.fetch(reference, deadline_s=deadline_s)
         return same_bytes(fetched, patterned(reference.shape, fetched.dtype, seed))
 
-    async def fetch_all(self, refs: list[bytes], deadline_s: float = 60.0) -> bool:
-        """Whether those fetched together are what ``patterned`` makes, with seeds that count from 0."""
+    async def fetch_all(self, refs: list[bytes], deadline_s: float = WAIT_S) -> bool:
+        """See ``are_patterned``, of those fetched together."""
         references = [TensorRef.unpack(ref) for ref in refs]
         fetched = await self._tensors.fetch_all(references, [None] * len(refs), deadline_s=deadline_s)
-        return all(same_bytes(one, patterned(tuple(one.shape), one.dtype, seed)) for seed, one in enumerate(fetched))
+        return are_patterned(fetched)
 
     async def release(self, ref: bytes) -> None:
         await self._tensors.release(TensorRef.unpack(ref))

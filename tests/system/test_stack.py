@@ -181,14 +181,14 @@ def test_several_videos_at_once(stack: Stack, made: bytes, request_fields: dict[
     assert len(set(files)) == 4
 
 
-def _slow(stack: Stack, fields: dict[str, Any]) -> dict[str, Any]:
-    """A request of as much work as there can be."""
+def _large(stack: Stack, fields: dict[str, Any]) -> dict[str, Any]:
+    """A request of as much work in each step, and after the last, as there can be."""
     limits = stack.limits()
-    return {**fields, "size": limits["default_size"], "frames": max(limits["frames"]), "steps": LONG}
+    return {**fields, "size": limits["default_size"], "frames": max(limits["frames"])}
 
 
 def test_a_cancelled_video_ends(stack: Stack, made: bytes, request_fields: dict[str, Any]) -> None:
-    video_id = stack.caught(lambda video: video["step"] >= 1, **_slow(stack, request_fields))["id"]
+    video_id = stack.caught(lambda video: video["step"] >= 1, **_large(stack, {**request_fields, "steps": LONG}))["id"]
     stack.call("POST", f"/v1/videos/{video_id}/cancel")
     ended_by_s = time.monotonic() + VIDEO_S
     while (video := stack.json("GET", f"/v1/videos/{video_id}"))["status"] != "failed":
@@ -379,8 +379,7 @@ def test_one_lost_dit_worker_leaves_the_other_video_alone(
 
 
 def test_decoding_survives_a_kill(stack: Stack, request_fields: dict[str, Any]) -> None:
-    limits = stack.limits()
-    fields = {**request_fields, "size": limits["default_size"], "frames": max(limits["frames"])}
+    fields = _large(stack, request_fields)
     expected = stack.completed(stack.order(**fields))
     for _ in range(5):
         video_id = stack.caught(lambda video: video["state"] == "decoding", **fields)["id"]

@@ -1,0 +1,50 @@
+"""Ports of this machine that can be listened on."""
+
+import contextlib
+import random
+import socket
+from pathlib import Path
+
+_GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST_PORT, _FIRST_GIVEN_PORT = 10_000, 32_768
+_PORT_TRIES = 20
+# Not the one that a program may have seeded: two of them would try the same ports.
+_CHANCE = random.SystemRandom()
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on right now, of those that no connection is given as its own end.
+
+    One that is could be taken before it is listened on, or while its server is started anew; a client that tries it
+    again and again meanwhile may even be given it, and so reach itself.
+
+    Raises:
+        OSError: ``host`` is unknown, or not this machine.
+    """
+    given = bound_port(host, 0)
+    for _ in range(_PORT_TRIES):
+        with contextlib.suppress(OSError):
+            return bound_port(host, _CHANCE.randrange(_LOWEST_PORT, _first_given_port()))
+    return given
+
+
+def bound_port(host: str, port: int) -> int:
+    """``port``, or any for 0, after it was bound and let go again.
+
+    Raises:
+        OSError: it cannot be; as socket.gaierror: ``host`` is unknown.
+    """
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        bound: int = probe.getsockname()[1]
+        return bound
+
+
+def _first_given_port() -> int:
+    """Where the range begins from which the kernel gives ports to whoever names none."""
+    try:
+        return max(_LOWEST_PORT + 1, int(_GIVEN_PORTS.read_text().split()[0]))
+    except OSError:
+        return _FIRST_GIVEN_PORT
