@@ -124,7 +124,8 @@ class Stepper:
             await self._run()
         finally:
             self.ended = True
-            for result in tuple(self._awaited):
+            # What is done already, if its callbacks have not run yet, stays as it is.
+            for result in (one for one in tuple(self._awaited) if not one.done()):
                 result.set_exception(_leaving())
                 # Whoever asked may have been cancelled, and does not look at it.
                 result.exception()
