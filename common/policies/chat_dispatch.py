@@ -57,6 +57,7 @@ class _Routed:
     between: bool = False
     link_from_s: float = 0.0
     link_until_s: float = 0.0
+    ends: tuple[Site, ...] = ()
 
 
 def _fewest_tokens() -> ChatRule:
@@ -193,7 +194,9 @@ class ChatDispatch:
         )
         self.next_epoch += 1
         if pull is not None:
-            routed.link_until_s = occupy_links(self._sites[pull.source], prefill, chosen.pull_s, now_s)
+            source = self._sites[pull.source]
+            routed.ends = (source, prefill)
+            routed.link_until_s = occupy_links(source, prefill, chosen.pull_s, now_s)
             routed.link_from_s = routed.link_until_s - chosen.pull_s
         prefill.take_prefill(request_id, chosen.exec_s, arrived.prompt_tokens - chosen.cached_tokens, now_s)
         self._counts.prompt_tokens += arrived.prompt_tokens - chosen.cached_tokens
@@ -209,8 +212,10 @@ class ChatDispatch:
         free_links(self._sites.get(pull.source), self._sites.get(routed.prefill), routed.link_until_s, now_s)
         fitted_s = self.rule.costs.send_s(tokens or pull.to_token - pull.from_token)
         took_s = now_s - routed.link_from_s
-        # What was refused at once says nothing of the link; what has not come in time says more than what has.
-        if tokens or took_s > fitted_s:
+        # What was refused at once, or ended by a death, says nothing of the link; what has not come in time says more
+        # than what has.
+        live = all(self._sites.get(end.name) is end for end in routed.ends)
+        if tokens or (live and took_s > fitted_s):
             self.rule.pulls.saw(fitted_s, took_s, now_s)
 
     def _prefilled(self, request_id: str, routed: _Routed, now_s: float) -> None:

@@ -103,6 +103,18 @@ def test_what_an_instance_is_sent_after_its_loss_or_by_nobody_changes_nothing() 
     assert dispatch.rule.pulls.delay_s(0.2) == 0.0
 
 
+@pytest.mark.parametrize("died", ["f0", "f1"])
+def test_a_pull_that_a_death_has_ended_does_not_make_the_others_slow(died: str) -> None:
+    dispatch = cluster("cost", f0=FUSED, f1=FUSED)
+    route(dispatch, "busy", 2000, 0.0, f1=1000)
+    pulling = route(dispatch, "pulling", 500, 0.0, f1=480)
+    assert pulling.pull is not None
+    dispatch.handle(InstanceLost(died), 1.0)
+    dispatch.handle(InstanceJoined(died, FUSED, 10_000), 2.0)
+    dispatch.handle(PrefixPulled("pulling", pulling.epoch, 0), 8.0)
+    assert dispatch.rule.pulls.delay_s(8.0) == 0.0
+
+
 def test_who_is_cheaper_fused_is_not_taken_apart_and_who_is_not_is() -> None:
     """One fused instance among split ones, whose link carries the keys and values of 50 tokens a second."""
     dispatch = cluster("cost", 50.0, p0=PREFILL, d0=DECODE, f0=FUSED)
