@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,7 @@ from common.messages.tensors import TensorRef
 from common.messages.video import Checkpoint, CheckpointStored, Lease, VideoState, checkpoint_key
 from common.runtime.membership import Registration
 from common.runtime.settings import ServiceSettings
-from tests.component.test_scheduler import REQUEST, Heard, Stage, stage
+from tests.component.test_scheduler import REQUEST, Heard, Stage, recorded, stage
 from tests.support.bus import eventually
 from tests.support.nats_server import NatsServer
 from tests.support.workers import WAIT_S, PlayedWorker, played_worker
@@ -87,8 +88,9 @@ async def first_lease(*workers: PlayedWorker) -> Lease:
     return done.pop().result()
 
 
-async def test_a_job_whose_worker_is_lost_goes_on_from_its_checkpoint(nats_server: NatsServer) -> None:
-    async with stage(nats_server.url) as play, cache_store(nats_server.url) as store:
+async def test_a_job_whose_worker_is_lost_goes_on_from_its_checkpoint(nats_server: NatsServer, tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    async with stage(nats_server.url, record=record) as play, cache_store(nats_server.url) as store:
         heard = Heard()
         await play.bus.subscribe(VIDEO_PROGRESS, heard)
         await play.submit("video_a")
@@ -99,6 +101,7 @@ async def test_a_job_whose_worker_is_lost_goes_on_from_its_checkpoint(nats_serve
         await checkpoint(play, store, lease, 1)
         await play.dit.do_step(lease, 2)
         await heard.until(lambda last: last.step == 2)
+        await recorded(record, '"CheckpointStored"')
         await play.dit.leave()
         await play.reaches("video_a", VideoState.ENCODING, attempt=2)
         # Step 2 is lost, step 1 is not.
