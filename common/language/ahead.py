@@ -23,6 +23,7 @@ from common.language.held import Held
 from common.language.settings import LanguageSettings, TransferMode
 from common.language.stepper import Stepper
 from common.mempool.allocator import Access
+from common.mempool.transfer import MARGIN_S
 from common.messages.chat import CancelGeneration, OfferKV
 from common.messages.subjects import CANCEL_GENERATION, OFFER_KV
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, Chunk
@@ -30,9 +31,6 @@ from common.tensors.errors import TensorError
 from common.tensors.port import Tensors
 
 log = structlog.get_logger()
-
-# The receiver gives up first, so that it never reads from blocks that are in use again.
-MARGIN_S = 2.0
 
 Spawn = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
 
