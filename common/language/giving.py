@@ -6,6 +6,7 @@ has come to decode itself, it goes on here.
 """
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 
 from common.bus.port import Bus
@@ -24,7 +25,10 @@ from common.messages.failures import Failure
 
 
 class Giving:
-    """Of one instance, any number at once. ``dispatching`` chooses where the route does not say who goes on."""
+    """Of one instance, any number at once. ``dispatching`` chooses where the route does not say who goes on.
+
+    ``decodes`` says whether this instance takes what is to be decoded; when that changes, ``dispatching`` is told.
+    """
 
     def __init__(
         self,
@@ -38,6 +42,7 @@ class Giving:
         engine: Engine,
         stepper: Stepper,
         settings: LanguageSettings,
+        decodes: Callable[[], bool],
         spawn: Spawn,
     ) -> None:
         self._instance = instance
@@ -52,7 +57,7 @@ class Giving:
         self._stepper = stepper
         self._ask_s = settings.transfer_s
         self._spawn = spawn
-        self._decodes = False
+        self._decodes = decodes
         self.dispatching = Dispatching(instance, bus, settings, foretelling, self._chosen, self._may_stay)
 
     def begin(self, held: Held) -> None:
@@ -66,11 +71,6 @@ class Giving:
         """A step is over: who goes on may be chosen, and what it computed may leave."""
         self.dispatching.computed(piece.sequence for piece in self._engine.computed)
         self._ahead.step_done()
-
-    def decodes(self, whether: bool) -> None:
-        """This instance has come to decode, or does so no more."""
-        self._decodes = whether
-        self.dispatching.reconsider()
 
     async def run(self, held: Held) -> Failure | None:
         """Have another instance take a parked sequence over.
@@ -104,7 +104,7 @@ class Giving:
 
     def _may_stay(self, held: Held) -> bool:
         """Whether this instance decodes, and all that it may come to have fits here."""
-        if not self._decodes:
+        if not self._decodes():
             return False
         try:
             self._engine.check(held.key, held.asked(park=False))

@@ -103,6 +103,7 @@ class LanguageInstance:
             model.engine,
             self._stepper,
             settings,
+            lambda: LanguageRole.DECODE in self.roles.now,
             self._spawn,
         )
         self.dispatching = self._giving.dispatching
@@ -125,7 +126,7 @@ class LanguageInstance:
             self._spawn,
         )
         self.roles = Roles(
-            equipment.instance, equipment.bus, self.moving, self._giving.decodes, self._give_back, self._spawn
+            equipment.instance, equipment.bus, self.moving, self.dispatching.reconsider, self._give_back, self._spawn
         )
         self._tasks = asyncio.TaskGroup()
 
