@@ -13,7 +13,7 @@ from common.bus.port import Bus
 from common.engine import Engine, RequestRefused
 from common.language.ahead import Spawn
 from common.language.dispatching import Dispatching
-from common.language.foretelling import Foretelling
+from common.language.foretelling import Foretelling, told
 from common.language.handed_on import HandedOn
 from common.language.handover import HandOver
 from common.language.held import Held, Sequences
@@ -84,9 +84,7 @@ class Giving:
             if failure is not None or not self._sequences.has(held):
                 return failure
             if held.request.decode == self._instance:
-                held.heavy = self._foretelling.is_heavy(held)
-                self.dispatching.taken(held)
-                self._stepper.soon(partial(self._engine.resume, held.key, asyncio.get_running_loop().time()))
+                await self._go_on(held)
                 return None
             # Noted before: from now on it may be there.
             self._handed_on.note(held.request.request_id, held.request.epoch, held.request.decode)
@@ -111,6 +109,21 @@ class Giving:
         except RequestRefused:
             return False
         return True
+
+    async def _go_on(self, held: Held) -> None:
+        """Decode a parked sequence here, by what is predicted of it, as if it had been handed over."""
+        held.told = await told(held.expected)
+        if not self._sequences.has(held):
+            return
+        held.heavy = self._foretelling.is_heavy(held, held.told)
+        self._foretelling.count(held.told)
+        self.dispatching.taken(held)
+        self._stepper.soon(partial(self._resume, held, self._foretelling.expected_tokens(held, held.told)))
+
+    def _resume(self, held: Held, expected_tokens: int) -> None:
+        now_s = asyncio.get_running_loop().time()
+        self._engine.expect(held.key, expected_tokens, now_s)
+        self._engine.resume(held.key, now_s)
 
     def _chosen(self, held: Held) -> None:
         # Who is known to have nothing of it is not asked: the answer would be waited for.

@@ -1,11 +1,13 @@
 """What is predicted of an answer's length in a prefill instance reaches the decode instance, in either mode."""
 
+import asyncio
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from common.engine import Engine
 from common.language.foretelling import Foretelling, told
 from common.language.held import Held
 from common.language.settings import LengthPrediction
@@ -17,6 +19,7 @@ from common.policies.length_prediction import LengthBuckets
 from common.policies.prefill_schedule import PrefillOrder
 from tests.component.chat_support import DECODE, PREFILL
 from tests.component.language_support import gathered, known_prompts, language_stack, shown
+from tests.support.asking import asker
 from tests.support.language_instance import language_instance
 from tests.support.language_model import BLOCK_BYTES
 from tests.support.nats_server import NatsServer
@@ -131,6 +134,44 @@ async def test_a_fused_instance_that_reserves_predicts_for_itself(
         assert answers == [shown(expected) for expected in prompts.values()]
         await fused.settled()
         assert fused.instance.foretelling.sources == {"predictor": len(prompts)}
+
+
+@pytest.mark.parametrize("mode", list(LengthPrediction))
+async def test_what_goes_on_where_it_was_prefilled_does_so_by_its_prediction(
+    nats_server: NatsServer, with_predictor: Path, mode: LengthPrediction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = known_prompts(with_predictor)
+    predictor = AnswerLengths.of_model(with_predictor, LengthBuckets()).predictor
+    assert predictor is not None
+    expect, resume = Engine.expect, Engine.resume
+    told_of: dict[str, int] = {}
+    resumed_by: list[int] = []
+
+    def expecting(engine: Engine, name: str, expected_tokens: int, now_s: float) -> None:
+        told_of[name] = expected_tokens
+        expect(engine, name, expected_tokens, now_s)
+
+    def resuming(engine: Engine, name: str, now_s: float) -> None:
+        resumed_by.append(told_of[name])
+        resume(engine, name, now_s)
+
+    monkeypatch.setattr(Engine, "expect", expecting)
+    monkeypatch.setattr(Engine, "resume", resuming)
+    async with (
+        asker(nats_server.url) as asking,
+        language_instance(nats_server.url, "decode-0", with_predictor, length_prediction=mode) as fused,
+    ):
+        answers = await asyncio.gather(
+            *(asking.ask(prompt, len(answer), "decode-0", decode="") for prompt, answer in prompts.items())
+        )
+        assert [answer.tokens for answer in answers] == list(prompts.values())
+        await fused.settled()
+    if mode is LengthPrediction.OFF:
+        assert set(resumed_by) == {0} and not fused.instance.foretelling.sources
+        return
+    lengths = {prompt: predictor.range(pack_tokens(prompt)).low for prompt in prompts}
+    assert sorted(resumed_by) == sorted(len(one) + min(len(prompts[one]), low) for one, low in lengths.items())
+    assert fused.instance.foretelling.sources == {"predictor": len(prompts)}
 
 
 async def test_without_a_predictor_the_decode_instance_counts(nats_server: NatsServer, language_model: Path) -> None:
