@@ -13,8 +13,8 @@ import structlog
 
 from common.bus.errors import BusError, Refusal
 from common.bus.port import Bus
-from common.language.ahead import Spawn
 from common.language.moving import MovingOn
+from common.language.tasks import Spawn
 from common.messages.cluster import FlipRole, LanguageRole, RoleFlipped
 from common.messages.failures import Failure, Stage
 from common.messages.subjects import ROLE_FLIPPED

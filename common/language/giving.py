@@ -11,7 +11,6 @@ from functools import partial
 
 from common.bus.port import Bus
 from common.engine import Engine, RequestRefused
-from common.language.ahead import Spawn
 from common.language.dispatching import Dispatching
 from common.language.foretelling import Foretelling, told
 from common.language.handed_on import HandedOn
@@ -21,6 +20,7 @@ from common.language.prefixes import prefix_at
 from common.language.settings import LanguageSettings
 from common.language.speaker import Speaker
 from common.language.stepper import Stepper
+from common.language.tasks import SpawnFor
 from common.messages.failures import Failure
 
 
@@ -43,7 +43,7 @@ class Giving:
         stepper: Stepper,
         settings: LanguageSettings,
         decodes: Callable[[], bool],
-        spawn: Spawn,
+        spawn: SpawnFor,
     ) -> None:
         self._instance = instance
         self._bus = bus
@@ -129,7 +129,7 @@ class Giving:
         # Who is known to have nothing of it is not asked: the answer would be waited for.
         asks = dict(held.request.cached).get(held.request.decode, 0) > 0
         self._stepper.soon(partial(self._prepare, held, asks))
-        self._spawn(self._say(held), f"say of {held.key}")
+        self._spawn(held, partial(self._say, held), "say of")
 
     def _prepare(self, held: Held, asks: bool) -> None:
         """It is known who will decode it. Between two steps, or before it is the engine's."""
@@ -147,9 +147,14 @@ class Giving:
         tokens = held.tokens
 
         async def ask() -> None:
-            known.set_result(await prefix_at(self._bus, held.request.decode, tokens, self._ask_s))
+            there = 0
+            try:
+                there = await prefix_at(self._bus, held.request.decode, tokens, self._ask_s)
+            finally:
+                # Whatever happened: it may be waited for.
+                known.set_result(there)
 
-        self._spawn(ask(), f"ask of {held.key}")
+        self._spawn(held, ask, "ask of")
 
     async def _say(self, held: Held) -> None:
         """Tell the gateway who goes on, unless a token that came meanwhile has."""
