@@ -111,7 +111,7 @@ class Sender:
         return time.perf_counter(), requests
 
     async def _offer(self, prompt: int, way: Way, layer: int | None, first: int, pieces: Sequence[Tensor]) -> None:
-        refs = tuple(self._tensors.export(piece, lease_s=_DEADLINE_S) for piece in pieces)
+        refs = tuple(self._tensors.export_all(pieces, lease_s=_DEADLINE_S))
         place = json.dumps({"prompt": prompt, "way": way, "layer": layer, "first": first})
         offer = MoveBlocks(source="sender", block_tokens=BLOCK_TOKENS, kv=refs, private=place.encode())
         await self._bus.request(MOVE_BLOCKS, offer, RECEIVER, deadline_s=_DEADLINE_S)
