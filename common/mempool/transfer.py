@@ -34,8 +34,8 @@ DAMAGED = "damaged"
 """The code of a refusal: bytes came that are not those that left."""
 NOT_MOVED = "not_moved"
 """The code of a refusal: they did not come."""
-# The receiver gives up first, so that it never reads from blocks that are in use again.
 MARGIN_S = 2.0
+"""So much longer than the receiver a sender waits: who gives up first never reads from blocks that are in use again."""
 
 
 class Between(Protocol):
