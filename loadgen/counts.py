@@ -4,6 +4,9 @@ import argparse
 
 _WIDTH_STEP = 16
 
+HEAD_WIDTH = 64
+"""Of a head, where a model is as wide as its heads together."""
+
 
 def count(text: str) -> int:
     """A whole number of 1 or more. Raises argparse.ArgumentTypeError."""
@@ -21,6 +24,15 @@ def several(text: str) -> int:
 
 def width(text: str) -> int:
     """Channels of a random model: its eight heads turn pairs of them. Raises argparse.ArgumentTypeError."""
-    if count(text) % _WIDTH_STEP:
-        raise argparse.ArgumentTypeError(f"{text}: give a multiple of {_WIDTH_STEP}")
+    return _multiple(text, _WIDTH_STEP)
+
+
+def width_of_heads(text: str) -> int:
+    """Channels of a random model with one head for each ``HEAD_WIDTH`` of them. Raises argparse.ArgumentTypeError."""
+    return _multiple(text, HEAD_WIDTH)
+
+
+def _multiple(text: str, step: int) -> int:
+    if count(text) % step:
+        raise argparse.ArgumentTypeError(f"{text}: give a multiple of {step}")
     return int(text)

@@ -14,6 +14,7 @@ from common.messages.chat import GenerateTokens, Sampling, TokensGenerated, pack
 from common.messages.cluster import MemberState
 from common.messages.subjects import GENERATE_TOKENS, MEMBERS, TOKENS_GENERATED
 from loadgen.bench.process import ROOT, BenchmarkError, end
+from loadgen.counts import HEAD_WIDTH
 
 VOCABULARY = 1024
 _GATEWAY = "gateway-bench"
@@ -21,7 +22,7 @@ _WAIT_S = 120.0
 
 
 def save_model(folder: Path, hidden: int, layers: int, context: int) -> Path:
-    """Write a Llama with random weights; as many heads for keys and values as for queries, 64 wide each."""
+    """Write a Llama with random weights; as many heads for keys and values as for queries, ``HEAD_WIDTH`` each."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,8 +32,8 @@ def save_model(folder: Path, hidden: int, layers: int, context: int) -> Path:
         hidden_size=hidden,
         intermediate_size=hidden * 5 // 2,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
+        num_attention_heads=hidden // HEAD_WIDTH,
+        num_key_value_heads=hidden // HEAD_WIDTH,
         max_position_embeddings=context,
     )
     LlamaForCausalLM(config).save_pretrained(folder)

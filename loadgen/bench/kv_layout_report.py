@@ -10,9 +10,8 @@ from loadgen.bench.broker import broker
 from loadgen.bench.kv_layout_rounds import Readings, measured, ratio
 from loadgen.bench.kv_layouts import Shape, Way
 from loadgen.bench.rounds import Ratio
-from loadgen.counts import count
+from loadgen.counts import HEAD_WIDTH, count
 
-_HEAD_DIM = 64
 _MEASURES = {"after_s": "after it is computed", "all_s": "until all is there"}
 
 
@@ -46,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_layouts(options: argparse.Namespace) -> dict[str, object]:
     """Measure, print, and return what ``--json`` writes."""
-    heads = max(1, options.hidden // _HEAD_DIM)
-    shape = Shape(options.prompt_tokens, options.layers, heads, options.hidden // heads)
+    shape = Shape(options.prompt_tokens, options.layers, options.hidden // HEAD_WIDTH, HEAD_WIDTH)
     with broker() as url:
         found = asyncio.run(measured(url, shape, options.rounds, options.loaded))
     print(
