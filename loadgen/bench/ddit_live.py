@@ -111,7 +111,7 @@ async def _run(options: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 async def _new_series(options: argparse.Namespace, folder: Path) -> tuple[Series, Readings]:
     """By the options, without a round yet; the profile is measured where none is given."""
-    model = located(options.video_model) if options.video_model is not None else ""
+    model = located(options.video_model, "--video-model") if options.video_model is not None else ""
     policies = _policies(options.policy)
     if options.rib is not None:
         rib_file = options.rib

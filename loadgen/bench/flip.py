@@ -25,7 +25,7 @@ import numpy as np
 from loadgen.bench.flip_workload import Kind, turning
 from loadgen.bench.language_stack import LanguageStack, stack_of
 from loadgen.bench.phases_workload import kv_token_bytes
-from loadgen.bench.process import BenchmarkError, located
+from loadgen.bench.process import BenchmarkError, located_folder
 from loadgen.bench.rounds import MEASURES, Readings, comparison
 from loadgen.bench.trace_excerpt import SmallRequest, random_tokens
 from loadgen.counts import width
@@ -111,8 +111,10 @@ def run(options: argparse.Namespace) -> dict[str, object]:
             raise WrongArgument(f"--splits {name}: there are {', '.join(known)}")
     try:
         with TemporaryDirectory(prefix="flip-") as folder:
-            model = options.model and Path(located(options.model))
-            model = model or save_random_language_model(Path(folder) / "random", options.hidden, options.layers)
+            if options.model is not None:
+                model = located_folder(options.model, "--model")
+            else:
+                model = save_random_language_model(Path(folder) / "random", options.hidden, options.layers)
             return asyncio.run(_run(options, model))
     except (aiohttp.ClientError, TimeoutError) as error:
         what = f"{type(error).__name__} {error}".strip()

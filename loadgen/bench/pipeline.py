@@ -55,7 +55,7 @@ async def _run(options: argparse.Namespace) -> dict[str, object]:
     threads = str(options.threads)
     environment = {**os.environ, "TRIPTYCH_THREADS": threads, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
     stack = [sys.executable, "-m", "compose.cli", "up", "--port", "0", "--set", "dit=1", "--set", "vae=1"]
-    location = located(options.video_model)
+    location = located(options.video_model, "--video-model")
     stack += ["--video-model", location, "--language-model", "none", "--log-level", "warning"]
     process = [sys.executable, "-m", "loadgen.in_process", location, str(options.threads)]
     hashes = _Hashes()

@@ -6,6 +6,8 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from loadgen.refusal import WrongArgument
+
 START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
 # Where our packages lie: ``python -m`` finds them there.
@@ -67,7 +69,23 @@ async def line_of(process: Process, timeout_s: float) -> str:
     return line.decode()
 
 
-def located(model: str) -> str:
-    """A model that is a local folder by its full path: the processes run elsewhere."""
+def located(model: str, option: str) -> str:
+    """A model that is a local folder by its full path: the processes run elsewhere. Else its name.
+
+    Raises:
+        WrongArgument: it looks like a folder and is none.
+    """
     path = Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() else model
+    if path.is_dir():
+        return str(path.resolve())
+    if not model or model.startswith((".", "/", "~")) or path.exists():
+        raise WrongArgument(f"{option} {model}: no such folder")
+    return model
+
+
+def located_folder(model: str, option: str) -> Path:
+    """A model that has to be a local folder. Raises WrongArgument: it is none."""
+    path = Path(located(model, option))
+    if not path.is_absolute():
+        raise WrongArgument(f"{option} {model}: no such folder")
+    return path
