@@ -32,6 +32,13 @@ def width_of_heads(text: str) -> int:
     return _multiple(text, HEAD_WIDTH)
 
 
+def not_negative(text: str) -> int:
+    """A whole number of 0 or more, as seeds are. Raises argparse.ArgumentTypeError."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text}: give 0 or more")
+    return int(text)
+
+
 def _multiple(text: str, step: int) -> int:
     if count(text) % step:
         raise argparse.ArgumentTypeError(f"{text}: give a multiple of {step}")

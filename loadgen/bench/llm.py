@@ -20,7 +20,7 @@ from typing import Any
 from loadgen.bench.llm_readings import Readings, Workload
 from loadgen.bench.llm_servers import Server, other, running, stack
 from loadgen.bench.process import BenchmarkError, line_of, located, started
-from loadgen.counts import count
+from loadgen.counts import count, not_negative
 from loadgen.refusal import WrongArgument
 
 _CLIENT = Path(__file__).with_name("llm_client.py")
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=count, default=3, metavar="N", help="(default %(default)s)")
     parser.add_argument(
         "--first-seed",
-        type=int,
+        type=not_negative,
         metavar="N",
         help="of the first round's prompts (default: by the clock, as a server that runs on remembers earlier prompts)",
     )
