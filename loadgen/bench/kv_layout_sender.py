@@ -40,19 +40,26 @@ class LayerWork:
     def __init__(self, shape: Shape) -> None:
         hidden = shape.heads * shape.head_dim
         wide = hidden * 5 // 2
-        generator = torch.Generator().manual_seed(1)
-        self._rows = torch.randn(shape.prompt_tokens, hidden, generator=generator)
-        self._square = torch.randn(hidden, hidden, generator=generator)
-        self._wide = torch.randn(hidden, wide, generator=generator)
-        self._narrow = torch.randn(wide, hidden, generator=generator)
+        generator = torch.Generator(shape.device).manual_seed(1)
+
+        def random(rows: int, columns: int) -> Tensor:
+            return torch.randn(rows, columns, generator=generator, device=shape.device)
+
+        self._rows = random(shape.prompt_tokens, hidden)
+        self._square = random(hidden, hidden)
+        self._wide = random(hidden, wide)
+        self._narrow = random(wide, hidden)
 
     def run(self) -> None:
-        """Queries, keys, values, what comes of them, and the three of the feed-forward part."""
+        """Queries, keys, values, what comes of them, and the three of the feed-forward part; return once they are
+        there."""
         for _ in range(4):
             torch.mm(self._rows, self._square)
         for _ in range(2):
             wide = torch.mm(self._rows, self._wide)
-        torch.mm(wide, self._narrow)
+        done = torch.mm(wide, self._narrow)
+        if done.is_cuda:
+            torch.cuda.current_stream(done.device).synchronize()
 
 
 class Sender:
@@ -121,7 +128,7 @@ def run_sender(pipe: Connection, url: str, shape: Shape, prompts: int) -> None:
 
 async def _serve(pipe: Connection, url: str, shape: Shape, prompts: int) -> None:
     bus = await NatsBus.connect(url, name="sender")
-    async with await UcxTensors.open("sender") as tensors:
+    async with await UcxTensors.open("sender", device=shape.device) as tensors:
         sender = Sender(bus, tensors, shape, prompts)
         pipe.send("ready")
         while (asked := await asyncio.to_thread(pipe.recv))[0] != _STOP:

@@ -36,12 +36,13 @@ class Way(StrEnum):
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a prompt's keys and values, in float32."""
+    """Of a prompt's keys and values, in float32, and the device that has them and computes."""
 
     prompt_tokens: int
     layers: int
     heads: int
     head_dim: int
+    device: str = "cpu"
 
     @property
     def blocks(self) -> int:
@@ -90,19 +91,19 @@ class Pool:
     @staticmethod
     def memory_for(shape: Shape) -> Tensor:
         """Flat, and touched."""
-        return torch.zeros(2 * shape.size_bytes // 4)
+        return torch.zeros(2 * shape.size_bytes // 4, device=shape.device)
 
     def fill(self) -> None:
         """With numbers that say their place, the same in every layout."""
         shape = self._shape
         size = (shape.layers, 2, shape.blocks, BLOCK_TOKENS, shape.heads, shape.head_dim)
-        numbers = torch.arange(shape.size_bytes // 4, dtype=torch.float32).view(size)
+        numbers = torch.arange(shape.size_bytes // 4, dtype=torch.float32, device=shape.device).view(size)
         self._view()[:, :, list(self.blocks)] = numbers
 
     def holds_what_was_filled(self) -> bool:
         """Whether all of it has come, each to its place."""
         numbers = self._view()[:, :, list(self.blocks)].reshape(-1)
-        return torch.equal(numbers, torch.arange(numbers.numel(), dtype=torch.float32))
+        return torch.equal(numbers, torch.arange(numbers.numel(), dtype=torch.float32, device=numbers.device))
 
     def pieces(self, layer: int | None) -> Iterator[Tensor]:
         """What travels of one layer, or of all (None): tensors in place, to be sent or received into.
@@ -125,6 +126,8 @@ class Pool:
     def copy_in(self, layer: int, copied: Tensor) -> None:
         """The other end of ``copy_out``."""
         self.memory[list(self.blocks), :, layer] = copied
+        if copied.is_cuda:
+            torch.cuda.current_stream(copied.device).synchronize()
 
     def _view(self) -> Tensor:
         """[layers, 2, blocks, 16, heads, head_dim] of whatever layout."""

@@ -24,6 +24,7 @@ from loadgen.bench.broker import broker
 from loadgen.bench.instances import VOCABULARY, Asking, answered, ready, running_service, save_model
 from loadgen.bench.rounds import spread
 from loadgen.counts import count, width_of_heads
+from loadgen.gpu.options import chosen_device
 
 _DECODE = "decode-0"
 _ANSWER = 3
@@ -48,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Start the processes, measure, stop them."""
+    if "layouts" in options.compare:
+        chosen_device(options.device)  # a wrong one is told before the modes are measured
     result: dict[str, object] = {
         "options": {name: value for name, value in vars(options).items() if isinstance(value, int | bool)}
     }
