@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
     except StackError as error:
         print(f"triptych: {error}", file=sys.stderr)
-        return 1
+        return error.status
     return code
 
 

@@ -62,5 +62,5 @@ async def _up(options: StackOptions) -> int:
         return 0
     except StackError as error:
         report(f"triptych: {error}")
-        return 1
+        return error.status
     return 0

@@ -94,7 +94,7 @@ async def _video(order: VideoOrder, base_url: str, private_stack: StackOptions |
         return _INTERRUPTED
     except StackError as error:
         report(f"triptych: {error}")
-        return 1
+        return error.status
     for path in order.files:
         report(str(path))
     return 0

@@ -155,12 +155,12 @@ def test_scaling() -> None:
         (["--set", "dit"], 2, "'dit' is not SERVICE=COUNT"),
         (["--set", "dit=0"], 2, "'dit=0' is not SERVICE=COUNT"),
         (["--set", "dit=many"], 2, "'dit=many' is not SERVICE=COUNT"),
-        (["--set", "oven=2"], 1, "no service 'oven'; the stack has nats, scheduler"),
-        (["--port", "70000"], 1, "ports go from 1 to 65535"),
-        (["--language-model", "./no/such/folder"], 1, "--language-model ./no/such/folder: no such folder"),
-        (["--video-model", "./no/such/folder"], 1, "no such folder"),
-        (["--state-dir", "/proc/nowhere"], 1, "cannot keep the stack's state"),
-        (["--host", "192.0.2.77"], 1, "192.0.2.77"),
+        (["--set", "oven=2"], 2, "no service 'oven'; the stack has nats, scheduler"),
+        (["--port", "70000"], 2, "ports go from 1 to 65535"),
+        (["--language-model", "./no/such/folder"], 2, "--language-model ./no/such/folder: no such folder"),
+        (["--video-model", "./no/such/folder"], 2, "no such folder"),
+        (["--state-dir", "/proc/nowhere"], 2, "cannot keep the stack's state"),
+        (["--host", "192.0.2.77"], 2, "192.0.2.77"),
     ],
 )
 def test_bad_options_are_named(
@@ -181,7 +181,7 @@ def test_a_port_in_use_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> N
         port = taken.getsockname()[1]
         with pytest.raises(OptionError, match=f"port {port} on 127.0.0.1 cannot be used"):
             checked_port("127.0.0.1", port)
-        assert main(["up", "--port", str(port)]) == 1
+        assert main(["up", "--port", str(port)]) == 2
     assert "choose another with --port" in capsys.readouterr().err
 
 
@@ -204,7 +204,7 @@ def test_the_broker_takes_the_port_that_the_environment_names(
     assert variables["TRIPTYCH_NATS_URL"] == f"nats://127.0.0.1:{port}"
     for wrong in ("4222x", "0", "70000"):
         monkeypatch.setenv("TRIPTYCH_NATS_PORT", wrong)
-        assert main(["up", "--port", "0"]) == 1
+        assert main(["up", "--port", "0"]) == 2
         assert "TRIPTYCH_NATS_PORT" in capsys.readouterr().err
 
 

@@ -54,7 +54,7 @@ def test_mistakes_are_named_in_one_line(
     monkeypatch.chdir(tmp_path)
     Path("wrong.json").write_text("{}")
     Path("bytes.json").write_bytes(b"\xff\xfe{}")
-    assert main(["up", "--port", "0", *arguments]) == 1
+    assert main(["up", "--port", "0", *arguments]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith(f"triptych: {complaint}") and said.err.count("\n") == 1
 
