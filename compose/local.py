@@ -24,6 +24,9 @@ from compose.supervisor import Supervisor, tail
 
 Report = Callable[[str], None]
 
+BROKER_HOST = "127.0.0.1"
+"""Where a stack's broker listens: nobody on another machine is to reach it."""
+
 _NO_MODEL = "none"
 _PER_REPLICA = ("TRIPTYCH_INSTANCE", "TRIPTYCH_SLOT")
 
@@ -148,9 +151,9 @@ def stack_variables(options: StackOptions, directory: RunDirectory, port: int) -
         **os.environ,
         "TRIPTYCH_HOST": options.host,
         "TRIPTYCH_PORT": str(port),
-        "TRIPTYCH_NATS_HOST": "127.0.0.1",
+        "TRIPTYCH_NATS_HOST": BROKER_HOST,
         "TRIPTYCH_NATS_PORT": str(nats_port),
-        "TRIPTYCH_NATS_URL": f"nats://127.0.0.1:{nats_port}",
+        "TRIPTYCH_NATS_URL": f"nats://{BROKER_HOST}:{nats_port}",
         "TRIPTYCH_NATS_STORE": str(directory.broker_store),
         "TRIPTYCH_CACHE_DIR": str(directory.cache),
         "TRIPTYCH_VIDEO_MODEL": model_location(options.video_model, "--video-model"),
@@ -165,10 +168,10 @@ def _nats_port() -> int:
     """A free one, unless the caller's environment names one, so as to reach the broker too."""
     asked = os.environ.get("TRIPTYCH_NATS_PORT")
     if asked is None:
-        return free_port("127.0.0.1")
+        return free_port(BROKER_HOST)
     if not asked.isascii() or not asked.isdigit():
         raise OptionError(f"TRIPTYCH_NATS_PORT={asked}: ports go from 1 to 65535")
-    return checked_port("127.0.0.1", int(asked), "TRIPTYCH_NATS_PORT")
+    return checked_port(BROKER_HOST, int(asked), "TRIPTYCH_NATS_PORT")
 
 
 def _language_variables(options: StackOptions) -> dict[str, str]:
