@@ -84,7 +84,7 @@ async def running_stack(
     read_stack({}, options.compose_file).scaled(options.replicas)
     port = free_port(options.host) if options.port == 0 else checked_port(options.host, options.port)
     with run_directory(options.state_dir) as directory:
-        stack = read_stack(stack_variables(options, directory, port), options.compose_file).scaled(options.replicas)
+        stack = read_stack(variable_values(options, directory, port), options.compose_file).scaled(options.replicas)
         forking = _fork_launcher(stack, directory)
         executing = CommandLauncher()
 
@@ -141,7 +141,7 @@ def _late(supervisor: Supervisor, missing: set[str], timeout_s: float) -> str:
     return f"not ready after {timeout_s:g} s: waiting for {', '.join(sorted(missing)) or 'the gateway'}.{log}"
 
 
-def stack_variables(options: StackOptions, directory: RunDirectory, port: int) -> dict[str, str]:
+def variable_values(options: StackOptions, directory: RunDirectory, port: int) -> dict[str, str]:
     """What the compose file's variables stand for here; the caller's own environment may set any other."""
     nats_port = _nats_port()
     return {
