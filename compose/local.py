@@ -233,6 +233,8 @@ def check_scheduling(options: StackOptions) -> None:
             raise OptionError(f"--rib {options.rib} is no profile ({error}); triptych profile writes one") from error
     if options.record is not None and not options.record.resolve().parent.is_dir():
         raise OptionError(f"--record {options.record}: the folder does not exist; make it first")
+    if options.record is not None and options.record.is_dir():
+        raise OptionError(f"--record {options.record}: this is a folder; name a file")
 
 
 def _environment(spec: ServiceSpec, index: int) -> dict[str, str]:
