@@ -1,6 +1,7 @@
 """A broker of the benchmark's own: a nats-server process on a free loopback port, with an empty store."""
 
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from common.runtime.ports import free_port
+from common.runtime.tether import tether_to
 
 _START_S = 20.0
 _STOP_S = 20.0
@@ -34,6 +36,7 @@ def broker() -> Iterator[str]:
         process = subprocess.Popen(
             [program, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(Path(folder) / "jetstream"), "-l", log],
             process_group=0,  # Ctrl-C is not for it: it stays for as long as those who need it
+            preexec_fn=tether_to(os.getpid()),
         )
         try:
             _wait_until_up(port)

@@ -6,6 +6,7 @@ ends; the bare side sends and gets back ready bytes, as many as ours.
 
 import argparse
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Coroutine
@@ -23,6 +24,7 @@ from common.messages.failures import Acknowledged
 from common.messages.subjects import RequestSubject
 from common.messages.tensors import TensorRef
 from common.messages.video import DenoisingFinished, Lease, VideoRequest
+from common.runtime.tether import tether_to
 from loadgen.bench.broker import broker
 from loadgen.bench.compare import Comparison, compare_async
 from loadgen.counts import count, several
@@ -47,6 +49,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             [sys.executable, "-m", "loadgen.bench.bus", url, *(["--uvloop"] if arguments.uvloop else [])],
             stdout=subprocess.PIPE,
             process_group=0,
+            preexec_fn=tether_to(os.getpid()),
         )
         try:
             if responder.stdout is None or not responder.stdout.readline():

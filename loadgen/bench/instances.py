@@ -13,6 +13,7 @@ from common.bus.nats_bus import NatsBus
 from common.messages.chat import GenerateTokens, Sampling, TokensGenerated, pack_tokens
 from common.messages.cluster import MemberState
 from common.messages.subjects import GENERATE_TOKENS, MEMBERS, TOKENS_GENERATED
+from common.runtime.tether import tether_to
 from loadgen.bench.process import ROOT, BenchmarkError, end
 from loadgen.counts import HEAD_WIDTH
 
@@ -54,7 +55,13 @@ async def running_service(url: str, service: str, name: str, settings: Mapping[s
         **settings,
     }
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", f"services.{service}", env=environment, cwd=ROOT, process_group=0
+        sys.executable,
+        "-m",
+        f"services.{service}",
+        env=environment,
+        cwd=ROOT,
+        process_group=0,
+        preexec_fn=tether_to(os.getpid()),
     )
     try:
         yield

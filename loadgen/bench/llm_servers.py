@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import aiohttp
 
 from common.runtime.ports import free_port
+from common.runtime.tether import tether_to
 from loadgen.bench.process import ROOT, START_TIMEOUT_S, BenchmarkError, started
 from loadgen.refusal import WrongArgument
 
@@ -81,7 +82,12 @@ async def other(name: str, command: str, model: str) -> AsyncIterator[Server]:
         words = [word.format(model=model, port=port) for word in shlex.split(command)]
         # A group of its own, since such servers have processes of their own.
         process = await asyncio.create_subprocess_exec(
-            *words, cwd=ROOT, stdin=DEVNULL, stdout=sys.stderr, start_new_session=True
+            *words,
+            cwd=ROOT,
+            stdin=DEVNULL,
+            stdout=sys.stderr,
+            start_new_session=True,
+            preexec_fn=tether_to(os.getpid()),
         )
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise WrongArgument(f"{name}={command}: this cannot be run: {error!r}") from None
