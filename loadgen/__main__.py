@@ -10,6 +10,7 @@ import ast
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from loadgen.bench.compare import write_json
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise _told(refused) from None
     except WrongArgument as error:
         raise _told(Refused(f"loadgen {' '.join(words[:2])}: {error}")) from None
+    except MemoryError as error:
+        what = f"this takes more memory than there is ({error}): give smaller numbers"
+        raise _told(Refused(f"loadgen {' '.join(words[:2])}: {what}")) from None
     except BenchmarkError as error:
         raise SystemExit(f"loadgen {' '.join(words[:2])}: {error}") from None
     if options.json is not None:
@@ -49,6 +53,7 @@ def _told(refused: Refused) -> Refused:
     return refused
 
 
+@cache
 def benchmarks() -> dict[str, str]:
     """Every benchmark's name with the first line of its description, found without importing any."""
     found = {}
