@@ -149,8 +149,7 @@ class BlockTransfer:
         wait_s = self._deadline_s + MARGIN_S
         refs: list[TensorRef] = []
         try:
-            for run in runs:
-                refs.append(self._tensors.export(run, lease_s=wait_s))
+            refs = self._tensors.export_all(runs, lease_s=wait_s)
             message = message.model_copy(update={"kv": tuple(refs), "checksums": tuple(values)})
             moved = await self._bus.request(MOVE_BLOCKS, message, instance, deadline_s=wait_s)
         finally:

@@ -81,7 +81,7 @@ class Receiver:
             copied = await self._tensors.fetch(offer.kv[0], deadline_s=_DEADLINE_S)
             await asyncio.to_thread(pool.copy_in, layer, copied)
             return BlocksMoved()
-        targets = list(pool.pieces(layer))[first : first + len(offer.kv)]
+        targets = pool.pieces(layer, first, len(offer.kv))
         await self._tensors.fetch_all(offer.kv, targets, deadline_s=_DEADLINE_S)
         return BlocksMoved()
 

@@ -103,16 +103,18 @@ class Sender:
         """Have each layer fetched once it is ready, or all of them together; when all is there, and in how many
         requests."""
         requests = 0
-        for _ in range(self._shape.layers if way.by_layer else 1):
+        times = self._shape.layers if way.by_layer else 1
+        count = self._shape.messages(way) // times
+        for _ in range(times):
             layer, copied = await ready.get()
-            pieces = list(pool.pieces(layer)) if copied is None else [copied]
-            for first in range(0, len(pieces), AT_ONCE):
-                await self._offer(prompt, way, layer, first, pieces[first : first + AT_ONCE])
+            for first in range(0, count, AT_ONCE):
+                pieces = pool.pieces(layer, first, AT_ONCE) if copied is None else [copied]
+                await self._offer(prompt, way, layer, first, pieces)
                 requests += 1
         return time.perf_counter(), requests
 
     async def _offer(self, prompt: int, way: Way, layer: int | None, first: int, pieces: Sequence[Tensor]) -> None:
-        refs = tuple(self._tensors.export(piece, lease_s=_DEADLINE_S) for piece in pieces)
+        refs = tuple(self._tensors.export_all(pieces, lease_s=_DEADLINE_S))
         place = json.dumps({"prompt": prompt, "way": way, "layer": layer, "first": first})
         offer = MoveBlocks(source="sender", block_tokens=BLOCK_TOKENS, kv=refs, private=place.encode())
         await self._bus.request(MOVE_BLOCKS, offer, RECEIVER, deadline_s=_DEADLINE_S)

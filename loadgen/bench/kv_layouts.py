@@ -6,7 +6,8 @@ sends that layer's blocks; an aggregated one has no such blocks, so the layer is
 Ours beyond the paper: aggregated blocks that are neighbours go as one message.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -105,19 +106,22 @@ class Pool:
         numbers = self._view()[:, :, list(self.blocks)].reshape(-1)
         return torch.equal(numbers, torch.arange(numbers.numel(), dtype=torch.float32, device=numbers.device))
 
-    def pieces(self, layer: int | None) -> Iterator[Tensor]:
+    def pieces(self, layer: int | None, first: int = 0, most: int | None = None) -> list[Tensor]:
         """What travels of one layer, or of all (None): tensors in place, to be sent or received into.
 
-        Of an aggregated pool one layer has no place of its own: see ``copy_out``.
+        Of an aggregated pool one layer has no place of its own: see ``copy_out``. ``first``, ``most``: these alone.
         """
+        end = None if most is None else first + most
+        return [self.memory[place] for place in itertools.islice(self._places(layer), first, end)]
+
+    def _places(self, layer: int | None) -> Iterable[int | slice | tuple[int, ...]]:
+        """Of the pieces, in memory."""
         if self._way.discrete:
-            for one in range(self._shape.layers) if layer is None else (layer,):
-                for half in (0, 1):
-                    yield from (self.memory[one, half, block] for block in self.blocks)
-        elif self._way is Way.NEIGHBOURS_BY_REQUEST:
-            yield self.memory[self.blocks[0] : self.blocks[-1] + 1]
-        else:
-            yield from (self.memory[block] for block in self.blocks)
+            layers = range(self._shape.layers) if layer is None else (layer,)
+            return itertools.product(layers, (0, 1), self.blocks)
+        if self._way is Way.NEIGHBOURS_BY_REQUEST:
+            return (slice(self.blocks[0], self.blocks[-1] + 1),)
+        return self.blocks
 
     def copy_out(self, layer: int) -> Tensor:
         """A copy of one layer of an aggregated pool: [blocks, 16, 2, heads, head_dim]."""
