@@ -12,11 +12,10 @@ from loadgen.bench.broker import broker
 from loadgen.bench.kv_layout_rounds import Readings, measured, ratio
 from loadgen.bench.kv_layouts import Shape, Way
 from loadgen.bench.rounds import Ratio
-from loadgen.counts import count
+from loadgen.counts import HEAD_WIDTH, count
 from loadgen.gpu.options import chosen_device
 from loadgen.gpu.table import device_name
 
-_HEAD_DIM = 64
 _MEASURES = {"after_s": "after it is computed", "all_s": "until all is there"}
 
 
@@ -53,9 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_layouts(options: argparse.Namespace) -> dict[str, object]:
     """Measure, print, and return what ``--json`` writes."""
-    heads = max(1, options.hidden // _HEAD_DIM)
     device = str(chosen_device(options.device))
-    shape = Shape(options.prompt_tokens, options.layers, heads, options.hidden // heads, device)
+    shape = Shape(options.prompt_tokens, options.layers, options.hidden // HEAD_WIDTH, HEAD_WIDTH, device)
     with broker() as url:
         found = asyncio.run(measured(url, shape, options.rounds, options.loaded))
     print(

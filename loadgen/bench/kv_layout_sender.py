@@ -15,6 +15,7 @@ from common.bus.nats_bus import NatsBus
 from common.mempool.address import BLOCK_TOKENS
 from common.messages.mempool import MoveBlocks
 from common.messages.subjects import MOVE_BLOCKS
+from common.runtime.tether import tether_to_starter
 from common.tensors import UcxTensors
 from loadgen.bench.kv_layouts import Pool, Shape, Way
 
@@ -124,6 +125,7 @@ class Sender:
 
 def run_sender(pipe: Connection, url: str, shape: Shape, prompts: int) -> None:
     """A process's whole life: rounds as the pipe asks for them, until it says stop."""
+    tether_to_starter()
     torch.set_num_threads(1)
     asyncio.run(_serve(pipe, url, shape, prompts))
 
