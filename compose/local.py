@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.language.settings import model_name
-from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
-from common.policies.prefill_profile import PrefillProfile, WrongPrefillProfile
-from common.policies.registry import UnknownPolicy, make_policy
-from common.policies.rib import Rib, WrongRib
+from common.policies.language.language_costs import LanguageCosts, WrongLanguageCosts
+from common.policies.language.prefill_profile import PrefillProfile, WrongPrefillProfile
+from common.policies.video.registry import UnknownPolicy, make_policy
+from common.policies.video.rib import Rib, WrongRib
 from compose.errors import OptionError, StartError
 from compose.launch import CommandLauncher, ForkLauncher, Launcher
 from compose.logs import LogFollower

@@ -17,10 +17,10 @@ from common.messages.cluster import LanguageRole, Member, MemberState, Service
 from common.messages.failures import Failure, Stage
 from common.messages.mempool import SendPrefix
 from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, CHATS_UNDER_WAY, ROUTE_CHAT, SEND_PREFIX
-from common.policies import chat_events as event
-from common.policies.chat_dispatch import ChatDispatch
-from common.policies.chat_rule import ChatRule
-from common.policies.flip import ChatLoad, InstanceLoad
+from common.policies.language import chat_events as event
+from common.policies.language.chat_dispatch import ChatDispatch
+from common.policies.language.chat_rule import ChatRule
+from common.policies.language.flip import ChatLoad, InstanceLoad
 from common.runtime.membership import MemberChange, MemberDraining, MemberJoined, MemberLost, MemberRolesChanged
 from services.scheduler.decode_loads import DecodeLoadMonitor
 from services.scheduler.prompt_view import PromptView

@@ -8,7 +8,7 @@ from common.bus.nats_bus import NatsBus
 from common.messages.cluster import LanguageRole, MemberState
 from common.messages.dispatch import DecodeLoad, DecodeLoads
 from common.messages.subjects import DECODE_LOADS, LOAD_REPORTED
-from common.policies.chat_rule import ChatRule, FewestTokens, guessed_costs
+from common.policies.language.chat_rule import ChatRule, FewestTokens, guessed_costs
 from common.runtime.membership import MemberDraining, MemberJoined, MemberRolesChanged
 from services.scheduler.chat import ChatRouter
 from services.scheduler.decode_loads import DecodeLoadMonitor

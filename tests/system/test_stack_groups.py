@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from common.policies.rib import KindProfile, Rib, VideoKind
+from common.policies.video.rib import KindProfile, Rib, VideoKind
 from tests.support.stack import Stack, running_stack
 
 LONG = 40  # steps: enough for a kill to fall into the middle, and for a worker to come back before the end
