@@ -55,7 +55,7 @@ async def _chat(question: Question, base_url: str) -> int:
     except StackError as error:
         sys.stdout.flush()
         report(f"triptych: {error}")
-        return 1
+        return error.status
     except TimeoutError:
         report("triptych: the server has been silent for too long; see its log")
         return 1

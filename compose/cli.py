@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
     except StackError as error:
         print(f"triptych: {error}", file=sys.stderr)
-        return 1
+        return error.status
     return code
 
 
@@ -112,7 +112,7 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     chat.add_argument(
         "--max-tokens", type=int, metavar="N", help="of the answer (default: what the context has room for)"
     )
-    chat.add_argument("--temperature", type=float, help="0 to 2; 0 is always the likeliest answer")
+    chat.add_argument("--temperature", type=finite, help="0 to 2; 0 is always the likeliest answer")
     chat.add_argument("--seed", type=int, help="the same seed gives the same answer")
     chat.add_argument("--base-url", default=_DEFAULT_URL, help="a running stack (default %(default)s)")
     chat.set_defaults(run=_run_chat)

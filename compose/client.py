@@ -12,7 +12,7 @@ from urllib.parse import quote
 import aiohttp
 
 from common.messages.video import VideoState, VideoTimeline
-from compose.errors import ServerError
+from compose.errors import OptionError, ServerError
 
 _CONNECT_TIMEOUT_S = 10.0
 _SILENCE_TIMEOUT_S = 60.0
@@ -25,7 +25,8 @@ _PAGE = 100
 class StackClient:
     """Talks to one server. Use as ``async with StackClient(url) as client``.
 
-    Every method raises ServerError where the server cannot be reached or refuses.
+    Every method raises ServerError where the server cannot be reached or refuses, and OptionError where ``base_url`` is
+    no address.
     """
 
     def __init__(self, base_url: str) -> None:
@@ -131,7 +132,9 @@ class StackClient:
         except aiohttp.ClientConnectionError as error:
             raise ServerError(f"no server answers at {self._base_url}; start one with: triptych up") from error
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
-            raise ServerError(f"{self._base_url} is no address of a server, such as http://127.0.0.1:8080") from error
+            raise OptionError(
+                f"--base-url {self._base_url} is no address of a server, such as http://127.0.0.1:8080"
+            ) from error
 
 
 def _path(video_id: str) -> str:

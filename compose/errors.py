@@ -2,15 +2,24 @@
 
 
 class StackError(Exception):
-    """Base of everything ``triptych`` reports without a traceback."""
+    """Base of everything ``triptych`` reports without a traceback, and then ends with ``status``.
+
+    That is 2, as where ``argparse`` sees it, for what is wrong with how the command was called.
+    """
+
+    status = 1
 
 
 class ComposeError(StackError):
     """The compose file says something that cannot be run as it stands."""
 
+    status = 2
+
 
 class OptionError(StackError):
     """A command line option does not fit."""
+
+    status = 2
 
 
 class StartError(StackError):

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from compose.tether import show_as, tether_to
+from common.runtime.tether import show_as, tether_to
 
 MAX_PACKET_BYTES = 128 * 1024
 

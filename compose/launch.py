@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from common.runtime.tether import tether_to
 from compose.errors import ComposeError, StartError
 from compose.forkserver import MAX_PACKET_BYTES
-from compose.tether import tether_to
 
 _ROOM_PERIOD_S = 0.02
 

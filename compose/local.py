@@ -24,6 +24,9 @@ from compose.supervisor import Supervisor, tail
 
 Report = Callable[[str], None]
 
+BROKER_HOST = "127.0.0.1"
+"""Where a stack's broker listens: nobody on another machine is to reach it."""
+
 _NO_MODEL = "none"
 _PER_REPLICA = ("TRIPTYCH_INSTANCE", "TRIPTYCH_SLOT")
 
@@ -81,7 +84,7 @@ async def running_stack(
     read_stack({}, options.compose_file).scaled(options.replicas)
     port = free_port(options.host) if options.port == 0 else checked_port(options.host, options.port)
     with run_directory(options.state_dir) as directory:
-        stack = read_stack(stack_variables(options, directory, port), options.compose_file).scaled(options.replicas)
+        stack = read_stack(variable_values(options, directory, port), options.compose_file).scaled(options.replicas)
         forking = _fork_launcher(stack, directory)
         executing = CommandLauncher()
 
@@ -138,7 +141,7 @@ def _late(supervisor: Supervisor, missing: set[str], timeout_s: float) -> str:
     return f"not ready after {timeout_s:g} s: waiting for {', '.join(sorted(missing)) or 'the gateway'}.{log}"
 
 
-def stack_variables(options: StackOptions, directory: RunDirectory, port: int) -> dict[str, str]:
+def variable_values(options: StackOptions, directory: RunDirectory, port: int) -> dict[str, str]:
     """What the compose file's variables stand for here; the caller's own environment may set any other."""
     nats_port = _nats_port()
     return {
@@ -148,9 +151,9 @@ def stack_variables(options: StackOptions, directory: RunDirectory, port: int) -
         **os.environ,
         "TRIPTYCH_HOST": options.host,
         "TRIPTYCH_PORT": str(port),
-        "TRIPTYCH_NATS_HOST": "127.0.0.1",
+        "TRIPTYCH_NATS_HOST": BROKER_HOST,
         "TRIPTYCH_NATS_PORT": str(nats_port),
-        "TRIPTYCH_NATS_URL": f"nats://127.0.0.1:{nats_port}",
+        "TRIPTYCH_NATS_URL": f"nats://{BROKER_HOST}:{nats_port}",
         "TRIPTYCH_NATS_STORE": str(directory.broker_store),
         "TRIPTYCH_CACHE_DIR": str(directory.cache),
         "TRIPTYCH_VIDEO_MODEL": model_location(options.video_model, "--video-model"),
@@ -165,10 +168,10 @@ def _nats_port() -> int:
     """A free one, unless the caller's environment names one, so as to reach the broker too."""
     asked = os.environ.get("TRIPTYCH_NATS_PORT")
     if asked is None:
-        return free_port("127.0.0.1")
+        return free_port(BROKER_HOST)
     if not asked.isascii() or not asked.isdigit():
         raise OptionError(f"TRIPTYCH_NATS_PORT={asked}: ports go from 1 to 65535")
-    return checked_port("127.0.0.1", int(asked), "TRIPTYCH_NATS_PORT")
+    return checked_port(BROKER_HOST, int(asked), "TRIPTYCH_NATS_PORT")
 
 
 def _language_variables(options: StackOptions) -> dict[str, str]:
@@ -230,6 +233,8 @@ def check_scheduling(options: StackOptions) -> None:
             raise OptionError(f"--rib {options.rib} is no profile ({error}); triptych profile writes one") from error
     if options.record is not None and not options.record.resolve().parent.is_dir():
         raise OptionError(f"--record {options.record}: the folder does not exist; make it first")
+    if options.record is not None and options.record.is_dir():
+        raise OptionError(f"--record {options.record}: this is a folder; name a file")
 
 
 def _environment(spec: ServiceSpec, index: int) -> dict[str, str]:

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from compose.environment import overruled, unknown
+from compose.environment import overruled, set_aside, unknown
 from compose.errors import StackError
 from compose.local import StackOptions, running_stack
 from compose.supervisor import Supervisor
@@ -49,7 +49,7 @@ def run_up(options: StackOptions) -> int:
 
 async def _up(options: StackOptions) -> int:
     interruption = Interruption()
-    for line in (*unknown(os.environ, options), *overruled(os.environ, options)):
+    for line in (*unknown(os.environ, options), *overruled(os.environ, options), *set_aside(os.environ, options)):
         report(line)
     try:
         async with running_stack(options, report, interruption.hurries) as stack:
@@ -62,5 +62,5 @@ async def _up(options: StackOptions) -> int:
         return 0
     except StackError as error:
         report(f"triptych: {error}")
-        return 1
+        return error.status
     return 0

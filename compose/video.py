@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from compose.client import StackClient
-from compose.environment import unknown
+from compose.environment import set_aside, unknown
 from compose.errors import ServerError, StackError
 from compose.files import prepare_file
 from compose.local import StackOptions, running_stack
@@ -94,7 +94,7 @@ async def _video(order: VideoOrder, base_url: str, private_stack: StackOptions |
         return _INTERRUPTED
     except StackError as error:
         report(f"triptych: {error}")
-        return 1
+        return error.status
     for path in order.files:
         report(str(path))
     return 0
@@ -107,7 +107,7 @@ async def _server(
     if private_stack is None:
         yield base_url
         return
-    for line in unknown(os.environ, private_stack):
+    for line in (*unknown(os.environ, private_stack), *set_aside(os.environ, private_stack)):
         report(line)
     async with contextlib.AsyncExitStack() as held:
         with console.status("starting the stack"):

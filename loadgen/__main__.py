@@ -10,12 +10,13 @@ import ast
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from loadgen.bench.compare import write_json
 from loadgen.bench.process import BenchmarkError
 from loadgen.interruption import ended_in_order
-from loadgen.refusal import Refused, WrongArgument
+from loadgen.refusal import Refused, WrongArgument, check_written
 
 _BENCHMARKS = Path(__file__).with_name("bench")
 _COMMANDS = {
@@ -28,15 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser(_chosen(words), words[0] if words else None).parse_args(words)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise _told(Refused(f"loadgen: --json {options.json}: the folder does not exist; make it first"))
     try:
+        if options.json is not None:
+            check_written(options.json, "--json")
         with ended_in_order():
             result: dict[str, object] = options.run(options)
     except Refused as refused:
         raise _told(refused) from None
     except WrongArgument as error:
         raise _told(Refused(f"loadgen {' '.join(words[:2])}: {error}")) from None
+    except MemoryError as error:
+        what = f"this takes more memory than there is ({error}): give smaller numbers"
+        raise _told(Refused(f"loadgen {' '.join(words[:2])}: {what}")) from None
     except BenchmarkError as error:
         raise SystemExit(f"loadgen {' '.join(words[:2])}: {error}") from None
     if options.json is not None:
@@ -49,6 +53,7 @@ def _told(refused: Refused) -> Refused:
     return refused
 
 
+@cache
 def benchmarks() -> dict[str, str]:
     """Every benchmark's name with the first line of its description, found without importing any."""
     found = {}

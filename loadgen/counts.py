@@ -4,6 +4,9 @@ import argparse
 
 _WIDTH_STEP = 16
 
+HEAD_WIDTH = 64
+"""Of a head, where a model is as wide as its heads together."""
+
 
 def count(text: str) -> int:
     """A whole number of 1 or more. Raises argparse.ArgumentTypeError."""
@@ -21,6 +24,22 @@ def several(text: str) -> int:
 
 def width(text: str) -> int:
     """Channels of a random model: its eight heads turn pairs of them. Raises argparse.ArgumentTypeError."""
-    if count(text) % _WIDTH_STEP:
-        raise argparse.ArgumentTypeError(f"{text}: give a multiple of {_WIDTH_STEP}")
+    return _multiple(text, _WIDTH_STEP)
+
+
+def width_of_heads(text: str) -> int:
+    """Channels of a random model with one head for each ``HEAD_WIDTH`` of them. Raises argparse.ArgumentTypeError."""
+    return _multiple(text, HEAD_WIDTH)
+
+
+def not_negative(text: str) -> int:
+    """A whole number of 0 or more, as seeds are. Raises argparse.ArgumentTypeError."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text}: give 0 or more")
+    return int(text)
+
+
+def _multiple(text: str, step: int) -> int:
+    if count(text) % step:
+        raise argparse.ArgumentTypeError(f"{text}: give a multiple of {step}")
     return int(text)

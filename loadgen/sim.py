@@ -10,6 +10,7 @@ traces that tell which prompts begin alike (``loadgen/simulator/memserve``).
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from common.policies.registry import UnknownPolicy, make_policy, policy_names
 from common.policies.rib import Rib, WrongRib, paper_rib
 from loadgen.environment import this_machine
-from loadgen.refusal import Refused, WrongArgument
+from loadgen.refusal import Refused, WrongArgument, check_written, text_of
 from loadgen.simulator.cost import CostModel, Noise, Overheads
 from loadgen.simulator.experiment import Plan, print_summary, run_experiment
 from loadgen.simulator.language.arms import UnknownArm
@@ -144,7 +145,7 @@ def _result(options: argparse.Namespace) -> dict[str, Any]:
         runs = simulate_day(options.policy or ["ddit"], cost, options.gpus or 64, mix, options.load, options.requests)
         return {"experiment": "day", "environment": environment, "runs": runs}
     if options.record is not None:
-        recorded = from_lines(options.record.read_text(encoding="utf-8"))
+        recorded = from_lines(text_of(options.record, "--record"))
         runs = simulate_record(options.policy or policy_names(), cost, recorded)
         return {"experiment": "record", "environment": environment, "runs": runs}
     found = run_experiment(_plan(options), Setting(rib.to_json(), overheads, options.noise))
@@ -155,7 +156,7 @@ def _result(options: argparse.Namespace) -> dict[str, Any]:
 def _language_result(options: argparse.Namespace) -> dict[str, Any]:
     environment = _machine() | language_environment()
     if options.trace is not None:
-        requests = TRACES[options.format](options.trace.read_text(encoding="utf-8"))[: options.requests]
+        requests = TRACES[options.format](text_of(options.trace, "--trace"))[: options.requests]
         instances = (options.gpus or 16) // GPUS_PER_INSTANCE
         environment["trace"] = f"{options.trace.name}, {len(requests):,} requests"
         runs = run_trace(requests, options.policy, instances, options.workers)
@@ -188,7 +189,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 def _rib(options: argparse.Namespace) -> Rib:
     if options.rib is not None:
-        return Rib.from_json(options.rib.read_text(encoding="utf-8"))
+        return Rib.from_json(text_of(options.rib, "--rib"))
     return paper_rib(options.step_240p or 0.25)
 
 
@@ -197,21 +198,21 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise WrongArgument(f"--{name} {value}: give {least} or more")
-    if options.noise < 0:
+    if not 0 <= options.noise < math.inf:
         raise WrongArgument(f"--noise {options.noise}: give 0 or more")
-    if options.load <= 0:
+    if not 0 < options.load < math.inf:
         raise WrongArgument(f"--load {options.load}: give a share of saturation above 0, for example 0.8")
     if options.rib is not None and options.step_240p is not None:
         raise WrongArgument("--step-240p belongs to the paper's table: leave it out when you give --rib")
-    if options.step_240p is not None and options.step_240p <= 0:
+    if options.step_240p is not None and not 0 < options.step_240p < math.inf:
         raise WrongArgument(f"--step-240p {options.step_240p}: give seconds above 0, for example 0.15")
     if options.rib is not None and not options.rib.is_file():
         raise WrongArgument(f"--rib {options.rib}: there is no such file; triptych profile writes one")
     if options.record is not None and not options.record.is_file():
         raise WrongArgument(f"--record {options.record}: there is no such file")
-    if options.out is not None and not options.out.resolve().parent.is_dir():
-        raise WrongArgument(f"--json {options.out}: the folder does not exist; make it first")
-    if options.speed <= 0:
+    if options.out is not None:
+        check_written(options.out, "--json")
+    if not 0 < options.speed < math.inf:
         raise WrongArgument(f"--speed {options.speed}: give a number above 0, for example 2")
     if options.trace is not None and not options.trace.is_file():
         raise WrongArgument(f"--trace {options.trace}: there is no such file")

@@ -7,10 +7,9 @@ that is refused, or a preemption, ends sending ahead: then all goes at the end.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import structlog
 
@@ -22,7 +21,9 @@ from common.language.foretelling import told_already
 from common.language.held import Held
 from common.language.settings import LanguageSettings, TransferMode
 from common.language.stepper import Stepper
+from common.language.tasks import SpawnFor
 from common.mempool.allocator import Access
+from common.mempool.transfer import MARGIN_S
 from common.messages.chat import CancelGeneration, OfferKV
 from common.messages.subjects import CANCEL_GENERATION, OFFER_KV
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, Chunk
@@ -30,11 +31,6 @@ from common.tensors.errors import TensorError
 from common.tensors.port import Tensors
 
 log = structlog.get_logger()
-
-# The receiver gives up first, so that it never reads from blocks that are in use again.
-MARGIN_S = 2.0
-
-Spawn = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
 
 
 @dataclass(slots=True)
@@ -72,7 +68,7 @@ class SendingAhead:
         engine: Engine,
         stepper: Stepper,
         settings: LanguageSettings,
-        spawn: Spawn,
+        spawn: SpawnFor,
     ) -> None:
         self._instance = instance
         self._bus = bus
@@ -162,7 +158,7 @@ class SendingAhead:
         else:
             ahead.ready.append(part)
         if ahead.sending is None:
-            ahead.sending = self._spawn(self._send(ahead), f"send ahead {ahead.held.key}")
+            ahead.sending = self._spawn(ahead.held, partial(self._send, ahead), "send ahead")
 
     async def _send(self, ahead: _Ahead) -> None:
         try:
@@ -237,7 +233,7 @@ class SendingAhead:
         sent = bool(ahead.offers) or ahead.sending is not None
         self._break(ahead, None)
         if sent:
-            self._spawn(self._cancel(ahead.held), f"cancel {key}")
+            self._spawn(ahead.held, partial(self._cancel, ahead.held), "cancel")
 
     async def _cancel(self, held: Held) -> None:
         request = held.request

@@ -4,11 +4,11 @@ import asyncio
 from functools import partial
 
 from common.engine import Engine, Request
-from common.language.ahead import Spawn
 from common.language.finding import FindingPrefixes
 from common.language.foretelling import Foretelling, told, told_already
 from common.language.held import Held, Sequences
 from common.language.stepper import Stepper
+from common.language.tasks import SpawnFor
 
 
 class Beginning:
@@ -21,7 +21,7 @@ class Beginning:
         sequences: Sequences,
         foretelling: Foretelling,
         finding: FindingPrefixes,
-        spawn: Spawn,
+        spawn: SpawnFor,
     ) -> None:
         self._engine = engine
         self._stepper = stepper
@@ -39,7 +39,7 @@ class Beginning:
             return
         lacking = 0 if looked else self._finding.lacking(held.tokens)
         if lacking:
-            self._spawn(self._look(held, lacking, asked, now_s), f"look for {held.key}")
+            self._spawn(held, partial(self._look, held, lacking, asked, now_s), "look for")
             return
         if asked.park:
             self._engine.add(held.key, asked, now_s)
@@ -47,7 +47,7 @@ class Beginning:
         said = told_already(held.expected)
         self._engine.add(held.key, asked, now_s, self._foretelling.expected_tokens(held, said))
         if held.expected is not None and said is None:
-            self._spawn(self._expect(held), f"expect of {held.key}")
+            self._spawn(held, partial(self._expect, held), "expect of")
         else:
             self._foretelling.count(said)
 

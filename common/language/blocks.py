@@ -66,7 +66,7 @@ async def exported(
     try:
         for part in parts:
             value = await asyncio.to_thread(checksum, part.kv) if check else None
-            own = [tensors.export(tensor, lease_s=lease_s) for tensor in part.kv]
+            own = tensors.export_all(part.kv, lease_s=lease_s)
             refs += own
             described.append(
                 KVPart(

@@ -13,8 +13,8 @@ import structlog
 
 from common.bus.errors import BusError, Refusal
 from common.bus.port import Bus
-from common.language.ahead import Spawn
 from common.language.moving import MovingOn
+from common.language.tasks import Spawn
 from common.messages.cluster import FlipRole, LanguageRole, RoleFlipped
 from common.messages.failures import Failure, Stage
 from common.messages.subjects import ROLE_FLIPPED
@@ -26,7 +26,7 @@ log = structlog.get_logger()
 class Roles:
     """What an instance does now.
 
-    ``decodes`` is told whether it decodes, after each change; ``give_back`` has prompts that wait here routed anew.
+    ``changed`` is called after each change; ``give_back`` has prompts that wait here routed anew.
     """
 
     def __init__(
@@ -34,14 +34,14 @@ class Roles:
         instance: str,
         bus: Bus,
         moving: MovingOn,
-        decodes: Callable[[bool], None],
+        changed: Callable[[], None],
         give_back: Callable[[], Awaitable[None]],
         spawn: Spawn,
     ) -> None:
         self._instance = instance
         self._bus = bus
         self._moving = moving
-        self._decodes = decodes
+        self._changed = changed
         self._give_back = give_back
         self._spawn = spawn
         self._registration: Registration | None = None
@@ -70,6 +70,7 @@ class Roles:
                 await registration.change_roles(asked.roles)
         except BusError as error:
             self.now = tuple(dict.fromkeys((*former, *asked.roles)))
+            self._changed()
             raise self._refusal(f"not announced: {error}") from error
         finally:
             self._changing = False
@@ -85,7 +86,7 @@ class Roles:
             self._moving.end()
         else:
             self._moving.begin(asked.decode)
-        self._decodes(LanguageRole.DECODE in asked.roles)
+        self._changed()
         if LanguageRole.PREFILL not in asked.roles:
             await self._give_back()
         try:

@@ -82,8 +82,8 @@ class Foretelling:
 
 
 def told_already(expected: asyncio.Future[LengthRange] | None) -> ExpectedAnswer | None:
-    """The prediction, if it is there."""
-    if expected is None or not expected.done() or expected.cancelled():
+    """The prediction, if it is there. That it failed, ``told`` says."""
+    if expected is None or not expected.done() or expected.cancelled() or expected.exception() is not None:
         return None
     return _message(expected.result())
 

@@ -6,13 +6,13 @@ has come to decode itself, it goes on here.
 """
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 
 from common.bus.port import Bus
 from common.engine import Engine, RequestRefused
-from common.language.ahead import Spawn
 from common.language.dispatching import Dispatching
-from common.language.foretelling import Foretelling
+from common.language.foretelling import Foretelling, told
 from common.language.handed_on import HandedOn
 from common.language.handover import HandOver
 from common.language.held import Held, Sequences
@@ -20,11 +20,15 @@ from common.language.prefixes import prefix_at
 from common.language.settings import LanguageSettings
 from common.language.speaker import Speaker
 from common.language.stepper import Stepper
+from common.language.tasks import SpawnFor
 from common.messages.failures import Failure
 
 
 class Giving:
-    """Of one instance, any number at once. ``dispatching`` chooses where the route does not say who goes on."""
+    """Of one instance, any number at once. ``dispatching`` chooses where the route does not say who goes on.
+
+    ``decodes`` says whether this instance takes what is to be decoded; when that changes, ``dispatching`` is told.
+    """
 
     def __init__(
         self,
@@ -38,7 +42,8 @@ class Giving:
         engine: Engine,
         stepper: Stepper,
         settings: LanguageSettings,
-        spawn: Spawn,
+        decodes: Callable[[], bool],
+        spawn: SpawnFor,
     ) -> None:
         self._instance = instance
         self._bus = bus
@@ -52,7 +57,7 @@ class Giving:
         self._stepper = stepper
         self._ask_s = settings.transfer_s
         self._spawn = spawn
-        self._decodes = False
+        self._decodes = decodes
         self.dispatching = Dispatching(instance, bus, settings, foretelling, self._chosen, self._may_stay)
 
     def begin(self, held: Held) -> None:
@@ -67,11 +72,6 @@ class Giving:
         self.dispatching.computed(piece.sequence for piece in self._engine.computed)
         self._ahead.step_done()
 
-    def decodes(self, whether: bool) -> None:
-        """This instance has come to decode, or does so no more."""
-        self._decodes = whether
-        self.dispatching.reconsider()
-
     async def run(self, held: Held) -> Failure | None:
         """Have another instance take a parked sequence over.
 
@@ -84,9 +84,7 @@ class Giving:
             if failure is not None or not self._sequences.has(held):
                 return failure
             if held.request.decode == self._instance:
-                held.heavy = self._foretelling.is_heavy(held)
-                self.dispatching.taken(held)
-                self._stepper.soon(partial(self._engine.resume, held.key, asyncio.get_running_loop().time()))
+                await self._go_on(held)
                 return None
             # Noted before: from now on it may be there.
             self._handed_on.note(held.request.request_id, held.request.epoch, held.request.decode)
@@ -104,7 +102,7 @@ class Giving:
 
     def _may_stay(self, held: Held) -> bool:
         """Whether this instance decodes, and all that it may come to have fits here."""
-        if not self._decodes:
+        if not self._decodes():
             return False
         try:
             self._engine.check(held.key, held.asked(park=False))
@@ -112,11 +110,26 @@ class Giving:
             return False
         return True
 
+    async def _go_on(self, held: Held) -> None:
+        """Decode a parked sequence here, by what is predicted of it, as if it had been handed over."""
+        held.told = await told(held.expected)
+        if not self._sequences.has(held):
+            return
+        held.heavy = self._foretelling.is_heavy(held, held.told)
+        self._foretelling.count(held.told)
+        self.dispatching.taken(held)
+        self._stepper.soon(partial(self._resume, held, self._foretelling.expected_tokens(held, held.told)))
+
+    def _resume(self, held: Held, expected_tokens: int) -> None:
+        now_s = asyncio.get_running_loop().time()
+        self._engine.expect(held.key, expected_tokens, now_s)
+        self._engine.resume(held.key, now_s)
+
     def _chosen(self, held: Held) -> None:
         # Who is known to have nothing of it is not asked: the answer would be waited for.
         asks = dict(held.request.cached).get(held.request.decode, 0) > 0
         self._stepper.soon(partial(self._prepare, held, asks))
-        self._spawn(self._say(held), f"say of {held.key}")
+        self._spawn(held, partial(self._say, held), "say of")
 
     def _prepare(self, held: Held, asks: bool) -> None:
         """It is known who will decode it. Between two steps, or before it is the engine's."""
@@ -134,9 +147,14 @@ class Giving:
         tokens = held.tokens
 
         async def ask() -> None:
-            known.set_result(await prefix_at(self._bus, held.request.decode, tokens, self._ask_s))
+            there = 0
+            try:
+                there = await prefix_at(self._bus, held.request.decode, tokens, self._ask_s)
+            finally:
+                # Whatever happened: it may be waited for.
+                known.set_result(there)
 
-        self._spawn(ask(), f"ask of {held.key}")
+        self._spawn(held, ask, "ask of")
 
     async def _say(self, held: Held) -> None:
         """Tell the gateway who goes on, unless a token that came meanwhile has."""

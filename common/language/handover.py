@@ -10,13 +10,15 @@ from functools import partial
 from common.bus.errors import BusError, NobodyThere, RemoteFailure
 from common.bus.port import Bus
 from common.engine import Engine
-from common.language.ahead import MARGIN_S, SendingAhead, SentAhead, Spawn
+from common.language.ahead import SendingAhead, SentAhead
 from common.language.blocks import Part, blocks_part, bytes_in, exported
 from common.language.foretelling import told
 from common.language.held import Held
 from common.language.settings import LanguageSettings
 from common.language.stepper import Stepper
+from common.language.tasks import SpawnFor
 from common.mempool.allocator import Access
+from common.mempool.transfer import MARGIN_S
 from common.messages.chat import TakeOver
 from common.messages.failures import Failure, Stage
 from common.messages.subjects import TAKE_OVER
@@ -43,7 +45,7 @@ class HandOver:
         engine: Engine,
         stepper: Stepper,
         settings: LanguageSettings,
-        spawn: Spawn,
+        spawn: SpawnFor,
     ) -> None:
         self._instance = instance
         self._bus = bus

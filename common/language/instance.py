@@ -28,6 +28,7 @@ from common.language.speaker import Crowd, Speaker
 from common.language.stepper import DRAINING, Stepper
 from common.language.stored import StoredPrefixes
 from common.language.takeover import Receiving
+from common.language.tasks import SequenceTasks
 from common.mempool.address import TOKEN_BYTES
 from common.mempool.transfer import BlockTransfer
 from common.messages.chat import (
@@ -74,10 +75,12 @@ class LanguageInstance:
         self._engine = model.engine
         self._sequences = Sequences(_MOST_HELD)
         self._handed_on = HandedOn()
+        self._of_sequences = SequenceTasks(self._spawn, self._give_up)
+        spawn = self._of_sequences.spawn
         self._speaker = Speaker(equipment.bus, equipment.instance, self._crowd)
         self._stepper = Stepper(model.engine, equipment.compute, self._absorb, self._lose)
         self.hand_over = HandOver(
-            equipment.instance, equipment.bus, equipment.tensors, model.engine, self._stepper, settings, self._spawn
+            equipment.instance, equipment.bus, equipment.tensors, model.engine, self._stepper, settings, spawn
         )
         self._ahead = self.hand_over.ahead
         self.foretelling = Foretelling(model.lengths, settings.length_prediction)
@@ -103,14 +106,15 @@ class LanguageInstance:
             model.engine,
             self._stepper,
             settings,
-            self._spawn,
+            lambda: LanguageRole.DECODE in self.roles.now,
+            spawn,
         )
         self.dispatching = self._giving.dispatching
         self._prefixes = SendingPrefixes(equipment.bus, model.engine, self._stepper, self.transfers, settings)
         self.sending_back = SendingBack(self._prefixes)
         self.stored = StoredPrefixes(equipment, memory, self.transfers, self._stepper, settings, model.namespace)
         self._beginning = Beginning(
-            model.engine, self._stepper, self._sequences, self.foretelling, self.stored.finding, self._spawn
+            model.engine, self._stepper, self._sequences, self.foretelling, self.stored.finding, spawn
         )
         self.moving = MovingOn(
             equipment.instance,
@@ -122,10 +126,10 @@ class LanguageInstance:
             self._handed_on,
             self._speaker.tell,
             settings,
-            self._spawn,
+            spawn,
         )
         self.roles = Roles(
-            equipment.instance, equipment.bus, self.moving, self._giving.decodes, self._give_back, self._spawn
+            equipment.instance, equipment.bus, self.moving, self.dispatching.reconsider, self._give_back, self._spawn
         )
         self._tasks = asyncio.TaskGroup()
 
@@ -300,7 +304,7 @@ class LanguageInstance:
                 self.moving.consider(held)
         await self._speaker.tell(news)
         for held in handing_over:
-            self._spawn(self._hand(held), f"hand over {held.key}")
+            self._of_sequences.spawn(held, partial(self._hand, held), "hand over")
 
     async def _hand(self, held: Held) -> None:
         failure = await self._giving.run(held)
@@ -316,6 +320,12 @@ class LanguageInstance:
     async def _lose(self, keys: list[str], error: Exception) -> None:
         held = [one for key in keys if (one := self._sequences.named(key)) is not None]
         await self._tell_failed(held, "step_failed", f"{type(error).__name__}: {error}")
+
+    async def _give_up(self, held: Held, error: Exception) -> None:
+        """A task of it failed: it is to go on elsewhere, if it is wanted still, and nothing of it stays here."""
+        if self._sequences.has(held):
+            self._drop(held)
+            await self._tell_failed([held], "task_failed", f"{type(error).__name__}: {error}")
 
     async def _tell_failed(self, lost: list[Held], code: str, message: str) -> None:
         news: dict[str, list[SequenceTokens]] = {}

@@ -15,13 +15,13 @@ import structlog
 
 from common.bus.port import Bus
 from common.engine import Engine
-from common.language.ahead import Spawn
 from common.language.handed_on import HandedOn
 from common.language.handover import NOT_RUNNING, HandOver
 from common.language.held import Held, Sequences
 from common.language.prefixes import prefix_at
 from common.language.settings import LanguageSettings
 from common.language.stepper import Stepper
+from common.language.tasks import SpawnFor
 from common.messages.chat import SequenceTokens
 from common.messages.failures import Failure
 
@@ -46,7 +46,7 @@ class MovingOn:
         handed_on: HandedOn,
         tell: Tell,
         settings: LanguageSettings,
-        spawn: Spawn,
+        spawn: SpawnFor,
     ) -> None:
         self._instance = instance
         self._bus = bus
@@ -85,12 +85,14 @@ class MovingOn:
             self._looked_at &= {one.key for one in self._sequences.all}
             self._looked_at.add(held.key)
             self._under_way.add(held.key)
-            self._spawn(self._move(held, next(self._turn)), f"move {held.key}")
+            self._spawn(held, partial(self._move, held, next(self._turn)), "move")
 
     async def _move(self, held: Held, turn: int) -> None:
-        async with self._room:
-            self.outcomes[await self._outcome(held, turn)] += 1
-        self._under_way.discard(held.key)
+        try:
+            async with self._room:
+                self.outcomes[await self._outcome(held, turn)] += 1
+        finally:
+            self._under_way.discard(held.key)
 
     async def _outcome(self, held: Held, turn: int) -> str:
         others = self._others

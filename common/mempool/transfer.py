@@ -34,8 +34,8 @@ DAMAGED = "damaged"
 """The code of a refusal: bytes came that are not those that left."""
 NOT_MOVED = "not_moved"
 """The code of a refusal: they did not come."""
-# The receiver gives up first, so that it never reads from blocks that are in use again.
 MARGIN_S = 2.0
+"""So much longer than the receiver a sender waits: who gives up first never reads from blocks that are in use again."""
 
 
 class Between(Protocol):
@@ -149,8 +149,7 @@ class BlockTransfer:
         wait_s = self._deadline_s + MARGIN_S
         refs: list[TensorRef] = []
         try:
-            for run in runs:
-                refs.append(self._tensors.export(run, lease_s=wait_s))
+            refs = self._tensors.export_all(runs, lease_s=wait_s)
             message = message.model_copy(update={"kv": tuple(refs), "checksums": tuple(values)})
             moved = await self._bus.request(MOVE_BLOCKS, message, instance, deadline_s=wait_s)
         finally:

@@ -66,9 +66,14 @@ def flip_loads(sites: Iterable[Site], between: Collection[Between], flipping: st
 
 
 def _computes(site: Site, kept_tokens: int) -> bool:
-    """Whether it has a prompt, and memory for it beside what others are to fetch; without these it always has."""
+    """Whether it has a prompt, and memory for it beside what others are to fetch.
+
+    Where these have nothing to fetch, or its memory is not known, nothing says that it has not.
+    """
     first = next(iter(site.unfinished.values()), None)
-    return first is not None and (kept_tokens == 0 or kept_tokens + first.tokens <= site.kv_tokens)
+    if first is None or kept_tokens == 0 or not site.kv_tokens:
+        return first is not None
+    return kept_tokens + first.tokens <= site.kv_tokens
 
 
 @dataclass(slots=True)

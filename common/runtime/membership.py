@@ -33,6 +33,9 @@ from common.runtime.settings import ServiceSettings
 
 log = structlog.get_logger()
 
+# A bucket's records are read that long at most before the view counts as broken.
+_CATCH_UP_S = 10.0
+
 
 class Registration:
     """This process's own membership: ``async with`` registers it as starting and withdraws it at the end."""
@@ -180,7 +183,9 @@ class MembershipView:
             async with asyncio.TaskGroup() as tasks:
                 watching = tasks.create_task(self._watch(), name="membership-watch")
                 checking = tasks.create_task(self._check(), name="membership-timeouts")
-                await asyncio.wait_for(self._caught_up.wait(), timeout=10.0)
+                # ``wait_for`` forgets, before Python 3.12, a cancellation that comes together with the event.
+                async with asyncio.timeout(_CATCH_UP_S):
+                    await self._caught_up.wait()
                 try:
                     yield self
                 finally:

@@ -35,8 +35,10 @@ class ExportTable:
     def size_bytes(self) -> int:
         return self._bytes
 
-    def add(self, memory: TensorBytes, uses: int | None, lease_ends_s: float) -> Export:
-        export = Export(self._next_id, memory, uses, lease_ends_s)
+    def add(
+        self, memory: TensorBytes, uses: int | None, lease_ends_s: float, ready: torch.cuda.Event | None = None
+    ) -> Export:
+        export = Export(self._next_id, memory, uses, lease_ends_s, ready)
         self._next_id += 1
         self._exports[export.tensor_id] = export
         self._bytes += memory.size_bytes

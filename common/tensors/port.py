@@ -34,6 +34,15 @@ class Tensors(Protocol):
         """
         ...
 
+    def export_all(
+        self, tensors: Sequence[torch.Tensor], *, uses: int | None = 1, lease_s: float = 60.0
+    ) -> list[TensorRef]:
+        """The same for several: references in order. All of them are exported, or none is.
+
+        Raises: see ``export``.
+        """
+        ...
+
     async def fetch(
         self,
         ref: TensorRef,

@@ -131,28 +131,40 @@ class UcxTensors:
 
     def export(self, tensor: torch.Tensor, *, uses: int | None = 1, lease_s: float = 60.0) -> TensorRef:
         """See ``Tensors.export``."""
+        return self.export_all((tensor,), uses=uses, lease_s=lease_s)[0]
+
+    def export_all(
+        self, tensors: Sequence[torch.Tensor], *, uses: int | None = 1, lease_s: float = 60.0
+    ) -> list[TensorRef]:
+        """See ``Tensors.export_all``."""
         self._check_open()
         if uses is not None and uses < 1:
             raise ValueError(f"uses={uses}: a tensor nobody may fetch; pass 1 or more, or None for no count")
-        memory = TensorBytes(tensor)
-        limit = self._max_exported_bytes
-        if limit is not None and self._exports.size_bytes + memory.size_bytes > limit:
+        memories = [TensorBytes(tensor) for tensor in tensors]
+        more, limit = sum(memory.size_bytes for memory in memories), self._max_exported_bytes
+        if limit is not None and self._exports.size_bytes + more > limit:
             raise TensorsFull(
-                f"{self.owner} keeps {self._exports.size_bytes} bytes for others; {memory.size_bytes} more exceed "
+                f"{self.owner} keeps {self._exports.size_bytes} bytes for others; {more} more exceed "
                 f"max_exported_bytes={limit}: release some, or raise the limit"
             )
-        export = self._exports.add(memory, uses, self._loop.time() + lease_s)
-        if tensor.is_cuda:
-            export.ready = torch.cuda.current_stream(tensor.device).record_event()
+        devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+        ready = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+        lease_ends_s = self._loop.time() + lease_s
+        refs = []
+        for tensor, memory in zip(tensors, memories, strict=True):
+            export = self._exports.add(memory, uses, lease_ends_s, ready.get(tensor.device))
+            refs.append(
+                TensorRef(
+                    owner=self.owner,
+                    tensor_id=export.tensor_id,
+                    address=self._engine.address,
+                    shape=tuple(tensor.shape),
+                    dtype=dtype_name(tensor.dtype),
+                    size_bytes=memory.size_bytes,
+                )
+            )
         self._watch_leases()
-        return TensorRef(
-            owner=self.owner,
-            tensor_id=export.tensor_id,
-            address=self._engine.address,
-            shape=tuple(tensor.shape),
-            dtype=dtype_name(tensor.dtype),
-            size_bytes=memory.size_bytes,
-        )
+        return refs
 
     def renew(self, ref: TensorRef, lease_s: float) -> None:
         """See ``Tensors.renew``."""
@@ -178,10 +190,18 @@ class UcxTensors:
             return
 
     def _watch_leases(self) -> None:
+        """Come again when the next lease ends. Who comes before that changes nothing, and costs less than a new timer
+        for every export."""
+        next_s = self._exports.expire(self._loop.time())
+        if next_s is None or (self._lease_timer is not None and self._lease_timer.when() <= next_s):
+            return
         if self._lease_timer is not None:
             self._lease_timer.cancel()
-        next_s = self._exports.expire(self._loop.time())
-        self._lease_timer = None if next_s is None else self._loop.call_at(next_s, self._watch_leases)
+        self._lease_timer = self._loop.call_at(next_s, self._lease_ends)
+
+    def _lease_ends(self) -> None:
+        self._lease_timer = None
+        self._watch_leases()
 
     # The receiver's side
 

@@ -10,11 +10,11 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from typing import IO, Any
 
+from common.runtime.tether import tether_to
 from compose.errors import StartError
 from compose.launch import PACKAGE_ROOT
 from compose.profiling.plan import Plan
 from compose.spec import read_stack
-from compose.tether import tether_to
 
 _START_TIMEOUT_S = 120.0
 # One answer may be many steps of a large video on a CPU.

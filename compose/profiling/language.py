@@ -12,12 +12,12 @@ from typing import Any
 
 from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
 from common.policies.prefill_profile import SATURATED, PrefillProfile, WrongPrefillProfile
+from common.runtime.tether import tether_to
 from compose.errors import StartError
 from compose.launch import PACKAGE_ROOT
 from compose.profiling.plan import ProfileOptions
 from compose.profiling.table import aligned
 from compose.spec import read_stack
-from compose.tether import tether_to
 
 _TIMEOUT_S = 3600.0
 

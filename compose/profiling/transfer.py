@@ -12,9 +12,9 @@ import torch
 
 from common.messages.tensors import TensorRef
 from common.models.causal_lm import KVPool
+from common.runtime.tether import tether_to
 from common.tensors.ucx import UcxTensors
 from compose.launch import PACKAGE_ROOT
-from compose.tether import tether_to
 
 _START_S = 60.0
 _FETCH_S = 30.0

@@ -66,11 +66,14 @@ class Switchboard:
     async def _tell_always(self) -> None:
         while True:
             await asyncio.sleep(_TELL_S)
-            epochs = tuple(line.route.epoch for line in self._lines.values())
             try:
+                epochs = tuple(line.route.epoch for line in self._lines.values())
                 await self._bus.publish(CHATS_UNDER_WAY, ChatsUnderWay(gateway=self.instance, epochs=epochs))
             except BusError as error:
                 log.warning("not told what is under way", reason=str(error))
+            except Exception:
+                # Nobody knows why, but every stream of this gateway is worth more than this: the next may be told.
+                log.exception("not told what is under way")
 
     async def _heard(self, news: TokensGenerated) -> None:
         self._metrics.spoke(news.instance, news.waiting, news.preemptions)

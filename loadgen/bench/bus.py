@@ -6,6 +6,7 @@ ends; the bare side sends and gets back ready bytes, as many as ours.
 
 import argparse
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Coroutine
@@ -13,18 +14,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import nats
+import nats.errors
 import uvloop
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from common.bus.errors import BusError
 from common.bus.nats_bus import NatsBus
 from common.messages.base import Message
 from common.messages.failures import Acknowledged
 from common.messages.subjects import RequestSubject
 from common.messages.tensors import TensorRef
 from common.messages.video import DenoisingFinished, Lease, VideoRequest
+from common.runtime.tether import tether_to
 from loadgen.bench.broker import broker
 from loadgen.bench.compare import Comparison, compare_async
+from loadgen.bench.process import BenchmarkError
 from loadgen.counts import count, several
 
 _OURS_LEASE = RequestSubject("bench.{}.lease", Lease, Acknowledged)
@@ -32,6 +37,8 @@ _OURS_FINISHED = RequestSubject("bench.{}.finished", DenoisingFinished, Denoisin
 _BARE_LEASE = "bare.lease"
 _BARE_FINISHED = "bare.finished"
 _RESPONDER = "responder-0"
+_CONNECT_S = 30.0
+_STOP_S = 20.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,20 +48,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    """Measure, print, and return what ``--json`` writes."""
+    """Measure, print, and return what ``--json`` writes.
+
+    Raises:
+        BenchmarkError: the other process did not come up, or something was not answered.
+    """
     with broker() as url:
         responder = subprocess.Popen(
             [sys.executable, "-m", "loadgen.bench.bus", url, *(["--uvloop"] if arguments.uvloop else [])],
             stdout=subprocess.PIPE,
             process_group=0,
+            preexec_fn=tether_to(os.getpid()),
         )
         try:
             if responder.stdout is None or not responder.stdout.readline():
-                raise RuntimeError("the responder did not come up")
+                raise BenchmarkError("the responder did not come up; what it said stands above")
             comparisons = _run(_measure(url, arguments.pairs, arguments.operations), arguments.uvloop)
+        except (BusError, nats.errors.Error, TimeoutError) as error:
+            raise BenchmarkError(f"not all was answered ({type(error).__name__}: {error})") from None
         finally:
             responder.terminate()
-            responder.communicate()
+            try:
+                responder.communicate(timeout=_STOP_S)
+            finally:
+                responder.kill()
     for comparison in comparisons:
         print(comparison.text())
     return {"benchmark": "bus", "comparisons": [comparison.as_dict() for comparison in comparisons]}
@@ -111,11 +128,26 @@ def _cases() -> tuple[_Case, ...]:
 
 
 async def _measure(url: str, pairs: int, operations: int) -> list[Comparison]:
-    bare = await nats.connect(url)
-    async with await NatsBus.connect(url, "bench") as bus:
+    bare = await bare_client(url)
+    async with await NatsBus.connect(url, "bench", connect_deadline_s=_CONNECT_S) as bus:
         comparisons = [await _compare(bus, bare, case, pairs, operations) for case in _cases()]
     await bare.close()
     return comparisons
+
+
+async def bare_client(url: str) -> Client:
+    """A connection of ``nats-py`` itself.
+
+    Raises:
+        TimeoutError: there is none in time.
+    """
+    async with asyncio.timeout(_CONNECT_S):
+        while True:
+            client = await nats.connect(url)
+            if client.is_connected:
+                return client
+            # It took the broker's first ping for the answer to its own, and would send nothing: see ``Link.open``.
+            await client.close()
 
 
 async def _compare(bus: NatsBus, bare: Client, case: _Case, pairs: int, operations: int) -> Comparison:
@@ -142,8 +174,8 @@ async def _compare(bus: NatsBus, bare: Client, case: _Case, pairs: int, operatio
 
 async def _respond(url: str) -> None:
     """The second process: answers both sides until it is ended."""
-    bare = await nats.connect(url)
-    bus = await NatsBus.connect(url, _RESPONDER)
+    bare = await bare_client(url)
+    bus = await NatsBus.connect(url, _RESPONDER, connect_deadline_s=_CONNECT_S)
     for case in _cases():
         await _answer(bus, bare, case)
     await bare.flush()

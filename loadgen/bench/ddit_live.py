@@ -8,6 +8,7 @@ those of an earlier run, by its profile and setting: what is said at the end is 
 
 import argparse
 import asyncio
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -25,9 +26,10 @@ from loadgen.bench.parity import parities
 from loadgen.bench.process import BenchmarkError, completed, located
 from loadgen.bench.rounds import Readings, comparison, lines
 from loadgen.bench.series import Series, WrongSeries, read_series
+from loadgen.counts import not_negative
 from loadgen.environment import this_machine
 from loadgen.random_model import save_random_model
-from loadgen.refusal import WrongArgument
+from loadgen.refusal import WrongArgument, text_of
 from loadgen.simulator.outcome import summary
 from loadgen.workloads import MIXES, UnknownMix, Workload, WrongMix, mix_named
 
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mix", default="even", metavar="NAME", help=f"of {', '.join(MIXES)} (default %(default)s)")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="of each video (default %(default)s)")
     parser.add_argument("--slots", type=int, default=2, metavar="N", help="(default %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="of the first round")
+    parser.add_argument("--first-seed", type=not_negative, default=0, metavar="N", help="of the first round")
     parser.add_argument(
         "--video-model", metavar="PATH|NAME", help="(default: random weights, 512 to 3,072 tokens, made on the spot)"
     )
@@ -111,7 +113,7 @@ async def _run(options: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 async def _new_series(options: argparse.Namespace, folder: Path) -> tuple[Series, Readings]:
     """By the options, without a round yet; the profile is measured where none is given."""
-    model = located(options.video_model) if options.video_model is not None else ""
+    model = located(options.video_model, "--video-model") if options.video_model is not None else ""
     policies = _policies(options.policy)
     if options.rib is not None:
         rib_file = options.rib
@@ -119,7 +121,7 @@ async def _new_series(options: argparse.Namespace, folder: Path) -> tuple[Series
         rib_file = await _profile(model or str(_random_model(folder)), options.slots, folder)
     series = Series(
         policies=policies,
-        rib=Rib.from_json(rib_file.read_text(encoding="utf-8")),
+        rib=Rib.from_json(text_of(rib_file, "--rib")),
         model=model,
         slots=options.slots,
         steps=options.steps,
@@ -222,7 +224,7 @@ def _check(options: argparse.Namespace) -> None:
     for name, least in (("rounds", 1), ("requests", 2), ("steps", 1), ("slots", 1)):
         if getattr(options, name) < least:
             raise WrongArgument(f"--{name} {getattr(options, name)}: give {least} or more")
-    if options.load <= 0:
+    if not 0 < options.load < math.inf:
         raise WrongArgument(f"--load {options.load:g}: give a share of saturation above 0, for example 0.6")
     if options.rib is not None and not options.rib.is_file():
         raise WrongArgument(f"--rib {options.rib}: there is no such file; triptych profile writes one")

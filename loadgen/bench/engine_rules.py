@@ -26,7 +26,7 @@ from common.policies.decode_admission import AdmissionRule, DecodeAdmission
 from common.policies.length_prediction import LengthBuckets
 from common.policies.prefill_schedule import PrefillOrder
 from loadgen.bench.rounds import spread
-from loadgen.counts import count
+from loadgen.counts import count, not_negative
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
 from loadgen.simulator.language.predictors import PAPER_ACCURACY, NoisyOracle, Oracle, Predictor
 from loadgen.simulator.language.requests import ChatRequest
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", action="append", choices=list(PARTS), help="only this one (may be repeated)")
     parser.add_argument("--rounds", type=count, default=3, help="of each arm (default %(default)s)")
     parser.add_argument("--requests", type=count, default=96, help="of each run (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of the first round (default %(default)s)")
+    parser.add_argument("--seed", type=not_negative, default=1, help="of the first round (default %(default)s)")
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:

@@ -10,6 +10,7 @@ token. Rates are a share of what one instance was measured to do alone, times th
 import argparse
 import asyncio
 import contextlib
+import math
 import os
 import re
 import time
@@ -25,10 +26,10 @@ import numpy as np
 from loadgen.bench.flip_workload import Kind, turning
 from loadgen.bench.language_stack import LanguageStack, stack_of
 from loadgen.bench.phases_workload import kv_token_bytes
-from loadgen.bench.process import BenchmarkError, located
+from loadgen.bench.process import BenchmarkError, located_folder
 from loadgen.bench.rounds import MEASURES, Readings, comparison
 from loadgen.bench.trace_excerpt import SmallRequest, random_tokens
-from loadgen.counts import width
+from loadgen.counts import count, not_negative, width
 from loadgen.environment import this_machine
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
 from loadgen.refusal import WrongArgument
@@ -83,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instances", type=int, default=3, metavar="N", help="of each stack (default %(default)s)")
     parser.add_argument("--splits", nargs="*", metavar="NAME", help="to compare with, like 2P1D (default: all)")
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="(default %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="of the first round")
+    parser.add_argument("--first-seed", type=not_negative, default=0, metavar="N", help="of the first round")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each half of a round (default %(default)s)")
     parser.add_argument("--load", type=float, default=0.7, help="share of what the cores can do (default %(default)s)")
     parser.add_argument("--cost", type=float, default=0.5, help="TRIPTYCH_FLIP_COST_S (default %(default)s)")
@@ -92,15 +93,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--room", type=int, default=6, metavar="N", help="answers that an instance has room for")
     parser.add_argument("--model", metavar="FOLDER", help="a published model (default: one with random weights)")
     parser.add_argument("--hidden", type=width, default=512, metavar="N", help="channels of the random model")
-    parser.add_argument("--layers", type=int, default=8, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--layers", type=count, default=8, metavar="N", help="(default %(default)s)")
     parser.add_argument("--precision", choices=tuple(_VALUE_BYTES), default="bfloat16", help="(default %(default)s)")
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Run the rounds, print, and return what ``--json`` writes."""
-    if (
-        min(options.rounds, options.room, *options.prompts, *options.answers) < 1
-        or min(options.seconds, options.load, options.cost) <= 0
+    if min(options.rounds, options.room, *options.prompts, *options.answers) < 1 or not all(
+        0 < value < math.inf for value in (options.seconds, options.load, options.cost)
     ):
         raise WrongArgument("rounds, tokens and room are 1 or more, seconds, load and cost above 0")
     if options.instances < 2:
@@ -111,8 +111,10 @@ def run(options: argparse.Namespace) -> dict[str, object]:
             raise WrongArgument(f"--splits {name}: there are {', '.join(known)}")
     try:
         with TemporaryDirectory(prefix="flip-") as folder:
-            model = options.model and Path(located(options.model))
-            model = model or save_random_language_model(Path(folder) / "random", options.hidden, options.layers)
+            if options.model is not None:
+                model = located_folder(options.model, "--model")
+            else:
+                model = save_random_language_model(Path(folder) / "random", options.hidden, options.layers)
             return asyncio.run(_run(options, model))
     except (aiohttp.ClientError, TimeoutError) as error:
         what = f"{type(error).__name__} {error}".strip()

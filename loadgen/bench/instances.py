@@ -13,7 +13,9 @@ from common.bus.nats_bus import NatsBus
 from common.messages.chat import GenerateTokens, Sampling, TokensGenerated, pack_tokens
 from common.messages.cluster import MemberState
 from common.messages.subjects import GENERATE_TOKENS, MEMBERS, TOKENS_GENERATED
+from common.runtime.tether import tether_to
 from loadgen.bench.process import ROOT, BenchmarkError, end
+from loadgen.counts import HEAD_WIDTH
 
 VOCABULARY = 1024
 _GATEWAY = "gateway-bench"
@@ -21,7 +23,7 @@ _WAIT_S = 120.0
 
 
 def save_model(folder: Path, hidden: int, layers: int, context: int) -> Path:
-    """Write a Llama with random weights; as many heads for keys and values as for queries, 64 wide each."""
+    """Write a Llama with random weights; as many heads for keys and values as for queries, ``HEAD_WIDTH`` each."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,8 +33,8 @@ def save_model(folder: Path, hidden: int, layers: int, context: int) -> Path:
         hidden_size=hidden,
         intermediate_size=hidden * 5 // 2,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
+        num_attention_heads=hidden // HEAD_WIDTH,
+        num_key_value_heads=hidden // HEAD_WIDTH,
         max_position_embeddings=context,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -53,7 +55,13 @@ async def running_service(url: str, service: str, name: str, settings: Mapping[s
         **settings,
     }
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", f"services.{service}", env=environment, cwd=ROOT, process_group=0
+        sys.executable,
+        "-m",
+        f"services.{service}",
+        env=environment,
+        cwd=ROOT,
+        process_group=0,
+        preexec_fn=tether_to(os.getpid()),
     )
     try:
         yield

@@ -6,13 +6,16 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from loadgen.bench.broker import broker
 from loadgen.bench.kv_layout_rounds import Readings, measured, ratio
 from loadgen.bench.kv_layouts import Shape, Way
 from loadgen.bench.rounds import Ratio
-from loadgen.counts import count
+from loadgen.counts import HEAD_WIDTH, count
+from loadgen.gpu.options import chosen_device
+from loadgen.gpu.table import device_name
 
-_HEAD_DIM = 64
 _MEASURES = {"after_s": "after it is computed", "all_s": "until all is there"}
 
 
@@ -42,17 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loaded", type=count, default=4, help="layouts: prompts of a loaded round (default %(default)s)"
     )
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help="layouts: of both processes, cuda for one (default %(default)s)"
+    )
 
 
 def run_layouts(options: argparse.Namespace) -> dict[str, object]:
     """Measure, print, and return what ``--json`` writes."""
-    heads = max(1, options.hidden // _HEAD_DIM)
-    shape = Shape(options.prompt_tokens, options.layers, heads, options.hidden // heads)
+    device = str(chosen_device(options.device))
+    shape = Shape(options.prompt_tokens, options.layers, options.hidden // HEAD_WIDTH, HEAD_WIDTH, device)
     with broker() as url:
         found = asyncio.run(measured(url, shape, options.rounds, options.loaded))
     print(
         f"layouts: prompts of {shape.prompt_tokens} tokens, {shape.size_bytes / 1e6:.1f} MB, {shape.layers} layers; "
-        f"medians of {options.rounds} rounds, ratios to discrete_by_request"
+        f"on {device_name(torch.device(device))}; medians of {options.rounds} rounds, ratios to discrete_by_request"
     )
     for load, readings in found.items():
         print(f"{'alone' if load == 'alone' else f'loaded, {options.loaded} prompts'}")

@@ -7,6 +7,7 @@ prompt, and under load, with several in turn and this process computing too, as 
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import statistics
@@ -80,7 +81,7 @@ class Receiver:
             copied = await self._tensors.fetch(offer.kv[0], deadline_s=_DEADLINE_S)
             await asyncio.to_thread(pool.copy_in, layer, copied)
             return BlocksMoved()
-        targets = list(pool.pieces(layer))[first : first + len(offer.kv)]
+        targets = pool.pieces(layer, first, len(offer.kv))
         await self._tensors.fetch_all(offer.kv, targets, deadline_s=_DEADLINE_S)
         return BlocksMoved()
 
@@ -94,7 +95,7 @@ async def measured(url: str, shape: Shape, rounds: int, prompts: int) -> dict[st
     bus = await NatsBus.connect(url, name=RECEIVER)
     try:
         async with (
-            await UcxTensors.open(RECEIVER) as tensors,
+            await UcxTensors.open(RECEIVER, device=shape.device) as tensors,
             _sending(url, shape, prompts) as pipe,
         ):
             receiver = Receiver(tensors, shape, prompts)
@@ -171,7 +172,7 @@ async def _sending(url: str, shape: Shape, prompts: int) -> AsyncIterator[Connec
 def _computing(shape: Shape) -> Iterator[None]:
     """A thread of this process computes while the block runs, as an instance with a full batch does."""
     stop = threading.Event()
-    work = LayerWork(Shape(64, shape.layers, shape.heads, shape.head_dim))
+    work = LayerWork(dataclasses.replace(shape, prompt_tokens=64))
 
     def compute() -> None:
         while not stop.is_set():

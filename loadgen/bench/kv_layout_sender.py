@@ -15,6 +15,7 @@ from common.bus.nats_bus import NatsBus
 from common.mempool.address import BLOCK_TOKENS
 from common.messages.mempool import MoveBlocks
 from common.messages.subjects import MOVE_BLOCKS
+from common.runtime.tether import tether_to_starter
 from common.tensors import UcxTensors
 from loadgen.bench.kv_layouts import Pool, Shape, Way
 
@@ -40,19 +41,26 @@ class LayerWork:
     def __init__(self, shape: Shape) -> None:
         hidden = shape.heads * shape.head_dim
         wide = hidden * 5 // 2
-        generator = torch.Generator().manual_seed(1)
-        self._rows = torch.randn(shape.prompt_tokens, hidden, generator=generator)
-        self._square = torch.randn(hidden, hidden, generator=generator)
-        self._wide = torch.randn(hidden, wide, generator=generator)
-        self._narrow = torch.randn(wide, hidden, generator=generator)
+        generator = torch.Generator(shape.device).manual_seed(1)
+
+        def random(rows: int, columns: int) -> Tensor:
+            return torch.randn(rows, columns, generator=generator, device=shape.device)
+
+        self._rows = random(shape.prompt_tokens, hidden)
+        self._square = random(hidden, hidden)
+        self._wide = random(hidden, wide)
+        self._narrow = random(wide, hidden)
 
     def run(self) -> None:
-        """Queries, keys, values, what comes of them, and the three of the feed-forward part."""
+        """Queries, keys, values, what comes of them, and the three of the feed-forward part; return once they are
+        there."""
         for _ in range(4):
             torch.mm(self._rows, self._square)
         for _ in range(2):
             wide = torch.mm(self._rows, self._wide)
-        torch.mm(wide, self._narrow)
+        done = torch.mm(wide, self._narrow)
+        if done.is_cuda:
+            torch.cuda.current_stream(done.device).synchronize()
 
 
 class Sender:
@@ -95,16 +103,18 @@ class Sender:
         """Have each layer fetched once it is ready, or all of them together; when all is there, and in how many
         requests."""
         requests = 0
-        for _ in range(self._shape.layers if way.by_layer else 1):
+        times = self._shape.layers if way.by_layer else 1
+        count = self._shape.messages(way) // times
+        for _ in range(times):
             layer, copied = await ready.get()
-            pieces = list(pool.pieces(layer)) if copied is None else [copied]
-            for first in range(0, len(pieces), AT_ONCE):
-                await self._offer(prompt, way, layer, first, pieces[first : first + AT_ONCE])
+            for first in range(0, count, AT_ONCE):
+                pieces = pool.pieces(layer, first, AT_ONCE) if copied is None else [copied]
+                await self._offer(prompt, way, layer, first, pieces)
                 requests += 1
         return time.perf_counter(), requests
 
     async def _offer(self, prompt: int, way: Way, layer: int | None, first: int, pieces: Sequence[Tensor]) -> None:
-        refs = tuple(self._tensors.export(piece, lease_s=_DEADLINE_S) for piece in pieces)
+        refs = tuple(self._tensors.export_all(pieces, lease_s=_DEADLINE_S))
         place = json.dumps({"prompt": prompt, "way": way, "layer": layer, "first": first})
         offer = MoveBlocks(source="sender", block_tokens=BLOCK_TOKENS, kv=refs, private=place.encode())
         await self._bus.request(MOVE_BLOCKS, offer, RECEIVER, deadline_s=_DEADLINE_S)
@@ -115,13 +125,14 @@ class Sender:
 
 def run_sender(pipe: Connection, url: str, shape: Shape, prompts: int) -> None:
     """A process's whole life: rounds as the pipe asks for them, until it says stop."""
+    tether_to_starter()
     torch.set_num_threads(1)
     asyncio.run(_serve(pipe, url, shape, prompts))
 
 
 async def _serve(pipe: Connection, url: str, shape: Shape, prompts: int) -> None:
     bus = await NatsBus.connect(url, name="sender")
-    async with await UcxTensors.open("sender") as tensors:
+    async with await UcxTensors.open("sender", device=shape.device) as tensors:
         sender = Sender(bus, tensors, shape, prompts)
         pipe.send("ready")
         while (asked := await asyncio.to_thread(pipe.recv))[0] != _STOP:

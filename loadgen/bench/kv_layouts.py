@@ -6,7 +6,8 @@ sends that layer's blocks; an aggregated one has no such blocks, so the layer is
 Ours beyond the paper: aggregated blocks that are neighbours go as one message.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -36,12 +37,13 @@ class Way(StrEnum):
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a prompt's keys and values, in float32."""
+    """Of a prompt's keys and values, in float32, and the device that has them and computes."""
 
     prompt_tokens: int
     layers: int
     heads: int
     head_dim: int
+    device: str = "cpu"
 
     @property
     def blocks(self) -> int:
@@ -90,33 +92,36 @@ class Pool:
     @staticmethod
     def memory_for(shape: Shape) -> Tensor:
         """Flat, and touched."""
-        return torch.zeros(2 * shape.size_bytes // 4)
+        return torch.zeros(2 * shape.size_bytes // 4, device=shape.device)
 
     def fill(self) -> None:
         """With numbers that say their place, the same in every layout."""
         shape = self._shape
         size = (shape.layers, 2, shape.blocks, BLOCK_TOKENS, shape.heads, shape.head_dim)
-        numbers = torch.arange(shape.size_bytes // 4, dtype=torch.float32).view(size)
+        numbers = torch.arange(shape.size_bytes // 4, dtype=torch.float32, device=shape.device).view(size)
         self._view()[:, :, list(self.blocks)] = numbers
 
     def holds_what_was_filled(self) -> bool:
         """Whether all of it has come, each to its place."""
         numbers = self._view()[:, :, list(self.blocks)].reshape(-1)
-        return torch.equal(numbers, torch.arange(numbers.numel(), dtype=torch.float32))
+        return torch.equal(numbers, torch.arange(numbers.numel(), dtype=torch.float32, device=numbers.device))
 
-    def pieces(self, layer: int | None) -> Iterator[Tensor]:
+    def pieces(self, layer: int | None, first: int = 0, most: int | None = None) -> list[Tensor]:
         """What travels of one layer, or of all (None): tensors in place, to be sent or received into.
 
-        Of an aggregated pool one layer has no place of its own: see ``copy_out``.
+        Of an aggregated pool one layer has no place of its own: see ``copy_out``. ``first``, ``most``: these alone.
         """
+        end = None if most is None else first + most
+        return [self.memory[place] for place in itertools.islice(self._places(layer), first, end)]
+
+    def _places(self, layer: int | None) -> Iterable[int | slice | tuple[int, ...]]:
+        """Of the pieces, in memory."""
         if self._way.discrete:
-            for one in range(self._shape.layers) if layer is None else (layer,):
-                for half in (0, 1):
-                    yield from (self.memory[one, half, block] for block in self.blocks)
-        elif self._way is Way.NEIGHBOURS_BY_REQUEST:
-            yield self.memory[self.blocks[0] : self.blocks[-1] + 1]
-        else:
-            yield from (self.memory[block] for block in self.blocks)
+            layers = range(self._shape.layers) if layer is None else (layer,)
+            return itertools.product(layers, (0, 1), self.blocks)
+        if self._way is Way.NEIGHBOURS_BY_REQUEST:
+            return (slice(self.blocks[0], self.blocks[-1] + 1),)
+        return self.blocks
 
     def copy_out(self, layer: int) -> Tensor:
         """A copy of one layer of an aggregated pool: [blocks, 16, 2, heads, head_dim]."""
@@ -125,6 +130,8 @@ class Pool:
     def copy_in(self, layer: int, copied: Tensor) -> None:
         """The other end of ``copy_out``."""
         self.memory[list(self.blocks), :, layer] = copied
+        if copied.is_cuda:
+            torch.cuda.current_stream(copied.device).synchronize()
 
     def _view(self) -> Tensor:
         """[layers, 2, blocks, 16, heads, head_dim] of whatever layout."""

@@ -20,7 +20,7 @@ from loadgen.bench.broker import broker
 from loadgen.bench.compare import Comparison, Side
 from loadgen.bench.instances import VOCABULARY, Asked, Asking, answered, ready, running_service, save_model
 from loadgen.bench.process import BenchmarkError
-from loadgen.counts import count, width
+from loadgen.counts import count, width_of_heads
 from loadgen.refusal import WrongArgument
 
 _STORE = "cache_store-0"
@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answer-tokens", type=count, default=64, help="of each of their answers (default %(default)s)"
     )
-    parser.add_argument("--hidden", type=width, default=512, help="width of the random model (default %(default)s)")
+    parser.add_argument(
+        "--hidden", type=width_of_heads, default=512, help="width of the random model (default %(default)s)"
+    )
     parser.add_argument("--layers", type=count, default=8, help="its depth (default %(default)s)")
     parser.add_argument("--threads", type=count, default=1, help="of each instance (default %(default)s)")
     parser.add_argument("--disk", action="store_true", help="the cache store keeps nothing in memory")

@@ -23,7 +23,8 @@ from loadgen.bench import kv_layout_report
 from loadgen.bench.broker import broker
 from loadgen.bench.instances import VOCABULARY, Asking, answered, ready, running_service, save_model
 from loadgen.bench.rounds import spread
-from loadgen.counts import count, width
+from loadgen.counts import count, width_of_heads
+from loadgen.gpu.options import chosen_device
 
 _DECODE = "decode-0"
 _ANSWER = 3
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=count, default=1024, help="of each prompt (default %(default)s)")
     parser.add_argument("--chunk-tokens", type=count, default=256, help="of one pass (default %(default)s)")
     parser.add_argument("--at-once", type=count, default=1, help="prompts at a time (default %(default)s)")
-    parser.add_argument("--hidden", type=width, default=512, help="width of the random model (default %(default)s)")
+    parser.add_argument(
+        "--hidden", type=width_of_heads, default=512, help="width of the random model (default %(default)s)"
+    )
     parser.add_argument("--layers", type=count, default=8, help="its depth (default %(default)s)")
     parser.add_argument("--no-checksum", action="store_true", help="modes: do not compare the bytes at both ends")
     kv_layout_report.add_arguments(parser)
@@ -46,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Start the processes, measure, stop them."""
+    if "layouts" in options.compare:
+        chosen_device(options.device)  # a wrong one is told before the modes are measured
     result: dict[str, object] = {
         "options": {name: value for name, value in vars(options).items() if isinstance(value, int | bool)}
     }

@@ -20,7 +20,8 @@ from typing import Any
 from loadgen.bench.llm_readings import Readings, Workload
 from loadgen.bench.llm_servers import Server, other, running, stack
 from loadgen.bench.process import BenchmarkError, line_of, located, started
-from loadgen.counts import count
+from loadgen.counts import count, not_negative
+from loadgen.refusal import WrongArgument
 
 _CLIENT = Path(__file__).with_name("llm_client.py")
 _RUN_TIMEOUT_S = 600.0
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=count, default=3, metavar="N", help="(default %(default)s)")
     parser.add_argument(
         "--first-seed",
-        type=int,
+        type=not_negative,
         metavar="N",
         help="of the first round's prompts (default: by the clock, as a server that runs on remembers earlier prompts)",
     )
@@ -64,23 +65,22 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
 
 async def _run(options: argparse.Namespace) -> dict[str, object]:
-    model = located(options.model)
+    model = located(options.model, "--model")
     python = options.client.expanduser().resolve().with_name("python")
     if not python.exists():
-        raise BenchmarkError(f"--client {options.client}: there is no Python beside it, so it is no vLLM environment")
+        raise WrongArgument(f"--client {options.client}: there is no Python beside it, so it is no vLLM environment")
+    there = [_pair("--running", pair) for pair in options.running]
+    peers = [] if options.peer is None else [_pair("--peer", options.peer)]
+    names = [name for name, _ in (*there, *peers)] + options.modes
+    reference = options.reference or next((name for name, _ in peers), None)
+    _check_names(names, reference)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     async with contextlib.AsyncExitStack() as exits:
-        servers = [await running(*_pair("--running", pair)) for pair in options.running]
-        if options.peer is not None:
-            name, command = _pair("--peer", options.peer)
+        servers = [await running(name, url) for name, url in there]
+        for name, command in peers:
             servers.append(await exits.enter_async_context(other(name, command, model)))
         for mode in options.modes:
             servers.append(await exits.enter_async_context(stack(mode, model, options.threads, options.precision)))
-        names = [server.name for server in servers]
-        reference = options.reference or (options.peer and options.peer.partition("=")[0])
-        if not servers or (reference is not None and reference not in names):
-            there = ", ".join(names) or "(none)"
-            raise BenchmarkError(f"of the servers {there} none is {reference or 'to be measured'}")
         client, _ = await exits.enter_async_context(started([str(python), str(_CLIENT)], environment))
         readings = await _measure(options, client, servers, model)
     print("\n".join(readings.lines(names, reference)))
@@ -138,5 +138,16 @@ async def _one(client: Process, server: Server, workload: Workload, model: str, 
 def _pair(option: str, text: str) -> tuple[str, str]:
     name, found, value = text.partition("=")
     if not found or not name:
-        raise BenchmarkError(f"{option} {text}: give a name, '=', and what it stands for")
+        raise WrongArgument(f"{option} {text}: give a name, '=', and what it stands for")
     return name, value
+
+
+def _check_names(names: list[str], reference: str | None) -> None:
+    """Raises WrongArgument: no server, two of a name, or none that the others are compared with."""
+    if not names:
+        raise WrongArgument("there is no server to measure: give --modes, --peer or --running")
+    for name in names:
+        if names.count(name) > 1:
+            raise WrongArgument(f"two servers are called {name}: give each a name of its own")
+    if reference is not None and reference not in names:
+        raise WrongArgument(f"--reference {reference}: there are {', '.join(names)}")

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import aiohttp
 
 from common.runtime.ports import free_port
+from common.runtime.tether import tether_to
 from loadgen.bench.process import ROOT, START_TIMEOUT_S, BenchmarkError, started
+from loadgen.refusal import WrongArgument
 
 _STOP_TIMEOUT_S = 60.0
 _LOOK_EVERY_S = 0.5
@@ -29,12 +31,19 @@ class Server:
 
 
 async def running(name: str, url: str) -> Server:
-    """One that runs already. Raises BenchmarkError if it serves no model."""
+    """One that runs already.
+
+    Raises:
+        BenchmarkError: it serves no model.
+        WrongArgument: ``url`` is none.
+    """
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10.0)) as session:
         try:
             async with session.get(f"{url}/v1/models", raise_for_status=True) as response:
                 models = (await response.json())["data"]
-        except (aiohttp.ClientError, TimeoutError, KeyError) as error:
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
+            raise WrongArgument(f"{name}={url}: give an address such as http://127.0.0.1:8000") from None
+        except (aiohttp.ClientError, TimeoutError, LookupError, TypeError, ValueError) as error:
             raise BenchmarkError(f"{name}: nothing at {url} that lists its models: {error}") from error
     # Ours serves video models too, and says which is which.
     for model in models:
@@ -62,13 +71,26 @@ async def stack(mode: str, model: str, threads: int, precision: str) -> AsyncIte
 
 @contextlib.asynccontextmanager
 async def other(name: str, command: str, model: str) -> AsyncIterator[Server]:
-    """Another's server; ``{model}`` and ``{port}`` in its command are filled in."""
+    """Another's server; ``{model}`` and ``{port}`` in its command are filled in.
+
+    Raises:
+        BenchmarkError: it does not come up.
+        WrongArgument: ``command`` cannot be run.
+    """
     port = free_port()
-    words = [word.format(model=model, port=port) for word in shlex.split(command)]
-    # A group of its own, since such servers have processes of their own.
-    process = await asyncio.create_subprocess_exec(
-        *words, cwd=ROOT, stdin=DEVNULL, stdout=sys.stderr, start_new_session=True
-    )
+    try:
+        words = [word.format(model=model, port=port) for word in shlex.split(command)]
+        # A group of its own, since such servers have processes of their own.
+        process = await asyncio.create_subprocess_exec(
+            *words,
+            cwd=ROOT,
+            stdin=DEVNULL,
+            stdout=sys.stderr,
+            start_new_session=True,
+            preexec_fn=tether_to(os.getpid()),
+        )
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise WrongArgument(f"{name}={command}: this cannot be run: {error!r}") from None
     try:
         yield await _answering(name, f"http://127.0.0.1:{port}", process)
     finally:

@@ -8,6 +8,7 @@ beside the best available one; see ``memserve-live``.
 
 import argparse
 import asyncio
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from loadgen.bench.language_stack import LanguageStack, Replay, stack_of
 from loadgen.bench.memserve_live import hits
 from loadgen.bench.process import BenchmarkError
 from loadgen.bench.trace_excerpt import SmallRequest, excerpt
-from loadgen.counts import width
+from loadgen.counts import not_negative, width
 from loadgen.environment import this_machine
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
 from loadgen.refusal import WrongArgument
@@ -60,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=100, metavar="N", help="of a part (default %(default)s)")
     parser.add_argument("--rate", type=float, default=10.0, help="requests a second (default %(default)s)")
     parser.add_argument("--rule", default="cost", metavar="NAME", help="of routing (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of conversations, victims and moments")
+    parser.add_argument(
+        "--seed", type=not_negative, default=0, metavar="N", help="of conversations, victims and moments"
+    )
     parser.add_argument("--hidden", type=width, default=128, metavar="N", help="channels of the model (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="(default %(default)s)")
     parser.add_argument("--kv-mb", type=int, default=32, metavar="N", help="of an instance (default %(default)s)")
@@ -111,8 +114,6 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     try:
         _check(options)
         turns = read_mooncake(options.trace)
-        if not turns:
-            raise WrongArgument(f"{options.trace}: there is no request in it")
         with TemporaryDirectory(prefix="memserve-kills-") as folder:
             deviation = 1.6 / options.hidden**0.5
             model = save_random_language_model(
@@ -242,7 +243,7 @@ def _check(options: argparse.Namespace) -> None:
     for name, least in (("kills", 1), ("requests", 2), ("layers", 1), ("kv_mb", 1)):
         if getattr(options, name) < least:
             raise WrongArgument(f"--{name.replace('_', '-')} {getattr(options, name)}: give {least} or more")
-    if options.rate <= 0:
+    if not 0 < options.rate < math.inf:
         raise WrongArgument(f"--rate {options.rate:g}: give more than 0")
     for name in options.topology:
         if name not in TOPOLOGIES:

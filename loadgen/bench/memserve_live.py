@@ -9,6 +9,7 @@ available one is what it were, had each prompt gone to the instance with the mos
 import argparse
 import asyncio
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,15 +19,16 @@ import aiohttp
 import numpy as np
 
 from common.policies.chat_rule import CHAT_RULES
+from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
 from common.policies.routing_rules import UnknownRule, make_rule
 from loadgen.bench.language_stack import Replay, Told, language_stack, profiled
 from loadgen.bench.process import BenchmarkError
 from loadgen.bench.rounds import MEASURES, Readings, comparison
 from loadgen.bench.trace_excerpt import excerpt
-from loadgen.counts import width
+from loadgen.counts import not_negative, width
 from loadgen.environment import this_machine
 from loadgen.random_language_model import VOCABULARY, save_random_language_model
-from loadgen.refusal import WrongArgument
+from loadgen.refusal import WrongArgument, text_of
 from loadgen.simulator.language.workloads import WrongTrace
 from loadgen.simulator.memserve.trace import read_mooncake
 from loadgen.simulator.memserve.turns import Turn
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=100, metavar="N", help="of a round (default %(default)s)")
     parser.add_argument("--rate", type=float, default=4.0, help="requests a second (default %(default)s)")
     parser.add_argument("--instances", type=int, default=3, metavar="N", help="(default %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="of the first round")
+    parser.add_argument("--first-seed", type=not_negative, default=0, metavar="N", help="of the first round")
     parser.add_argument("--hidden", type=width, default=256, metavar="N", help="channels of the model (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="(default %(default)s)")
     parser.add_argument(
@@ -64,12 +66,10 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     try:
         _check(options)
         turns = read_mooncake(options.trace)
-        if not turns:
-            raise WrongArgument(f"{options.trace}: there is no request in it")
         with TemporaryDirectory(prefix="memserve-live-") as folder:
             model = save_random_language_model(Path(folder) / "random", options.hidden, options.layers)
             return asyncio.run(_run(options, turns, str(model), Path(folder)))
-    except (WrongTrace, UnknownRule) as error:
+    except (WrongTrace, WrongLanguageCosts, UnknownRule) as error:
         raise WrongArgument(str(error)) from None
     except (aiohttp.ClientError, TimeoutError) as error:
         what = f"{type(error).__name__} {error}".strip()
@@ -183,9 +183,9 @@ def _check(options: argparse.Namespace) -> None:
         if getattr(options, name) < least:
             raise WrongArgument(f"--{name} {getattr(options, name)}: give {least} or more")
     for name in ("rate", "prefill_rate", "transfer_rate"):
-        if getattr(options, name) is not None and getattr(options, name) <= 0:
+        if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
             raise WrongArgument(f"--{name.replace('_', '-')} {getattr(options, name):g}: give more than 0")
-    if options.profile is not None and not options.profile.is_file():
-        raise WrongArgument(f"--profile {options.profile}: there is no such file; triptych profile writes one")
+    if options.profile is not None and LanguageCosts.from_json(text_of(options.profile, "--profile")) is None:
+        raise WrongArgument(f"--profile {options.profile}: no language model was measured; triptych profile does")
     for name in options.rule:
         make_rule(name, CHAT_RULES)

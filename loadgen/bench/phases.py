@@ -21,7 +21,7 @@ from loadgen.bench.language_stack import LanguageStack, stack_of
 from loadgen.bench.phases_readings import Burst, Readings
 from loadgen.bench.phases_systems import CONTINUOUS, FIXED, System, common_settings, systems
 from loadgen.bench.phases_workload import TOKENS, Scale, kv_token_bytes, mean_lengths, requests_of, save_predictor
-from loadgen.bench.process import BenchmarkError, located
+from loadgen.bench.process import BenchmarkError, located_folder
 from loadgen.bench.trace_excerpt import SmallRequest
 from loadgen.counts import width
 from loadgen.environment import this_machine
@@ -74,9 +74,7 @@ def _model(options: argparse.Namespace, folder: Path) -> Path:
     if options.model is None:
         save_random_language_model(folder, options.hidden, options.layers, _CONTEXT)
     else:
-        published = Path(located(options.model))
-        if not published.is_dir():
-            raise WrongArgument(f"--model {options.model}: no such folder")
+        published = located_folder(options.model, "--model")
         folder.mkdir()
         for file in published.iterdir():
             if file.is_file():

@@ -24,6 +24,7 @@ from common.policies.length_prediction import LengthBuckets
 from loadgen.arrivals import generator
 from loadgen.bench.process import BenchmarkError
 from loadgen.bench.trace_excerpt import SmallRequest, random_tokens
+from loadgen.refusal import WrongArgument
 from loadgen.simulator.language.arms import VLLM_BUDGET
 from loadgen.simulator.language.cost import OPT_13B_2_V100
 from loadgen.simulator.language.predictors import NoisyOracle
@@ -130,15 +131,15 @@ def kv_token_bytes(folder: Path, value_bytes: int) -> int:
     """Of one token's keys and values, by the model's configuration.
 
     Raises:
-        BenchmarkError: it does not say.
+        WrongArgument: it does not say.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         heads = config["num_attention_heads"]
         width = config.get("head_dim") or config["hidden_size"] // heads
         return int(2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * width) * value_bytes
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchmarkError(f"{folder}: its config.json does not say how large its keys and values are") from error
+    except (OSError, ArithmeticError, ValueError, LookupError, TypeError) as error:
+        raise WrongArgument(f"{folder}: its config.json does not say how large its keys and values are") from error
 
 
 def _examples(count: int, lengths: tuple[int, int], seed: int) -> list[tuple[bytes, int]]:

@@ -13,6 +13,7 @@ import os
 import sys
 from asyncio.subprocess import Process
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
@@ -20,6 +21,7 @@ import aiohttp
 from loadgen.bench.compare import compare_async
 from loadgen.bench.process import BenchmarkError, line_of, located, started
 from loadgen.counts import count, several
+from loadgen.refusal import WrongArgument
 
 _VIDEO_TIMEOUT_S = 600.0
 
@@ -34,8 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
-    """Start both sides, compare them, stop them."""
-    return asyncio.run(_run(options))
+    """Start both sides, compare them, stop them.
+
+    Raises:
+        BenchmarkError: one of them did not answer, or they made different files.
+        WrongArgument: the stack refuses what was asked for.
+    """
+    try:
+        return asyncio.run(_run(options))
+    except (aiohttp.ClientError, TimeoutError) as error:
+        what = f"{type(error).__name__} {error}".strip()
+        raise BenchmarkError(f"the stack did not answer ({what})") from None
 
 
 @dataclass
@@ -55,7 +66,7 @@ async def _run(options: argparse.Namespace) -> dict[str, object]:
     threads = str(options.threads)
     environment = {**os.environ, "TRIPTYCH_THREADS": threads, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
     stack = [sys.executable, "-m", "compose.cli", "up", "--port", "0", "--set", "dit=1", "--set", "vae=1"]
-    location = located(options.video_model)
+    location = located(options.video_model, "--video-model")
     stack += ["--video-model", location, "--language-model", "none", "--log-level", "warning"]
     process = [sys.executable, "-m", "loadgen.in_process", location, str(options.threads)]
     hashes = _Hashes()
@@ -129,8 +140,12 @@ def _arguments(fields: dict[str, Any], seed: int) -> dict[str, Any]:
 async def _video(session: aiohttp.ClientSession, fields: dict[str, Any]) -> bytes:
     """Order, wait for the end by the event stream, download."""
     async with asyncio.timeout(_VIDEO_TIMEOUT_S):
-        async with session.post("/v1/videos", json=fields, raise_for_status=True) as response:
-            video_id = (await response.json())["id"]
+        async with session.post("/v1/videos", json=fields) as response:
+            told = await response.json()
+            if response.status == HTTPStatus.BAD_REQUEST:
+                raise WrongArgument(told["error"]["message"])
+            response.raise_for_status()
+            video_id = told["id"]
         async with session.get(f"/v1/videos/{video_id}/events", raise_for_status=True) as events:
             async for line in events.content:
                 if line.startswith(b"data:") and b'"completed"' in line:

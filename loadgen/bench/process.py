@@ -1,10 +1,17 @@
-"""Processes that a benchmark starts, each of which says in one line that it is ready."""
+"""Processes that a benchmark starts, each of which says in one line that it is ready.
+
+They end with this one, even where it is killed.
+"""
 
 import asyncio
 import contextlib
+import os
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+
+from common.runtime.tether import tether_to
+from loadgen.refusal import WrongArgument
 
 START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
@@ -21,7 +28,13 @@ async def started(command: Sequence[str], environment: dict[str, str]) -> AsyncI
     """A process and the line by which it said that it is ready; stopped at the end."""
     # A group of its own, as each of these here: Ctrl-C is for this process, which ends the others in their order.
     process = await asyncio.create_subprocess_exec(
-        *command, env=environment, cwd=ROOT, stdin=PIPE, stdout=PIPE, process_group=0
+        *command,
+        env=environment,
+        cwd=ROOT,
+        stdin=PIPE,
+        stdout=PIPE,
+        process_group=0,
+        preexec_fn=tether_to(os.getpid()),
     )
     try:
         yield process, await line_of(process, START_TIMEOUT_S)
@@ -45,7 +58,9 @@ async def end(process: Process, wait_s: float) -> None:
 
 async def completed(*command: str, environment: dict[str, str] | None = None) -> int:
     """Run a command to its end, without anything to read; its exit status. Stopped where nobody waits for it."""
-    process = await asyncio.create_subprocess_exec(*command, env=environment, cwd=ROOT, stdin=DEVNULL, process_group=0)
+    process = await asyncio.create_subprocess_exec(
+        *command, env=environment, cwd=ROOT, stdin=DEVNULL, process_group=0, preexec_fn=tether_to(os.getpid())
+    )
     try:
         return await process.wait()
     finally:
@@ -67,7 +82,23 @@ async def line_of(process: Process, timeout_s: float) -> str:
     return line.decode()
 
 
-def located(model: str) -> str:
-    """A model that is a local folder by its full path: the processes run elsewhere."""
+def located(model: str, option: str) -> str:
+    """A model that is a local folder by its full path: the processes run elsewhere. Else its name.
+
+    Raises:
+        WrongArgument: it looks like a folder and is none.
+    """
     path = Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() else model
+    if path.is_dir():
+        return str(path.resolve())
+    if not model or model.startswith((".", "/", "~")) or path.exists():
+        raise WrongArgument(f"{option} {model}: no such folder")
+    return model
+
+
+def located_folder(model: str, option: str) -> Path:
+    """A model that has to be a local folder. Raises WrongArgument: it is none."""
+    path = Path(located(model, option))
+    if not path.is_absolute():
+        raise WrongArgument(f"{option} {model}: no such folder")
+    return path

@@ -23,7 +23,7 @@ from pathlib import Path
 from common.policies.prompt_tree import PromptTree
 from loadgen.bench.compare import Comparison, compare
 from loadgen.bench.prompt_tree_peers import PEERS, Ask
-from loadgen.counts import count, several
+from loadgen.counts import count, not_negative, several
 
 WORKERS = 8
 TOKENS, SHARED_TOKENS, BLOCK_TOKENS = 4096, 2048, 16
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", type=count, default=20, help="how many first halves there are (default: 20)")
     parser.add_argument("--pairs", type=several, default=15, help="readings of each comparison (default: 15)")
     parser.add_argument("--instances", type=count, default=1000, help="at the large size (default: 1000)")
-    parser.add_argument("--blocks", type=int, default=10_000_000, help="at the large size, 0: without it")
+    parser.add_argument("--blocks", type=not_negative, default=10_000_000, help="at the large size, 0: without it")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:

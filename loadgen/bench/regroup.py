@@ -19,6 +19,7 @@ from common.models.opensora.parallel import Parallelism, ParallelSTDiT3, Sequenc
 from common.models.opensora.stdit3 import PreparedText, STDiT3, STDiT3Config
 from common.parallel.group import Group
 from common.parallel.groups import Groups
+from common.runtime.tether import tether_to_starter
 from loadgen.bench.compare import Comparison, Side, compare
 from loadgen.counts import count, several, width
 
@@ -102,6 +103,7 @@ def _promises(comparison: Comparison) -> list[str]:
 
 
 def _serve(rank: int, plan: _Plan, address: str) -> None:
+    tether_to_starter()
     _Member(rank, plan).measure(address)
 
 

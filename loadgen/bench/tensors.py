@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from common.messages.tensors import TensorRef
+from common.runtime.tether import tether_to_starter
 from common.tensors import UcxTensors
 from common.tensors.ucx import DEFAULT_STRIPE_BYTES
 from loadgen.bench.bare_tensors import Bare, touched
@@ -204,6 +205,7 @@ async def _opened(sizes: list[int], messages: list[int], stripe_bytes: int) -> A
 
 
 def _sender(pipe: Connection, sizes: list[int], messages: list[int]) -> None:
+    tether_to_starter()
     torch.set_num_threads(1)
     asyncio.run(_send(pipe, sizes, messages))
 

@@ -37,7 +37,7 @@ def chosen_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise WrongArgument(
             "torch sees no GPU here, so that nothing was measured; on a machine with one, install a torch that is "
-            "built for it (--device cpu --tiny takes the same way on a CPU)"
+            "built for it (--device cpu takes the same way on a CPU; gpu and gpu-llm then want --tiny too)"
         )
     device = torch.device("cuda", device.index or 0)
     if device.index >= torch.cuda.device_count():

@@ -6,6 +6,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import active_children, get_context
 from typing import TypeVar
 
+from common.runtime.tether import tether_to_starter
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -18,7 +20,7 @@ def in_processes(do: Callable[[Task], Result], tasks: Sequence[Task], workers: i
     if workers <= 1:
         yield from map(do, tasks)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=tether_to_starter) as pool:
         waited_for = deque(pool.submit(do, task) for task in tasks)
         try:
             while waited_for:

@@ -22,7 +22,7 @@ def simulate_day(
     """One day of Poisson arrivals (or ``requests`` of them) under each policy; prints how long each took."""
     kinds = tuple(cost.rib.profiles)
     rate = load * saturation_rate(cost.rib, kinds, mix, gpus)
-    count = requests or round(rate * DAY_S)
+    count = requests or max(1, round(rate * DAY_S))
     cluster = Point("day", gpus, mix.name, Pattern.POISSON, rate, load, count).cluster
     runs = []
     for name in policies:

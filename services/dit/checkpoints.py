@@ -29,6 +29,8 @@ log = structlog.get_logger()
 STORE_DEADLINE_S = 1.0
 # What a parked job has come to is asked to be kept for so long, as nothing else keeps it.
 KEEP_WITHIN_S = 10.0
+# Between two such askings: a bus that is away says so at once.
+KEEP_PAUSE_S = 0.2
 # After so long, or five times what the last store took, it is asked once more: another one, if that one has died.
 FIRST_STORE_DEADLINE_S = 0.05
 # So many cache stores have a checkpoint that is said to be stored, or all that are in reach.
@@ -145,7 +147,7 @@ class CheckpointWriter:
         """Store it now; returns once it lies there. Nothing newer comes, so one that is slow is waited for.
 
         Raises:
-            BusError: the cache store is away, full, or slow for longer than that.
+            BusError: the cache store is full or nobody is there, or there was no answer within ``KEEP_WITHIN_S``.
         """
         self._waiting.pop(snapshot.job_id, None)
         ends_s = time.monotonic() + KEEP_WITHIN_S
@@ -156,6 +158,7 @@ class CheckpointWriter:
             except (BusUnavailable, DeadlineExceeded):
                 if time.monotonic() >= ends_s:
                     raise
+            await asyncio.sleep(KEEP_PAUSE_S)
 
     async def _store(self, snapshot: Snapshot) -> None:
         started_s = time.monotonic()

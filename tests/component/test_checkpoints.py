@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.bus.errors import DeadlineExceeded
 from common.bus.nats_bus import NatsBus
 from common.messages.cache import StoreTensor, TensorStored
 from common.messages.subjects import CHECKPOINT_STORED, STORE_TENSOR
 from common.messages.video import Checkpoint, CheckpointStored, Lease, VideoRequest
 from common.tensors.ucx import UcxTensors
-from services.dit.checkpoints import CATCH_UP_S, CheckpointWriter, Snapshot
+from services.dit.checkpoints import CATCH_UP_S, KEEP_PAUSE_S, CheckpointWriter, Snapshot
 from services.scheduler.checkpoints import Checkpoints
 from tests.support.bus import eventually
 from tests.support.denoising import DenoisingStage, denoising_stage
@@ -209,3 +210,29 @@ async def test_one_store_at_a_time_and_the_newest_wins(
         await bus.request(STORE_TENSOR, asked[0].model_copy(update={"tensor_version": 99}), deadline_s=WAIT_S)
         assert [(each.job_id, each.step) for each in told] == [("a", 1), ("b", 20), ("c", 30)]
         running.cancel()
+
+
+async def test_a_store_that_does_not_answer_is_not_asked_without_a_pause(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wait, seconds in (("STORE_DEADLINE_S", 0.01), ("FIRST_STORE_DEADLINE_S", 0.01), ("KEEP_WITHIN_S", 1.0)):
+        monkeypatch.setattr(f"services.dit.checkpoints.{wait}", seconds)
+    asked: list[StoreTensor] = []
+    never = asyncio.Event()
+
+    async def keep(ask: StoreTensor) -> TensorStored:
+        asked.append(ask)
+        await never.wait()
+        raise AssertionError
+
+    async with (
+        await NatsBus.connect(nats_server.url, name="dit-0") as bus,
+        await UcxTensors.open(owner="dit-0") as tensors,
+    ):
+        serving = await bus.serve(STORE_TENSOR, keep)
+        with pytest.raises(DeadlineExceeded):
+            await CheckpointWriter(bus, tensors).keep(Snapshot("a", 1, 1, torch.zeros(4)))
+        await serving.stop(deadline_s=0.0)
+        assert tensors.exported_count == 0
+    # Twice each time, and once more when the time is over.
+    assert len(asked) <= 2 * (1 + 1.0 / KEEP_PAUSE_S)

@@ -19,7 +19,7 @@ from compose.entrypoint import ReplicaError, filled, replica_of
 from compose.errors import ComposeError, CrashLoopError, OptionError, StartError
 from compose.interpolation import interpolate
 from compose.launch import PACKAGE_ROOT, CommandLauncher, ForkLauncher, Launch
-from compose.local import StackOptions, stack_variables
+from compose.local import StackOptions, variable_values
 from compose.logs import LogFollower
 from compose.ports import checked_port, free_port
 from compose.rundir import run_directory, sweep
@@ -55,7 +55,7 @@ def test_the_shipped_file_describes_the_stack() -> None:
 
 def test_processes_of_one_machine_meet_on_loopback(tmp_path: Path) -> None:
     with run_directory(tmp_path) as directory:
-        stack = read_stack(stack_variables(StackOptions(), directory, 8080))
+        stack = read_stack(variable_values(StackOptions(), directory, 8080))
     assert stack.services["dit"].environment["TRIPTYCH_MEETING_HOST"] == "127.0.0.1"
 
 
@@ -136,7 +136,7 @@ def test_durations() -> None:
 
 def test_a_stack_without_a_language_model_has_no_instance_for_one(tmp_path: Path) -> None:
     with run_directory(tmp_path) as directory:
-        variables = stack_variables(StackOptions(language_model="none"), directory, 8080)
+        variables = variable_values(StackOptions(language_model="none"), directory, 8080)
     stack = read_stack(variables)
     assert stack.services["decode"].instances == ()
     assert stack.services["gateway"].environment["TRIPTYCH_LANGUAGE_MODEL"] == ""
@@ -155,12 +155,12 @@ def test_scaling() -> None:
         (["--set", "dit"], 2, "'dit' is not SERVICE=COUNT"),
         (["--set", "dit=0"], 2, "'dit=0' is not SERVICE=COUNT"),
         (["--set", "dit=many"], 2, "'dit=many' is not SERVICE=COUNT"),
-        (["--set", "oven=2"], 1, "no service 'oven'; the stack has nats, scheduler"),
-        (["--port", "70000"], 1, "ports go from 1 to 65535"),
-        (["--language-model", "./no/such/folder"], 1, "--language-model ./no/such/folder: no such folder"),
-        (["--video-model", "./no/such/folder"], 1, "no such folder"),
-        (["--state-dir", "/proc/nowhere"], 1, "cannot keep the stack's state"),
-        (["--host", "192.0.2.77"], 1, "192.0.2.77"),
+        (["--set", "oven=2"], 2, "no service 'oven'; the stack has nats, scheduler"),
+        (["--port", "70000"], 2, "ports go from 1 to 65535"),
+        (["--language-model", "./no/such/folder"], 2, "--language-model ./no/such/folder: no such folder"),
+        (["--video-model", "./no/such/folder"], 2, "no such folder"),
+        (["--state-dir", "/proc/nowhere"], 2, "cannot keep the stack's state"),
+        (["--host", "192.0.2.77"], 2, "192.0.2.77"),
     ],
 )
 def test_bad_options_are_named(
@@ -181,7 +181,7 @@ def test_a_port_in_use_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> N
         port = taken.getsockname()[1]
         with pytest.raises(OptionError, match=f"port {port} on 127.0.0.1 cannot be used"):
             checked_port("127.0.0.1", port)
-        assert main(["up", "--port", str(port)]) == 1
+        assert main(["up", "--port", str(port)]) == 2
     assert "choose another with --port" in capsys.readouterr().err
 
 
@@ -200,11 +200,11 @@ def test_the_broker_takes_the_port_that_the_environment_names(
     port = free_port("127.0.0.1")
     monkeypatch.setenv("TRIPTYCH_NATS_PORT", str(port))
     with run_directory(None) as directory:
-        variables = stack_variables(StackOptions(), directory, 8080)
+        variables = variable_values(StackOptions(), directory, 8080)
     assert variables["TRIPTYCH_NATS_URL"] == f"nats://127.0.0.1:{port}"
     for wrong in ("4222x", "0", "70000"):
         monkeypatch.setenv("TRIPTYCH_NATS_PORT", wrong)
-        assert main(["up", "--port", "0"]) == 1
+        assert main(["up", "--port", "0"]) == 2
         assert "TRIPTYCH_NATS_PORT" in capsys.readouterr().err
 
 

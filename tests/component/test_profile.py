@@ -12,7 +12,7 @@ from common.policies.language_costs import LanguageCosts
 from common.policies.prefill_profile import PrefillProfile
 from common.policies.rib import DegreeRule, Rib, VideoKind
 from compose.launch import PACKAGE_ROOT
-from compose.local import StackOptions, check_scheduling, stack_variables
+from compose.local import StackOptions, check_scheduling, variable_values
 from compose.rundir import run_directory
 from tests.support.small_model import save_small_model
 
@@ -77,8 +77,8 @@ def test_the_profile_of_this_machine_is_what_the_stack_reads(model: Path, langua
     served = StackOptions(language_model=str(language_model), rib=target)
     check_scheduling(served)
     with run_directory(None) as directory:
-        assert stack_variables(served, directory, 1)["TRIPTYCH_CHUNK_TOKENS"] == str(prefill.chunk_tokens)
-        assert stack_variables(served, directory, 1)["TRIPTYCH_COSTS"] == str(target)
+        assert variable_values(served, directory, 1)["TRIPTYCH_CHUNK_TOKENS"] == str(prefill.chunk_tokens)
+        assert variable_values(served, directory, 1)["TRIPTYCH_COSTS"] == str(target)
 
 
 def test_videos_of_a_whole_stack_are_measured_too(model: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from common.runtime.settings import ServiceSettings
 from tests.component.chat_support import DECODE, PREFILL
 from tests.component.gateway_support import until
 from tests.component.language_support import Clients, LanguageStack, gathered, known_prompts, language_stack, shown
+from tests.support.asking import asker
 from tests.support.bus import eventually
 from tests.support.language import FUSED
 from tests.support.language_instance import Watched, language_instance
@@ -263,6 +264,41 @@ async def test_a_flip_that_cannot_be_announced_changes_nothing(nats_server: Nats
             with pytest.raises(RemoteFailure, match="not announced"):
                 await flip(bus, "decode-0", LanguageRole.DECODE)
         assert served.instance.roles.now == FUSED
+
+
+async def test_what_is_held_goes_on_where_it_was_prefilled_though_the_flip_was_not_announced(
+    nats_server: NatsServer, language_model: Path
+) -> None:
+    """Such an instance decodes what it is given, and its own no less."""
+    prompt, answer = next(iter(known_prompts(language_model).items()))
+    taken = ServiceSettings(nats_url=nats_server.url, instance="prefill-0")
+    async with (
+        asker(nats_server.url) as asking,
+        language_instance(nats_server.url, "prefill-0", language_model, PREFILL, transfer_s=600.0) as served,
+    ):
+        held = asyncio.create_task(asking.ask(prompt, len(answer), "prefill-0", decode=""))
+        engine = served.model.engine
+        await eventually(lambda: engine.counts.prefilled and not engine.busy)
+        async with Registration(asking.bus, taken, Service.PREFILL):
+            with pytest.raises(RemoteFailure, match="not announced"):
+                await flip(asking.bus, "prefill-0", LanguageRole.DECODE)
+        assert (await held).tokens == answer
+        await served.settled()
+
+
+async def test_who_decodes_from_the_beginning_keeps_what_it_is_to_give_to_nobody_else(
+    nats_server: NatsServer, language_model: Path
+) -> None:
+    prompts = known_prompts(language_model)
+    async with (
+        asker(nats_server.url) as asking,
+        language_instance(nats_server.url, "decode-0", language_model, FUSED) as served,
+    ):
+        told = await asyncio.gather(
+            *(asking.ask(prompt, len(answer), "decode-0", decode="") for prompt, answer in prompts.items())
+        )
+        assert [one.tokens for one in told] == list(prompts.values())
+        await served.settled()
 
 
 async def test_who_dies_while_roles_flip_costs_no_stream(

@@ -42,6 +42,7 @@ def test_what_was_asked_for_is_handed_on_with_full_paths(tmp_path: Path, monkeyp
         (["--rib", "wrong.json"], "--rib wrong.json is no profile (kinds: not a list); triptych profile writes one"),
         (["--rib", "bytes.json"], "--rib bytes.json is no profile ("),
         (["--record", "nowhere/record.jsonl"], "--record nowhere/record.jsonl: the folder does not exist"),
+        (["--record", "."], "--record .: this is a folder; name a file"),
     ],
 )
 def test_mistakes_are_named_in_one_line(
@@ -54,7 +55,7 @@ def test_mistakes_are_named_in_one_line(
     monkeypatch.chdir(tmp_path)
     Path("wrong.json").write_text("{}")
     Path("bytes.json").write_bytes(b"\xff\xfe{}")
-    assert main(["up", "--port", "0", *arguments]) == 1
+    assert main(["up", "--port", "0", *arguments]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith(f"triptych: {complaint}") and said.err.count("\n") == 1
 
@@ -67,3 +68,6 @@ def test_a_number_that_json_cannot_say_is_refused_before_it_is_sent(
     with pytest.raises(SystemExit):
         main(["video", "a red circle", "-o", "out.mp4", option, value])
     assert f"argument {option}: '{value}' is not a number, such as 2.5" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["chat", "hello", "--temperature", value])
+    assert f"argument --temperature: '{value}' is not a number" in capsys.readouterr().err

@@ -8,7 +8,9 @@ import pytest
 
 from common.bus.errors import WrongRevision
 from common.bus.nats_bus import NatsBus
-from common.messages.cluster import LanguageRole, MemberState, Service
+from common.bus.port import CaughtUp, Change
+from common.bus.watching import BucketWatch
+from common.messages.cluster import LanguageRole, Member, MemberState, Service
 from common.messages.subjects import MEMBERS, VIDEO_BUCKETS
 from common.runtime.membership import (
     MemberChange,
@@ -155,3 +157,33 @@ async def test_other_roles_are_the_same_life_and_nobody_changes_those_of_another
                 await registration.change_roles((LanguageRole.DECODE,))
             assert registration.member == changed.member
             assert isinstance(await watcher.next(), MemberLost)
+
+
+async def test_who_is_cancelled_the_moment_that_the_view_has_caught_up_stops(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Leaving(BucketWatch[Member]):
+        """Cancels the one that waits for it, once it has caught up and before anybody else has a turn."""
+
+        caught_up = False
+
+        async def __anext__(self) -> Change[Member] | CaughtUp:
+            if self.caught_up:
+                starting.cancel()
+            change = await super().__anext__()
+            self.caught_up = isinstance(change, CaughtUp)
+            return change
+
+    monkeypatch.setattr("common.bus.nats_bus.BucketWatch", Leaving)
+    begun = False
+
+    async def start() -> None:
+        nonlocal begun
+        async with MembershipView(bus, timeout_s=60.0).running():
+            begun = True
+
+    async with await NatsBus.connect(nats_server.url, name="watcher") as bus:
+        await bus.prepare(buckets=VIDEO_BUCKETS)
+        starting = asyncio.create_task(start())
+        await asyncio.wait((starting,), timeout=WAIT_S)
+        assert starting.cancelled() and not begun

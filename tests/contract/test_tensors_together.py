@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.messages.tensors import TensorRef
-from common.tensors import TensorFetchTimeout, TensorMismatch, TensorUnknown, UcxTensors
+from common.tensors import TensorFetchTimeout, TensorMismatch, TensorsFull, TensorUnknown, UcxTensors
 from common.tensors.wire import MAXIMUM_TENSORS
 from tests.support.bus import eventually
 from tests.support.tensor_peer import WAIT_S, TensorPeer, are_patterned, patterned, peers, same_bytes
@@ -40,6 +40,36 @@ async def test_all_come_in_order_to_the_places_given_and_are_counted() -> None:
         for one, place in zip(came, places, strict=True):
             assert place is None or one is place
         await peer.counts_become(0, 0, 0)
+
+
+async def test_all_are_exported_together_or_none_is() -> None:
+    async with (
+        await UcxTensors.open("owner", max_exported_bytes=1000) as owner,
+        await UcxTensors.open("test") as tensors,
+    ):
+        ours = [patterned((100,), seed=number) for number in range(10)]
+        with pytest.raises(TensorMismatch, match="contiguous"):
+            owner.export_all([*ours, torch.zeros(3, 4).t()])
+        with pytest.raises(TensorsFull, match="1000"):
+            owner.export_all([*ours, torch.zeros(1)])
+        assert (owner.exported_count, owner.exported_bytes) == (0, 0)
+        assert owner.export_all([]) == []
+        refs = owner.export_all(ours, uses=2, lease_s=WAIT_S)
+        for left in (10, 0):
+            assert are_patterned(await fetched(tensors, refs))
+            await eventually(lambda left=left: owner.exported_count == left)
+
+
+async def test_each_lease_ends_at_its_own_time_whichever_was_given_first() -> None:
+    async with await UcxTensors.open("test") as tensors:
+        long, short = (tensors.export(torch.zeros(1), uses=None, lease_s=lease_s) for lease_s in (WAIT_S, 0.05))
+        shortest = tensors.export(torch.zeros(1), uses=None, lease_s=0.01)
+        await eventually(lambda: tensors.exported_count == 1)
+        for ref in (short, shortest):
+            with pytest.raises(TensorUnknown):
+                tensors.renew(ref, WAIT_S)
+        tensors.renew(long, 0.05)
+        await eventually(lambda: tensors.exported_count == 0)
 
 
 async def test_one_that_is_unknown_is_named_and_none_is_counted() -> None:

@@ -34,8 +34,8 @@ class Asker:
             if sequence.request_id in self._heard:
                 self._heard[sequence.request_id].put_nowait(news)
 
-    async def ask(self, prompt: Sequence[int], count: int, prefill: str, decode: str = "") -> Told:
-        """A greedy answer; ``decode``: another instance that goes on from the first token."""
+    async def ask(self, prompt: Sequence[int], count: int, prefill: str, decode: str | None = None) -> Told:
+        """A greedy answer; ``decode``: another instance that goes on from the first token; empty: who, is not said."""
         self._asked += 1
         name = f"asked-{self._asked}"
         heard = self._heard[name] = asyncio.Queue(1000)
@@ -45,7 +45,7 @@ class Asker:
             tokens=pack_tokens(prompt),
             sampling=Sampling(temperature=0.0, seed=0, max_tokens=count),
             gateway=_GATEWAY,
-            decode=decode or prefill,
+            decode=prefill if decode is None else decode,
             created_at_s=0.0,
         )
         await self.bus.request(GENERATE_TOKENS, request, prefill, deadline_s=_WAIT_S)

@@ -13,7 +13,7 @@ from common.policies.language_costs import ChunkedCost, FitError, LanguageCosts,
 from common.policies.prefill_cost import DecodeCost, LinkCost
 from common.runtime.process import CannotServe
 from compose.errors import OptionError
-from compose.local import StackOptions, check_scheduling, stack_variables
+from compose.local import StackOptions, check_scheduling, variable_values
 from compose.profiling.fit import error_of, fit_chunks, fit_link, fit_steps, no_less_than_zero
 from compose.profiling.language import costs_table
 from compose.profiling.operators import Timed, chunk_works, prompt_works, step_works
@@ -110,7 +110,7 @@ def test_it_reaches_the_scheduler_of_its_model_alone(tmp_path: Path, monkeypatch
     def costs(options: StackOptions) -> str | None:
         check_scheduling(options)
         with run_directory(None) as directory:
-            return stack_variables(options, directory, 1).get("TRIPTYCH_COSTS")
+            return variable_values(options, directory, 1).get("TRIPTYCH_COSTS")
 
     assert costs(StackOptions(rib=file)) == str(file)
     assert costs(StackOptions(rib=file, language_model=str(tmp_path))) is None

@@ -47,16 +47,36 @@ def test_the_written_form_has_every_reading() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--client", "nowhere/vllm"], "no Python beside it"),
-        (["--client", "{python}", "--running", "somewhere"], "give a name, '='"),
-        (["--client", "{python}", "--running", "it=http://127.0.0.1:9"], "nothing at http://127.0.0.1:9"),
-        (["--client", "{python}", "--reference", "it"], "none is it"),
+        (["--client", "nowhere/vllm"], "--client nowhere/vllm: there is no Python beside it"),
+        (["--running", "somewhere"], "--running somewhere: give a name, '='"),
+        (["--running", "it=somewhere"], "it=somewhere: give an address such as"),
+        (["--running", "it=http://a", "--running", "it=http://b"], "two servers are called it"),
+        (["--running", "it=http://a", "--reference", "other"], "--reference other: there are it"),
+        ([], "there is no server to measure: give --modes, --peer or --running"),
+        (["--peer", "it="], "it=: this cannot be run"),
+        (["--peer", "it=nowhere/server {port}"], "it=nowhere/server {port}: this cannot be run"),
+        (["--peer", "it=server {place}"], "it=server {place}: this cannot be run"),
+        (["--peer", "it=server '"], "it=server ': this cannot be run"),
+        (["--model", "./nowhere"], "--model ./nowhere: no such folder"),
     ],
 )
-def test_what_cannot_be_measured_is_said_in_one_line(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_mistakes_are_said_in_one_line_with_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str, tmp_path: Path
+) -> None:
+    assert _ended(tmp_path, arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"loadgen bench llm: {said}")
+
+
+def test_a_server_that_is_not_there_is_no_mistake_of_the_command_line(tmp_path: Path) -> None:
+    told = _ended(tmp_path, ["--running", "it=http://127.0.0.1:9"])
+    assert isinstance(told, str) and "nothing at http://127.0.0.1:9" in told and "\n" not in told
+
+
+def _ended(folder: Path, arguments: list[str]) -> int | str | None:
     # Something that has a Python beside it, which is not started before the servers are there.
-    (tmp_path / "python").touch()
-    words = [word.format(python=tmp_path / "vllm") for word in arguments]
-    with pytest.raises(SystemExit, match=said) as stopped:
-        main(["bench", "llm", "--model", str(tmp_path), "--modes", *words])
-    assert "\n" not in str(stopped.value)
+    (folder / "python").touch()
+    client = ["--client", str(folder / "vllm")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "llm", "--model", str(folder), *client, "--modes", *arguments])
+    return stopped.value.code

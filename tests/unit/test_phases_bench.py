@@ -12,7 +12,8 @@ from loadgen.bench.language_stack import Answer
 from loadgen.bench.phases_readings import Burst, Readings, against
 from loadgen.bench.phases_systems import common_settings, systems
 from loadgen.bench.phases_workload import TOKENS, Scale, kv_token_bytes, mean_lengths, requests_of
-from loadgen.bench.process import ROOT, BenchmarkError
+from loadgen.bench.process import ROOT
+from loadgen.refusal import WrongArgument
 from loadgen.simulator.language.workloads import CLASSES, class_requests
 
 QUARTER = Scale(0.25)
@@ -56,7 +57,7 @@ def test_the_size_of_keys_and_values_is_read_from_the_models_configuration(tmp_p
     )
     assert kv_token_bytes(tmp_path, 4) == 2 * 1 * 8 * 32 * 4
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(BenchmarkError, match="does not say how large"):
+    with pytest.raises(WrongArgument, match="does not say how large"):
         kv_token_bytes(tmp_path, 2)
 
 

@@ -8,7 +8,7 @@ import pytest
 from common.policies.prefill_profile import PrefillProfile, WrongPrefillProfile
 from common.policies.rib import paper_rib
 from compose.errors import OptionError
-from compose.local import StackOptions, check_scheduling, scheduling_variables, stack_variables
+from compose.local import StackOptions, check_scheduling, scheduling_variables, variable_values
 from compose.profiling.language import prefill_table
 from compose.rundir import run_directory
 
@@ -49,7 +49,7 @@ def test_it_reaches_the_instances_of_its_model_alone(tmp_path: Path, monkeypatch
     def chunk(options: StackOptions) -> str | None:
         check_scheduling(options)
         with run_directory(None) as directory:
-            return stack_variables(options, directory, 1).get("TRIPTYCH_CHUNK_TOKENS")
+            return variable_values(options, directory, 1).get("TRIPTYCH_CHUNK_TOKENS")
 
     assert chunk(StackOptions(rib=file)) == "256"
     assert chunk(StackOptions(rib=file, language_model=str(tmp_path))) is None

@@ -55,7 +55,7 @@ def test_mistakes_are_named_in_one_line_before_anything_is_started(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["profile", *arguments]) == 1
+    assert main(["profile", *arguments]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
     assert said.err.startswith(f"triptych: {message}")

@@ -1,6 +1,7 @@
 """What is said of settings' wrong values, and of variables that are no settings."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import structlog
@@ -8,7 +9,7 @@ import structlog
 from common.runtime.process import run_service
 from common.runtime.settings import SettingsError, load_settings
 from common.runtime.variables import settings_variables, stack_variables, unknown_variables
-from compose.environment import overruled, unknown
+from compose.environment import overruled, set_aside, unknown
 from compose.local import StackOptions
 from compose.spec import read_stack
 from services.scheduler.config import SchedulerSettings
@@ -70,3 +71,35 @@ def test_triptych_up_warns_of_what_has_no_effect() -> None:
     assert list(overruled(environment, options)) == [
         "triptych: warning: TRIPTYCH_PORT has no effect here, use --port (which is 9000 now)"
     ]
+
+
+def test_triptych_up_says_what_it_does_in_the_place_of_what_containers_are_told() -> None:
+    environment = {
+        "TRIPTYCH_NATS_HOST": "0.0.0.0",
+        "TRIPTYCH_NATS_URL": "nats://elsewhere:4222",
+        "TRIPTYCH_NATS_STORE": "/var/lib/nats",
+        "TRIPTYCH_CACHE_DIR": "/var/lib/cache",
+    }
+    warning = "triptych: warning:"
+    assert list(set_aside(environment, StackOptions())) == [
+        f"{warning} TRIPTYCH_NATS_HOST has no effect here: the broker listens on 127.0.0.1",
+        f"{warning} TRIPTYCH_NATS_URL has no effect here: the stack has its own broker; "
+        "TRIPTYCH_NATS_PORT chooses its port on 127.0.0.1",
+        f"{warning} TRIPTYCH_NATS_STORE has no effect here: "
+        "the broker's files are kept in a temporary folder; use --state-dir",
+        f"{warning} TRIPTYCH_CACHE_DIR has no effect here: "
+        "the cache store's files are kept in a temporary folder; use --state-dir",
+    ]
+    kept = StackOptions(state_dir=Path("/srv/stack"))
+    assert list(set_aside({"TRIPTYCH_CACHE_DIR": "/var/lib/cache"}, kept)) == [
+        f"{warning} TRIPTYCH_CACHE_DIR has no effect here: "
+        "the cache store's files are kept in /srv/stack/cache (by --state-dir)"
+    ]
+    as_it_is = {
+        "TRIPTYCH_NATS_HOST": "127.0.0.1",
+        "TRIPTYCH_NATS_PORT": "4222",
+        "TRIPTYCH_NATS_URL": "nats://127.0.0.1:4222",
+        "TRIPTYCH_NATS_STORE": "/srv/stack/nats",
+        "TRIPTYCH_CACHE_DIR": "",
+    }
+    assert not list(set_aside(as_it_is, kept))

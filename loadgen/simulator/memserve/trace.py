@@ -26,12 +26,14 @@ def read_mooncake(file: Path, speed: float = 1.0) -> list[Turn]:
         WrongTrace: see there.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return _turns(lines, speed)
+        turns = _turns(file.read_text(encoding="utf-8").splitlines(), speed)
     except OSError as error:
         raise WrongTrace(f"{file}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise WrongTrace(f"{file} is no Mooncake trace: {error!r}") from error
+    if not turns:
+        raise WrongTrace(f"{file}: there is no request in it")
+    return turns
 
 
 def _turns(lines: Iterable[str], speed: float) -> list[Turn]:

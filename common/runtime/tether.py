@@ -1,9 +1,11 @@
 """Ties a process's life to its parent's: Linux kills it the moment the parent is gone, however the parent went.
 
+Gone is it already where the thread ends that made the process: let one do so that lives as long as its process.
 Also gives a process the name by which ``ps`` and ``top`` show it.
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -27,6 +29,18 @@ def tether_to(parent_pid: int) -> Callable[[], None]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return tether
+
+
+def tether_to_starter() -> None:
+    """Call in a process that ``multiprocessing`` has spawned: ties it to the one that did.
+
+    Raises:
+        RuntimeError: it is no such process.
+    """
+    starter = multiprocessing.parent_process()
+    if starter is None or starter.pid is None:
+        raise RuntimeError("this process was not started by multiprocessing")
+    tether_to(starter.pid)()
 
 
 def show_as(name: str) -> None:
