@@ -42,9 +42,12 @@ SEED = int(os.environ["TRIPTYCH_TEST_SEED"])
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another store has is found, however slow this machine is just now."""
+    """A store answers another, or whoever asks it, however slow this machine is just now."""
     for wait in ("ASK_DEADLINE_S", "FIND_DEADLINE_S"):
         monkeypatch.setattr(f"services.cache_store.replication.{wait}", WAIT_S)
+    for wait in ("COPY_DEADLINE_S", "COMPARE_DEADLINE_S"):
+        monkeypatch.setattr(f"services.cache_store.replica.{wait}", WAIT_S)
+    monkeypatch.setattr("common.mempool.store_client.CONTROL_DEADLINE_S", WAIT_S)
 
 
 def tensor(key: str, version: int) -> torch.Tensor:
