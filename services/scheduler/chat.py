@@ -55,11 +55,12 @@ class ChatRouter:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Answer while the block runs."""
+        # Nobody is routed of whose end it could not be told.
         subscriptions = [
-            await self._bus.serve(ROUTE_CHAT, self._route, max_in_flight=_MAX_WAITING),
             await self._bus.subscribe(CHAT_PREFILLED, self._prefilled),
             await self._bus.subscribe(CHAT_ENDED, self._ended),
             await self._bus.subscribe(CHATS_UNDER_WAY, self._under_way),
+            await self._bus.serve(ROUTE_CHAT, self._route, max_in_flight=_MAX_WAITING),
         ]
         try:
             async with self._prompts.running(), self._loads.running() if self._loads else contextlib.nullcontext():
@@ -67,7 +68,7 @@ class ChatRouter:
         finally:
             for answer in self._asked.values():
                 _refuse(answer, "stopping", "this scheduler stops")
-            for subscription in subscriptions:
+            for subscription in reversed(subscriptions):
                 await subscription.stop(deadline_s=1.0)
 
     def member_changed(self, change: MemberChange) -> None:
