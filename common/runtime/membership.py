@@ -214,8 +214,12 @@ class MembershipView:
             self._update()
 
     def _heard(self, beat: Heartbeat) -> None:
-        self._heard_s[beat.instance] = (beat.incarnation, time.monotonic())
         record = self._records.get(beat.instance)
+        if record is not None and record.incarnation != beat.incarnation:
+            # The last of a former life, heard late, says nothing of this one; and what is ahead of its record is heard
+            # again with that.
+            return
+        self._heard_s[beat.instance] = (beat.incarnation, time.monotonic())
         if record is not None and beat.instance not in self._ready:
             self._update()
 

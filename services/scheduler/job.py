@@ -258,7 +258,7 @@ class VideoJob:
 
     def step_done(self, report: StepFinished) -> None:
         """Take a step into the timeline, in place of the same and later ones of what was lost."""
-        self.step = report.step
+        self.step = max(report.step, self.checkpoint_step)
         self.spans[:] = [known for known in self.spans if known.step is None or known.step < report.step]
         self.spans += [
             TimelineSpan(
@@ -280,6 +280,8 @@ class VideoJob:
 
     async def _start_decoding(self, decision: decide.StartDecoding) -> None:
         await self._keeper.move(VideoState.DECODING, time.time())
+        # A worker that is quick has decoded before its answer is here.
+        self._changed()
         work = DecodeVideo(
             job_id=decision.job_id,
             epoch=decision.epoch,

@@ -34,6 +34,9 @@ from services.scheduler.workers import Workers
 
 log = structlog.get_logger()
 
+# Where steps of a job's newest run still count: its end is told by a request, which may overtake the last one's event.
+_RUN = frozenset((Phase.DENOISING, Phase.PARKED, Phase.DENOISED, Phase.DECODING))
+
 
 class WorkerReports:
     """Hears the workers. ``jobs`` and ``state`` are the scheduler's and its policy's own, only looked at here.
@@ -73,7 +76,7 @@ class WorkerReports:
     async def _step_finished(self, report: StepFinished) -> None:
         job = self._jobs.get(report.job_id)
         known = self._under_way(report.job_id, report.epoch)
-        if job is None or known is None or known.phase is not Phase.DENOISING:
+        if job is None or known is None or known.phase not in _RUN:
             return
         job.step_done(report)
         self._progress.step_took(known, report.degree_of_parallelism, report.ended_at_s - report.started_at_s)

@@ -171,6 +171,7 @@ async def test_a_job_from_queue_to_file_with_progress_and_timeline(nats_server: 
         await play.dit.finish_denoising(lease)
         work = await play.vae.next_decoding()
         assert work.latent == play.dit.ref(lease.epoch)
+        await heard.until(lambda last: last.state is VideoState.DECODING)
         file = await play.vae.finish_decoding(work)
         record = await play.reaches("video_a", VideoState.COMPLETED)
         assert (record.file, record.attempt, record.failure) == (file, 1, None)
@@ -192,6 +193,28 @@ async def test_a_job_from_queue_to_file_with_progress_and_timeline(nats_server: 
         states = [progress.state for progress in heard.all]
         assert list(dict.fromkeys(states))[-3:] == [VideoState.DENOISING, VideoState.DECODING, VideoState.COMPLETED]
         await listening.stop()
+
+
+async def test_the_end_of_a_phase_may_overtake_what_was_told_of_it(nats_server: NatsServer) -> None:
+    """A step is told by an event, the last one's end by a request; a decoder may be done before its yes is here."""
+    async with stage(nats_server.url) as play:
+        heard = Heard()
+        await play.bus.subscribe(VIDEO_PROGRESS, heard)
+        await play.submit("video_a")
+        lease = await play.dit.next_lease()
+        await play.dit.do_step(lease, 1)
+        await heard.until(lambda last: last.step == 1)
+        play.vae.free.clear()
+        await play.dit.finish_denoising(lease)
+        work = await play.vae.next_decoding()
+        await heard.until(lambda last: last.state is VideoState.DECODING)
+        await play.dit.do_step(lease, 2)
+        await heard.until(lambda last: last.step == 2)
+        await play.vae.finish_decoding(work)
+        play.vae.free.set()
+        await play.reaches("video_a", VideoState.COMPLETED)
+        timeline = (await play.bus.get(VIDEO_TIMELINES, "video_a")).value
+        assert [span.step for span in timeline.spans if span.phase == "step"] == [1, 2]
 
 
 async def until_told(report: Callable[[], Awaitable[object]]) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -22,10 +23,10 @@ from common.messages.tensors import TensorRef
 from common.messages.video import Checkpoint, CheckpointStored, Lease, VideoState, checkpoint_key
 from common.runtime.membership import Registration
 from common.runtime.settings import ServiceSettings
-from tests.component.test_scheduler import REQUEST, Heard, Stage, stage
+from tests.component.test_scheduler import REQUEST, Heard, Stage, recorded, stage
 from tests.support.bus import eventually
 from tests.support.nats_server import NatsServer
-from tests.support.workers import WAIT_S, played_worker
+from tests.support.workers import WAIT_S, PlayedWorker, played_worker
 
 LATENT = TensorRef(owner="cache_store-0", tensor_id=5, address=b"there", shape=(1,), dtype="float32", size_bytes=4)
 
@@ -77,8 +78,19 @@ async def checkpoint(play: Stage, store: PlayedCacheStore, lease: Lease, step: i
     await play.dit.bus.publish(CHECKPOINT_STORED, stored, lease.job_id)
 
 
-async def test_a_job_whose_worker_is_lost_goes_on_from_its_checkpoint(nats_server: NatsServer) -> None:
-    async with stage(nats_server.url) as play, cache_store(nats_server.url) as store:
+async def first_lease(*workers: PlayedWorker) -> Lease:
+    """The next lease of any of them."""
+    waiting = [asyncio.create_task(worker.next_lease()) for worker in workers]
+    done, rest = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for task in rest:
+        task.cancel()
+    await asyncio.gather(*rest, return_exceptions=True)
+    return done.pop().result()
+
+
+async def test_a_job_whose_worker_is_lost_goes_on_from_its_checkpoint(nats_server: NatsServer, tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    async with stage(nats_server.url, record=record) as play, cache_store(nats_server.url) as store:
         heard = Heard()
         await play.bus.subscribe(VIDEO_PROGRESS, heard)
         await play.submit("video_a")
@@ -89,6 +101,7 @@ async def test_a_job_whose_worker_is_lost_goes_on_from_its_checkpoint(nats_serve
         await checkpoint(play, store, lease, 1)
         await play.dit.do_step(lease, 2)
         await heard.until(lambda last: last.step == 2)
+        await recorded(record, '"CheckpointStored"')
         await play.dit.leave()
         await play.reaches("video_a", VideoState.ENCODING, attempt=2)
         # Step 2 is lost, step 1 is not.
@@ -98,6 +111,7 @@ async def test_a_job_whose_worker_is_lost_goes_on_from_its_checkpoint(nats_serve
         assert again.resume == Checkpoint(step=1, latent=LATENT)
         await heard.until(lambda last: (last.state, last.step) == (VideoState.DENOISING, 1))
         await play.dit.do_step(again, 2)
+        await heard.until(lambda last: last.step == 2)
         await play.dit.finish_denoising(again)
         await play.vae.finish_decoding(await play.vae.next_decoding())
         await play.reaches("video_a", VideoState.COMPLETED)
@@ -191,7 +205,7 @@ async def test_a_new_scheduler_knows_how_far_a_job_has_come(nats_server: NatsSer
 
 @pytest.mark.parametrize("kept", [{"dit-0": 2, "dit-1": 3}, {"dit-0": 3, "dit-1": 2}, {"dit-1": 1}], ids=str)
 async def test_a_new_scheduler_has_the_furthest_latent_handed_on(nats_server: NatsServer, kept: dict[str, int]) -> None:
-    """Whoever is to go on; where nobody has more than the cache store, that is asked."""
+    """To whoever is to go on, the first that is welcomed; where nobody has more than the cache store, that is asked."""
     async with stage(nats_server.url) as play, cache_store(nats_server.url) as store:
         await play.submit("video_a")
         lease = await play.dit.next_lease()
@@ -202,7 +216,7 @@ async def test_a_new_scheduler_has_the_furthest_latent_handed_on(nats_server: Na
                 if worker.instance in kept:
                     worker.kept["video_a"] = kept[worker.instance]
             play.scheduler.start()
-            again = await play.dit.next_lease()
+            again = await first_lease(play.dit, other)
             furthest = max(kept, key=kept.__getitem__)
             latent = (play.dit if furthest == "dit-0" else other).ref(kept[furthest])
             expected = Checkpoint(step=kept[furthest], latent=latent) if kept[furthest] > 1 else None

@@ -203,8 +203,10 @@ async def test_a_job_is_parked_for_a_shorter_one_and_goes_on(
         park = await group.play.dit.next_park()
         assert (park.job_id, park.epoch) == ("long", lease.epoch)
         assert group.other.parks.empty(), "the leader tells the others"
-        await group.play.dit.do_step(lease, 7)
         await group.play.dit.finish_parking(lease, 7)
+        # It was told of before, by an event, which takes another way.
+        await group.play.dit.do_step(lease, 7)
+        await recorded(group.record, '"StepFinished"', 2)
         short = await group.lease()
         assert short.job_id == "short"
         waits = VideoProgress(job_id="long", state=VideoState.DENOISING, queue_place=1, step=7, steps=LONG.steps)
@@ -220,9 +222,12 @@ async def test_a_job_is_parked_for_a_shorter_one_and_goes_on(
         grown = await group.lease()
         assert (grown.members, grown.meeting, grown.text) == (("dit-1", "dit-0"), "where dit-1 leads", None)
         await group.other.do_step(again, 8, next_epoch=grown.epoch)
+        await recorded(group.record, '"StepFinished"', 3)
         await group.other.finish_denoising(grown)
         await group.play.vae.finish_decoding(await group.play.vae.next_decoding())
         assert (await group.play.reaches("long", VideoState.COMPLETED)).attempt == 1
+        timeline = (await group.play.bus.get(VIDEO_TIMELINES, "long")).value
+        assert {span.step for span in timeline.spans if span.phase == "step"} == {6, 7, 8}
         assert any(isinstance(decision, ParkJob) for decision in decided(group.record, "srtf"))
 
 

@@ -10,8 +10,8 @@ from common.bus.errors import WrongRevision
 from common.bus.nats_bus import NatsBus
 from common.bus.port import CaughtUp, Change
 from common.bus.watching import BucketWatch
-from common.messages.cluster import LanguageRole, Member, MemberState, Service
-from common.messages.subjects import MEMBERS, VIDEO_BUCKETS
+from common.messages.cluster import Heartbeat, LanguageRole, Member, MemberState, Service
+from common.messages.subjects import HEARTBEATS, MEMBERS, VIDEO_BUCKETS
 from common.runtime.membership import (
     MemberChange,
     MemberDraining,
@@ -117,6 +117,29 @@ async def test_another_life_under_the_same_name_is_a_loss_at_once(nats_server: N
             joined = await watcher.next()
             assert isinstance(joined, MemberJoined)
             assert joined.member.incarnation == second.member.incarnation
+
+
+async def test_a_former_lifes_sign_heard_late_says_nothing_of_this_one(nats_server: NatsServer) -> None:
+    silent = [
+        settings(nats_server.url, instance).model_copy(update={"heartbeat_s": 600.0}) for instance in ("dit-0", "dit-1")
+    ]
+    async with (
+        watching(nats_server.url) as watcher,
+        await NatsBus.connect(nats_server.url, name="dit") as bus,
+        Registration(bus, silent[0], Service.DIT) as living,
+        Registration(bus, silent[1], Service.DIT) as other,
+    ):
+        for registration in (living, other):
+            await registration.ready()
+            assert isinstance(await watcher.next(), MemberJoined)
+        watcher.view.doubt("dit-1")
+        assert isinstance(await watcher.next(), MemberLost)
+        # Heard in this order; with the second everybody is looked at.
+        for instance, incarnation in (("dit-0", "a former life"), ("dit-1", other.member.incarnation)):
+            await bus.publish(HEARTBEATS, Heartbeat(instance=instance, incarnation=incarnation), instance)
+        joined = await watcher.next()
+        assert isinstance(joined, MemberJoined), "nobody else was lost"
+        assert joined.member.instance == "dit-1"
 
 
 async def test_a_record_nobody_stands_behind_is_not_a_member(nats_server: NatsServer) -> None:

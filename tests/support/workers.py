@@ -71,7 +71,7 @@ class PlayedWorker:
         # Of which jobs, taken back from this worker, the latent is kept here, and after how many steps.
         self.kept: dict[str, int] = {}
         self._asked: list[Message] = []
-        # Cleared by a test, this worker is busy: it answers to no lease before it is set again.
+        # Cleared by a test, this worker is busy: it answers to no lease and no decoding before it is set again.
         self.free = asyncio.Event()
         self.free.set()
         self.meeting = f"where {self.instance} leads"
@@ -147,6 +147,7 @@ class PlayedWorker:
     async def _decode(self, work: DecodeVideo) -> Acknowledged:
         if self._is_new(work):
             self.decodings.put_nowait(work)
+        await asyncio.wait_for(self.free.wait(), WAIT_S)
         return Acknowledged()
 
     async def _cancel(self, request: CancelDecoding) -> Acknowledged:
