@@ -4,19 +4,19 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.language.settings import model_name
-from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
-from common.policies.prefill_profile import PrefillProfile, WrongPrefillProfile
-from common.policies.registry import UnknownPolicy, make_policy
-from common.policies.rib import Rib, WrongRib
+from common.policies.language.language_costs import LanguageCosts, WrongLanguageCosts
+from common.policies.language.prefill_profile import PrefillProfile, WrongPrefillProfile
+from common.policies.video.registry import UnknownPolicy, make_policy
+from common.policies.video.rib import Rib, WrongRib
 from compose.errors import OptionError, StartError
 from compose.launch import CommandLauncher, ForkLauncher, Launcher
 from compose.logs import LogFollower
-from compose.ports import checked_port, free_port
+from compose.ports import checked_port, free_port, kept_port
 from compose.readiness import wait_ready
 from compose.rundir import RunDirectory, run_directory
 from compose.spec import COMPOSE_FILE, ServiceSpec, StackSpec, read_stack
@@ -82,8 +82,7 @@ async def running_stack(
     # Looked at first: everything that can be refused at once.
     check_scheduling(options)
     read_stack({}, options.compose_file).scaled(options.replicas)
-    port = free_port(options.host) if options.port == 0 else checked_port(options.host, options.port)
-    with run_directory(options.state_dir) as directory:
+    with _port(options) as port, run_directory(options.state_dir) as directory:
         stack = read_stack(variable_values(options, directory, port), options.compose_file).scaled(options.replicas)
         forking = _fork_launcher(stack, directory)
         executing = CommandLauncher()
@@ -109,6 +108,16 @@ async def running_stack(
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
             follower.catch_up()
+
+
+@contextlib.contextmanager
+def _port(options: StackOptions) -> Iterator[int]:
+    """Where the gateway will listen. It starts last, and anew where it dies: a port of our choice is kept for it."""
+    if options.port:
+        yield checked_port(options.host, options.port)
+        return
+    with kept_port(options.host) as port:
+        yield port
 
 
 async def _start(supervisor: Supervisor, stack: StackSpec, base_url: str, timeout_s: float) -> None:

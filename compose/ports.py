@@ -1,6 +1,8 @@
 """Ports for the stack to listen on: one that was asked for, or any."""
 
+import contextlib
 import socket
+from collections.abc import Iterator
 
 from common.runtime import ports
 from compose.errors import OptionError
@@ -31,7 +33,20 @@ def free_port(host: str) -> int:
     Raises:
         OptionError: there is none on ``host``.
     """
-    try:
-        return ports.free_port(host)
-    except OSError as error:
-        raise OptionError(f"--host {host}: {error.strerror}") from error
+    with kept_port(host) as port:
+        return port
+
+
+@contextlib.contextmanager
+def kept_port(host: str) -> Iterator[int]:
+    """The same, given to nobody else while the block runs.
+
+    Raises:
+        OptionError: there is none on ``host``.
+    """
+    with contextlib.ExitStack() as kept:
+        try:
+            port = kept.enter_context(ports.kept_port(host))
+        except OSError as error:
+            raise OptionError(f"--host {host}: {error.strerror}") from error
+        yield port

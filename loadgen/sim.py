@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from common.policies.registry import UnknownPolicy, make_policy, policy_names
-from common.policies.rib import Rib, WrongRib, paper_rib
+from common.policies.video.registry import UnknownPolicy, make_policy, policy_names
+from common.policies.video.rib import Rib, WrongRib, paper_rib
 from loadgen.environment import this_machine
 from loadgen.refusal import Refused, WrongArgument, check_written, text_of
 from loadgen.simulator.cost import CostModel, Noise, Overheads
@@ -241,7 +241,7 @@ def _environment(rib: Rib, overheads: Overheads, options: argparse.Namespace) ->
     return {
         **_machine(),
         "rib": rib.to_json(),
-        "rib_from": str(options.rib) if options.rib else "the paper's figures (common.policies.rib.paper_rib)",
+        "rib_from": str(options.rib) if options.rib else "the paper's figures (common.policies.video.rib.paper_rib)",
         "overheads_s": {name: getattr(overheads, name) for name in overheads.__slots__},
         "noise": options.noise,
         "saturation": "GPUs over the mean GPU-seconds of a request at degree 1, VAE included",

@@ -12,7 +12,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from common.policies.rib import Rib, VideoKind
+from common.policies.video.rib import Rib, VideoKind
 from loadgen.arrivals import FloatArray, burst, generator, poisson, square_wave
 
 STEPS = 30  # Open-Sora's default (section 2.1)

@@ -1,7 +1,8 @@
 """An instance's language engine without its transport: prompts in, tokens out.
 
 ``Engine`` joins the model (``common.models.causal_lm``), the books of its memory (``common.mempool``) and the policy
-that makes its batches (``common.policies.continuous_batching``). Prefill and decode services put messages around it.
+that makes its batches (``common.policies.language.continuous_batching``). Prefill and decode services put messages
+around it.
 """
 
 from common.engine.engine import Engine, RequestRefused

@@ -7,7 +7,7 @@ from common.mempool.index import agreed_blocks
 from common.mempool.pool import MemPool
 from common.messages.chat import tokens_in
 from common.models.causal_lm import BlockTable
-from common.policies.batching_events import CachedPrefix
+from common.policies.language.batching_events import CachedPrefix
 
 
 class SequenceBlocks:

@@ -17,7 +17,7 @@ from common.mempool.pool import MemPool
 from common.mempool.tiers import Tier
 from common.messages.chat import tokens_in
 from common.models.causal_lm import BLOCK_TOKENS, BlockTable, CausalLM, KVPool
-from common.policies.batching_events import (
+from common.policies.language.batching_events import (
     LengthPredicted,
     Piece,
     PreemptSequence,
@@ -29,8 +29,8 @@ from common.policies.batching_events import (
     StepDue,
     StepFinished,
 )
-from common.policies.batching_rules import BatchingRules
-from common.policies.continuous_batching import ContinuousBatching
+from common.policies.language.batching_rules import BatchingRules
+from common.policies.language.continuous_batching import ContinuousBatching
 
 
 class RequestRefused(ValueError):

@@ -9,7 +9,7 @@ from common.engine.sequence import Computed
 from common.messages.chat import unpack_tokens
 from common.models.causal_lm import CausalLM, Chunk, KVPool
 from common.models.causal_lm.sampling import sample
-from common.policies.batching_events import Piece
+from common.policies.language.batching_events import Piece
 
 
 @dataclass(slots=True)

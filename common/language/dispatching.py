@@ -23,8 +23,8 @@ from common.messages.chat import tokens_in
 from common.messages.dispatch import DecodeLoads
 from common.messages.failures import Failure, Stage
 from common.messages.subjects import DECODE_LOADS
-from common.policies import decode_dispatch as policy
-from common.policies.length_prediction import LengthRange
+from common.policies.language import decode_dispatch as policy
+from common.policies.language.length_prediction import LengthRange
 
 log = structlog.get_logger()
 

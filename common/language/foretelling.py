@@ -14,8 +14,8 @@ from common.language.held import Held
 from common.language.settings import LengthPrediction
 from common.messages.chat import ExpectedAnswer, tokens_in
 from common.models.length_predictor import AnswerLengths
-from common.policies.decode_dispatch import HEAVY_ABOVE
-from common.policies.length_prediction import LengthRange
+from common.policies.language.decode_dispatch import HEAVY_ABOVE
+from common.policies.language.length_prediction import LengthRange
 
 
 class Foretelling:

@@ -17,7 +17,7 @@ from common.messages.chat import (
 from common.messages.failures import Failure
 from common.models.causal_lm.sampling import SamplingParameters
 from common.policies.fence import Fence, StaleEpoch
-from common.policies.length_prediction import LengthRange
+from common.policies.language.length_prediction import LengthRange
 
 _REASONS = {Finish.STOP: FinishReason.STOP, Finish.LENGTH: FinishReason.LENGTH}
 

@@ -14,7 +14,7 @@ from common.mempool.events import Change, PoolEvent
 from common.mempool.pool import MemPool
 from common.messages.kv_index import AskIndex, IndexChanged, IndexTold
 from common.messages.subjects import INDEX_CHANGED
-from common.policies.prompt_index import IndexChange, IndexPublisher, IndexSnapshot
+from common.policies.language.prompt_index import IndexChange, IndexPublisher, IndexSnapshot
 
 log = structlog.get_logger()
 

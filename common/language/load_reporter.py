@@ -15,7 +15,7 @@ from common.language.stepper import Stepper
 from common.language.takeover import Receiving
 from common.messages.dispatch import DecodeLoad
 from common.messages.subjects import LOAD_REPORTED
-from common.policies.cluster_monitor import PERIOD_S, REPEAT_S
+from common.policies.language.cluster_monitor import PERIOD_S, REPEAT_S
 
 log = structlog.get_logger()
 

@@ -15,7 +15,7 @@ from common.mempool.tiers import Tier, disk_tier, dram_tier
 from common.messages.cluster import LanguageModelInfo
 from common.models.causal_lm import CausalLM, KVPool, ModelLoadError, load, weights_digest
 from common.models.length_predictor import AnswerLengths, PredictorLoadError
-from common.policies.length_prediction import LengthBuckets
+from common.policies.language.length_prediction import LengthBuckets
 from common.runtime.process import CannotServe
 
 log = structlog.get_logger()

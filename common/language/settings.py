@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import Field
 
 from common.mempool.caching import Caching
-from common.policies.batching_rules import BatchingRules
-from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
-from common.policies.decode_dispatch import DispatchRule
-from common.policies.prefill_schedule import PrefillOrder
+from common.policies.language.batching_rules import BatchingRules
+from common.policies.language.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
+from common.policies.language.decode_dispatch import DispatchRule
+from common.policies.language.prefill_schedule import PrefillOrder
 from common.runtime.settings import ComputeSettings
 
 DEMO = "demo"

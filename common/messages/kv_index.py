@@ -1,7 +1,7 @@
 """What an instance's memory has: told to the scheduler change by change, and whole where that is needed.
 
-Heard at most once. Numbers and digests (``common.policies.prompt_index``) show what was missed; then the whole is asked
-for, in parts that fit a message.
+Heard at most once. Numbers and digests (``common.policies.language.prompt_index``) show what was missed; then the whole
+is asked for, in parts that fit a message.
 """
 
 from pydantic import Field

@@ -3,6 +3,7 @@
 import contextlib
 import random
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 _GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -21,11 +22,41 @@ def free_port(host: str = "127.0.0.1") -> int:
     Raises:
         OSError: ``host`` is unknown, or not this machine.
     """
-    given = bound_port(host, 0)
+    with kept_port(host) as port:
+        return port
+
+
+@contextlib.contextmanager
+def kept_port(host: str = "127.0.0.1") -> Iterator[int]:
+    """As ``free_port``, for a server that comes late, or goes and comes: while the block runs nobody else is given it.
+
+    The server has to allow that its address is used again (SO_REUSEADDR), as most do.
+
+    Raises:
+        OSError: see ``free_port``.
+    """
+    with _bound_alone(host) as keeper:
+        # Not before: from here on a server may be bound beside it, but nobody who looks for a port for himself alone.
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield keeper.getsockname()[1]
+
+
+def _bound_alone(host: str) -> socket.socket:
+    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
     for _ in range(_PORT_TRIES):
         with contextlib.suppress(OSError):
-            return bound_port(host, _CHANCE.randrange(_LOWEST_PORT, _first_given_port()))
-    return given
+            return _bound(family, host, _CHANCE.randrange(_LOWEST_PORT, _first_given_port()))
+    return _bound(family, host, 0)
+
+
+def _bound(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.bind((host, port))
+    except BaseException:
+        bound.close()
+        raise
+    return bound
 
 
 def bound_port(host: str, port: int) -> int:

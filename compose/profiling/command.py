@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from common.policies.rib import DegreeRule, Rib, WrongRib
+from common.policies.video.rib import DegreeRule, Rib, WrongRib
 from compose.errors import StartError
 from compose.files import prepare_file, write_whole
 from compose.profiling.crew import crew_of

@@ -6,8 +6,8 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from common.policies.language_costs import ChunkedCost, FitError, pairs
-from common.policies.prefill_cost import DecodeCost, LinkCost
+from common.policies.language.language_costs import ChunkedCost, FitError, pairs
+from common.policies.language.prefill_cost import DecodeCost, LinkCost
 from compose.profiling.operators import Timed
 
 Numbers = npt.NDArray[np.float64]

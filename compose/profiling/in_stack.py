@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from common.messages.video import VideoTimeline
-from common.policies.rib import KindProfile, VideoKind
+from common.policies.video.rib import KindProfile, VideoKind
 from compose.client import StackClient
 from compose.errors import OptionError, StartError
 from compose.local import StackOptions, running_stack

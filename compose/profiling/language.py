@@ -10,8 +10,8 @@ from asyncio.subprocess import PIPE
 from dataclasses import dataclass
 from typing import Any
 
-from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
-from common.policies.prefill_profile import SATURATED, PrefillProfile, WrongPrefillProfile
+from common.policies.language.language_costs import LanguageCosts, WrongLanguageCosts
+from common.policies.language.prefill_profile import SATURATED, PrefillProfile, WrongPrefillProfile
 from common.runtime.tether import tether_to
 from compose.errors import StartError
 from compose.launch import PACKAGE_ROOT

@@ -15,8 +15,8 @@ from common.language.loading import open_model
 from common.language.settings import LanguageSettings, model_name
 from common.models.causal_lm import CausalLM, KVPool
 from common.models.memory import keep_freed_memory
-from common.policies.language_costs import LanguageCosts
-from common.policies.prefill_profile import PrefillProfile
+from common.policies.language.language_costs import LanguageCosts
+from common.policies.language.prefill_profile import PrefillProfile
 from common.runtime.process import CannotServe
 from common.runtime.settings import SettingsError, load_settings
 from common.runtime.worker import choose_device, choose_precision

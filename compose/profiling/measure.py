@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.policies.rib import KindProfile, VideoKind
+from common.policies.video.rib import KindProfile, VideoKind
 from compose.profiling.crew import Crew, MeasuringProcess
 from compose.profiling.plan import Plan, degrees_of, slots_of, teams_of
 

@@ -1,4 +1,4 @@
-"""Passes of a language model, timed for the cost model of ``common.policies.language_costs``: prefill and decoding.
+"""Passes of a language model, timed for the costs of ``common.policies.language.language_costs``: prefill and decoding.
 
 The constants are fitted to single passes: chunks of many sizes behind more or fewer cached tokens, and decoding batches
 of many sizes and contexts. They are held to something else: whole prompts, chunk after chunk, and other batches, sizes

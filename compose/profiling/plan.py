@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from common.models.opensora.errors import ModelLoadError
 from common.models.opensora.spec import VideoModelSpec, load_spec
-from common.policies.rib import DegreeRule, VideoKind, powers_of_two
+from common.policies.video.rib import DegreeRule, VideoKind, powers_of_two
 from compose.errors import OptionError
 from compose.local import model_location
 from compose.spec import read_stack

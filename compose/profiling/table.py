@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from common.policies.rib import Rib, VideoKind, doubling_gains
+from common.policies.video.rib import Rib, VideoKind, doubling_gains
 
 
 def table(rib: Rib, tokens: Mapping[VideoKind, int]) -> str:

@@ -19,8 +19,8 @@ from tempfile import TemporaryDirectory
 import aiohttp
 import numpy as np
 
-from common.policies.registry import UnknownPolicy, make_policy
-from common.policies.rib import Rib, WrongRib
+from common.policies.video.registry import UnknownPolicy, make_policy
+from common.policies.video.rib import Rib, WrongRib
 from loadgen.bench.live import live_stack
 from loadgen.bench.parity import parities
 from loadgen.bench.process import BenchmarkError, completed, located

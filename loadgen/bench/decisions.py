@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from common.messages.cluster import Service
-from common.policies import decisions as decide
-from common.policies import events as event
-from common.policies.policy import Policy
-from common.policies.registry import make_policy, policy_names
-from common.policies.rib import Rib, paper_rib
-from common.policies.state import Job, Phase
+from common.policies.video import decisions as decide
+from common.policies.video import events as event
+from common.policies.video.policy import Policy
+from common.policies.video.registry import make_policy, policy_names
+from common.policies.video.rib import Rib, paper_rib
+from common.policies.video.state import Job, Phase
 from loadgen.counts import count
 
 SERVER_SLOTS = 8

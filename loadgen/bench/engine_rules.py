@@ -21,10 +21,10 @@ from common.engine import Engine, Request
 from common.messages.chat import pack_tokens
 from common.models.causal_lm import BLOCK_TOKENS, CausalLM, KVPool, load
 from common.models.causal_lm.sampling import SamplingParameters
-from common.policies.batching_rules import BatchingRules
-from common.policies.decode_admission import AdmissionRule, DecodeAdmission
-from common.policies.length_prediction import LengthBuckets
-from common.policies.prefill_schedule import PrefillOrder
+from common.policies.language.batching_rules import BatchingRules
+from common.policies.language.decode_admission import AdmissionRule, DecodeAdmission
+from common.policies.language.length_prediction import LengthBuckets
+from common.policies.language.prefill_schedule import PrefillOrder
 from loadgen.bench.rounds import spread
 from loadgen.counts import count, not_negative
 from loadgen.random_language_model import VOCABULARY, save_random_language_model

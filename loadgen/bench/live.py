@@ -10,7 +10,7 @@ from pathlib import Path
 
 import aiohttp
 
-from common.policies.rib import VideoKind
+from common.policies.video.rib import VideoKind
 from loadgen.bench.process import BenchmarkError, started
 from loadgen.workloads import Workload
 

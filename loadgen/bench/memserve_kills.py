@@ -20,8 +20,8 @@ import aiohttp
 import numpy as np
 
 from common.bus.nats_bus import NatsBus
-from common.policies.chat_rule import CHAT_RULES
-from common.policies.routing_rules import UnknownRule, make_rule
+from common.policies.language.chat_rule import CHAT_RULES
+from common.policies.language.routing_rules import UnknownRule, make_rule
 from common.runtime.membership import MembershipView
 from common.runtime.ports import free_port
 from loadgen.bench.greedy_answers import GreedyAnswers

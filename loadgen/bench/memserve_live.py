@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 import aiohttp
 import numpy as np
 
-from common.policies.chat_rule import CHAT_RULES
-from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
-from common.policies.routing_rules import UnknownRule, make_rule
+from common.policies.language.chat_rule import CHAT_RULES
+from common.policies.language.language_costs import LanguageCosts, WrongLanguageCosts
+from common.policies.language.routing_rules import UnknownRule, make_rule
 from loadgen.bench.language_stack import Replay, Told, language_stack, profiled
 from loadgen.bench.process import BenchmarkError
 from loadgen.bench.rounds import MEASURES, Readings, comparison

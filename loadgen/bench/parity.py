@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.policies.registry import make_policy
-from common.policies.rib import Rib
+from common.policies.video.registry import make_policy
+from common.policies.video.rib import Rib
 from loadgen.arrivals import FloatArray
 from loadgen.bench.live import warm_up_steps
 from loadgen.simulator.cost import CostModel

@@ -20,7 +20,7 @@ from common.messages.chat import pack_tokens
 from common.models.length_predictor import LengthPredictor
 from common.models.length_predictor.network import NetworkShape
 from common.models.length_predictor.training import train
-from common.policies.length_prediction import LengthBuckets
+from common.policies.language.length_prediction import LengthBuckets
 from loadgen.arrivals import generator
 from loadgen.bench.process import BenchmarkError
 from loadgen.bench.trace_excerpt import SmallRequest, random_tokens

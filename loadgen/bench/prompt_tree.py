@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.policies.prompt_tree import PromptTree
+from common.policies.language.prompt_tree import PromptTree
 from loadgen.bench.compare import Comparison, compare
 from loadgen.bench.prompt_tree_peers import PEERS, Ask
 from loadgen.counts import count, not_negative, several

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.policies.rib import Rib, WrongRib
+from common.policies.video.rib import Rib, WrongRib
 from loadgen.bench.rounds import Readings
 from loadgen.workloads import Mix, Pattern, Workload, make_workload, mix_named, saturation_rate
 

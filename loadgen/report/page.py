@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from common.policies.rib import Rib
+from common.policies.video.rib import Rib
 from loadgen.report import sections, words
 from loadgen.report.charts import policy_class
 from loadgen.report.style import SCRIPT, STYLE, policy_colours

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from common.policies.rib import Rib
+from common.policies.video.rib import Rib
 from loadgen.report.charts import Line, bar_chart, cdf_chart, line_chart, policy_class, slot_chart
 from loadgen.report.paper import PAPER_COST, readings
 from loadgen.simulator.bounds import cost_over

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from common.policies.rib import Rib
+from common.policies.video.rib import Rib
 from loadgen.simulator.lower_bound import Bound, Halving, OccupiedTime, batch_time, lower_bound, online_time
 from loadgen.simulator.points import Point
 from loadgen.simulator.statistics import mean_estimate

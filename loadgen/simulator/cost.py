@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.policies.rib import Rib, VideoKind
+from common.policies.video.rib import Rib, VideoKind
 from loadgen.arrivals import generator
 
 

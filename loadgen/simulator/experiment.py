@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.policies.rib import Rib
+from common.policies.video.rib import Rib
 from loadgen.simulator.bounds import bounds_at
 from loadgen.simulator.points import Point, points
 from loadgen.simulator.processes import in_processes

@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from common.messages.cluster import Service
-from common.policies.decisions import (
+from common.policies.video.decisions import (
     CancelDecoding,
     CompleteJob,
     Decision,
@@ -26,7 +26,7 @@ from common.policies.decisions import (
     StartDecoding,
     StartEncoding,
 )
-from common.policies.events import (
+from common.policies.video.events import (
     DecodingFinished,
     DenoisingFinished,
     Event,
@@ -36,7 +36,7 @@ from common.policies.events import (
     StepFinished,
     WorkerJoined,
 )
-from common.policies.policy import Policy
+from common.policies.video.policy import Policy
 from loadgen.simulator.cost import CostModel
 from loadgen.simulator.outcome import Outcome, Span, SpanKind
 from loadgen.simulator.video import Video

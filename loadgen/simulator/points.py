@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from common.policies.rib import Rib
+from common.policies.video.rib import Rib
 from loadgen.simulator.loop import Cluster
 from loadgen.workloads import MIXES, Mix, Pattern, Workload, make_workload, mix_named, saturation_rate
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from common.messages.cluster import Service
-from common.policies.events import JobArrived, WorkerJoined
-from common.policies.rib import VideoKind
+from common.policies.video.events import JobArrived, WorkerJoined
+from common.policies.video.rib import VideoKind
 from loadgen.simulator.loop import Cluster
 from loadgen.simulator.replay import TimedEvent, WrongRecord
 from loadgen.workloads import Workload

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 from common.messages.cluster import Service
-from common.policies import events
-from common.policies.decisions import Decision
-from common.policies.events import Event
-from common.policies.policy import Policy
+from common.policies.video import events
+from common.policies.video.decisions import Decision
+from common.policies.video.events import Event
+from common.policies.video.policy import Policy
 
 _EVENTS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(events.Event)}
 

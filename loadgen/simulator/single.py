@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from common.policies.registry import make_policy
+from common.policies.video.registry import make_policy
 from loadgen.simulator.cost import CostModel
 from loadgen.simulator.loop import Cluster, Simulation
 from loadgen.simulator.outcome import summary

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from common.policies.registry import make_policy
-from common.policies.rib import Rib
+from common.policies.video.registry import make_policy
+from common.policies.video.rib import Rib
 from loadgen.arrivals import FloatArray
 from loadgen.simulator.cost import CostModel, Noise, Overheads
 from loadgen.simulator.loop import Simulation, Watch

@@ -1,7 +1,7 @@
 """One video in the simulator: where it stands, and the steps it takes between two changes of its lease."""
 
-from common.policies.decisions import GrantLease, ParkJob
-from common.policies.rib import VideoKind
+from common.policies.video.decisions import GrantLease, ParkJob
+from common.policies.video.rib import VideoKind
 
 
 class Video:

@@ -72,7 +72,7 @@ class Replication:
     async def newer(self, request: FindTensor) -> TensorFound | None:
         """What another store has above ``request.above``, the newest of all; None where nobody has."""
         best: TensorFound | None = None
-        for found in await self._ask_all(FIND_COPY, request):
+        for found in await self._ask_all(FIND_COPY, request, ASK_DEADLINE_S):
             if found.tensor_version is not None and found.tensor_version > _version(best, request.above):
                 best = found
         return best
@@ -81,7 +81,7 @@ class Replication:
         """Those of the keys that another store has."""
         if not keys:
             return set()
-        answers = await self._ask_all(HAVE_COPIES, HaveTensors(keys=tuple(keys)))
+        answers = await self._ask_all(HAVE_COPIES, HaveTensors(keys=tuple(keys)), ASK_DEADLINE_S)
         return {key for answer in answers for key, had in zip(keys, answer.had, strict=True) if had}
 
     async def find(self, request: FindTensors) -> list[TensorsPart]:
@@ -92,7 +92,7 @@ class Replication:
         return [part for answer in answers for part in answer.parts]
 
     async def _ask_all(
-        self, subject: RequestSubject[Request, Reply], request: Request, deadline_s: float = ASK_DEADLINE_S
+        self, subject: RequestSubject[Request, Reply], request: Request, deadline_s: float
     ) -> list[Reply]:
         others = [replica for replica, _ in self._replicas.values() if not replica.failing]
         answers = await asyncio.gather(*(self._ask(subject, request, replica, deadline_s) for replica in others))

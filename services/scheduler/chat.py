@@ -17,10 +17,10 @@ from common.messages.cluster import LanguageRole, Member, MemberState, Service
 from common.messages.failures import Failure, Stage
 from common.messages.mempool import SendPrefix
 from common.messages.subjects import CHAT_ENDED, CHAT_PREFILLED, CHATS_UNDER_WAY, ROUTE_CHAT, SEND_PREFIX
-from common.policies import chat_events as event
-from common.policies.chat_dispatch import ChatDispatch
-from common.policies.chat_rule import ChatRule
-from common.policies.flip import ChatLoad, InstanceLoad
+from common.policies.language import chat_events as event
+from common.policies.language.chat_dispatch import ChatDispatch
+from common.policies.language.chat_rule import ChatRule
+from common.policies.language.flip import ChatLoad, InstanceLoad
 from common.runtime.membership import MemberChange, MemberDraining, MemberJoined, MemberLost, MemberRolesChanged
 from services.scheduler.decode_loads import DecodeLoadMonitor
 from services.scheduler.prompt_view import PromptView
@@ -55,11 +55,12 @@ class ChatRouter:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Answer while the block runs."""
+        # Nobody is routed of whose end it could not be told.
         subscriptions = [
-            await self._bus.serve(ROUTE_CHAT, self._route, max_in_flight=_MAX_WAITING),
             await self._bus.subscribe(CHAT_PREFILLED, self._prefilled),
             await self._bus.subscribe(CHAT_ENDED, self._ended),
             await self._bus.subscribe(CHATS_UNDER_WAY, self._under_way),
+            await self._bus.serve(ROUTE_CHAT, self._route, max_in_flight=_MAX_WAITING),
         ]
         try:
             async with self._prompts.running(), self._loads.running() if self._loads else contextlib.nullcontext():
@@ -67,7 +68,7 @@ class ChatRouter:
         finally:
             for answer in self._asked.values():
                 _refuse(answer, "stopping", "this scheduler stops")
-            for subscription in subscriptions:
+            for subscription in reversed(subscriptions):
                 await subscription.stop(deadline_s=1.0)
 
     def member_changed(self, change: MemberChange) -> None:

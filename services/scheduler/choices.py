@@ -5,15 +5,15 @@ import contextlib
 import structlog
 
 from common.mempool.address import BLOCK_TOKENS
-from common.policies.chat_rule import CHAT_RULES, ChatRule, guessed_costs
-from common.policies.flip import FlipPolicy, IdleFlip, QueueFlip
-from common.policies.flip_demand import doubling_batch
-from common.policies.language_costs import LanguageCosts, WrongLanguageCosts
-from common.policies.policy import Policy
-from common.policies.registry import UnknownPolicy, make_policy
-from common.policies.rib import Rib, WrongRib
-from common.policies.routing import Costs
-from common.policies.routing_rules import UnknownRule, make_rule
+from common.policies.language.chat_rule import CHAT_RULES, ChatRule, guessed_costs
+from common.policies.language.flip import FlipPolicy, IdleFlip, QueueFlip
+from common.policies.language.flip_demand import doubling_batch
+from common.policies.language.language_costs import LanguageCosts, WrongLanguageCosts
+from common.policies.language.routing import Costs
+from common.policies.language.routing_rules import UnknownRule, make_rule
+from common.policies.video.policy import Policy
+from common.policies.video.registry import UnknownPolicy, make_policy
+from common.policies.video.rib import Rib, WrongRib
 from common.runtime.process import CannotServe
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.record import EventRecord

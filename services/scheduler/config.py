@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from common.policies.decode_dispatch import DispatchRule
+from common.policies.language.decode_dispatch import DispatchRule
 from common.runtime.settings import ServiceSettings
 
 
@@ -23,14 +23,14 @@ class SchedulerSettings(ServiceSettings):
     ``policy``: by the name it has in the registry. ``rib``: the file with the profile that it decides by (without one,
     the paper's table). ``record``: the file to which all events go, to be played again in the simulator.
 
-    ``routing``: the rule, of ``common.policies.chat_rule.CHAT_RULES``, by which chats find their instances; empty: the
-    fewest tokens to prefill. ``costs``: the file with the profile of the language model, for rules that weigh times.
-    Without one they take an instance to prefill ``prefill_tokens_s`` tokens a second, and to send the keys and values
-    of ``transfer_tokens_s`` of them. ``dispatch``: who decodes is chosen here with ``scheduler``; with any of the
-    rules, by the prefill instances (TetriInfer, section 3.3.4).
+    ``routing``: the rule, of ``common.policies.language.chat_rule.CHAT_RULES``, by which chats find their instances;
+    empty: the fewest tokens to prefill. ``costs``: the file with the profile of the language model, for rules that
+    weigh times. Without one they take an instance to prefill ``prefill_tokens_s`` tokens a second, and to send the keys
+    and values of ``transfer_tokens_s`` of them. ``dispatch``: who decodes is chosen here with ``scheduler``; with any
+    of the rules, by the prefill instances (TetriInfer, section 3.3.4).
 
-    ``flip``: by which policy of ``common.policies.flip`` language instances change their roles, if at all: ``idle``
-    after ``flip_idle_s`` without work, ``queue`` once another split would have spared sequences waiting for
+    ``flip``: by which policy of ``common.policies.language.flip`` language instances change their roles, if at all:
+    ``idle`` after ``flip_idle_s`` without work, ``queue`` once another split would have spared sequences waiting for
     ``flip_cost_s`` seconds for each instance.
     """
 

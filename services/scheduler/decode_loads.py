@@ -11,8 +11,8 @@ from common.bus.port import Bus
 from common.messages.cluster import LanguageRole
 from common.messages.dispatch import DecodeLoad, DecodeLoads
 from common.messages.subjects import DECODE_LOADS, LOAD_REPORTED
-from common.policies import decode_dispatch as policy
-from common.policies.cluster_monitor import (
+from common.policies.language import decode_dispatch as policy
+from common.policies.language.cluster_monitor import (
     PERIOD_S,
     REPEAT_S,
     ClusterMonitor,

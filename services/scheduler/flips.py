@@ -14,7 +14,7 @@ from common.bus.errors import BusError
 from common.bus.port import Bus
 from common.messages.cluster import FlipRole, MemberState
 from common.messages.subjects import FLIP_ROLE
-from common.policies.flip import FlipInstance, FlipPolicy
+from common.policies.language.flip import FlipInstance, FlipPolicy
 from common.runtime.membership import MembershipView
 from services.scheduler.chat import ChatRouter
 

@@ -25,8 +25,8 @@ from common.messages.video import (
     VideoState,
     VideoTimeline,
 )
-from common.policies import decisions as decide
-from common.policies import events as event
+from common.policies.video import decisions as decide
+from common.policies.video import events as event
 from services.scheduler.checkpoints import Checkpoints
 from services.scheduler.records import JobGone, RecordKeeper
 from services.scheduler.workers import Workers

@@ -1,9 +1,9 @@
 """What people waiting for their videos are told: state, place in the queue, step, parallelism, time left."""
 
 from common.messages.video import VideoProgress, VideoRecord, VideoState
-from common.policies.estimate import RemainingTime
-from common.policies.policy import Policy
-from common.policies.state import Job, Phase
+from common.policies.video.estimate import RemainingTime
+from common.policies.video.policy import Policy
+from common.policies.video.state import Job, Phase
 
 
 class ProgressReporter:

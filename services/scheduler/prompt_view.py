@@ -11,8 +11,8 @@ from common.bus.port import Bus
 from common.mempool.address import BLOCK_TOKENS, KEY_BYTES
 from common.messages.kv_index import AskIndex, AskView, IndexChanged, IndexTold, InstanceViewed, ViewTold
 from common.messages.subjects import INDEX_CHANGED, TELL_INDEX, TELL_VIEW
-from common.policies.prompt_index import AskSnapshot, IndexChange, IndexSnapshot, PromptIndex
-from common.policies.prompt_tree import Holding
+from common.policies.language.prompt_index import AskSnapshot, IndexChange, IndexSnapshot, PromptIndex
+from common.policies.language.prompt_tree import Holding
 
 log = structlog.get_logger()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from common.policies.events import Event
+from common.policies.video.events import Event
 
 
 class EventRecord:

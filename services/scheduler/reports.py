@@ -26,8 +26,8 @@ from common.messages.video import (
     StepFinished,
     TimelineSpan,
 )
-from common.policies import events as event
-from common.policies.state import ClusterState, Job, Phase
+from common.policies.video import events as event
+from common.policies.video.state import ClusterState, Job, Phase
 from services.scheduler.job import VideoJob
 from services.scheduler.progress import ProgressReporter
 from services.scheduler.workers import Workers

@@ -23,10 +23,10 @@ from common.messages.subjects import (
     VIDEO_RECORDS,
 )
 from common.messages.video import VideoRecord, VideoState
-from common.policies import decisions as decide
-from common.policies import events as event
-from common.policies.policy import Policy
-from common.policies.state import Phase
+from common.policies.video import decisions as decide
+from common.policies.video import events as event
+from common.policies.video.policy import Policy
+from common.policies.video.state import Phase
 from common.runtime.membership import (
     MemberChange,
     MemberDraining,

@@ -35,7 +35,7 @@ from common.messages.video import (
     PromptEncoded,
     RevokeLease,
 )
-from common.policies import decisions as decide
+from common.policies.video import decisions as decide
 
 log = structlog.get_logger()
 

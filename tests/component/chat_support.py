@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 
 from common.bus.nats_bus import NatsBus
-from common.messages.cluster import LanguageRole
+from common.messages.cluster import LanguageRole, MemberState
 from gateway.config import GatewaySettings
 from gateway.service import Gateway, bind, running_gateway
 from services.scheduler.config import SchedulerSettings
@@ -113,9 +113,12 @@ async def chat_stack(
                 played_language_worker(broker.url, name, script, own_roles)
             )
         running = ChatStack(gateway, http, workers, broker)
+        present = {*workers, "scheduler-0"} if scheduled else set(workers)
 
         async def served() -> bool:
-            return bool(gateway.edge.catalogue.language_models) and set(workers) <= set(gateway.edge.members())
+            members = gateway.edge.members()
+            ready = {name for name, member in members.items() if member.state is MemberState.READY}
+            return bool(gateway.edge.catalogue.language_models) and present <= ready
 
         await until(served)
         yield running

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from common.language.settings import Batching, LanguageSettings
-from common.policies.decode_admission import AdmissionRule
-from common.policies.prefill_schedule import PrefillOrder
+from common.policies.language.decode_admission import AdmissionRule
+from common.policies.language.prefill_schedule import PrefillOrder
 from common.runtime.process import CannotServe
 from services.prefill.service import serve
 from tests.component.chat_support import DECODE, PREFILL

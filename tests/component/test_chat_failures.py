@@ -183,7 +183,7 @@ async def test_what_an_instance_refuses(nats_server: NatsServer, tmp_path: Path)
 
 
 async def test_a_stream_that_cannot_go_on_ends_with_an_error(nats_server: NatsServer, tmp_path: Path) -> None:
-    async with chat_stack(nats_server, tmp_path, route_s=0.3) as stack:
+    async with chat_stack(nats_server, tmp_path, route_s=3.0) as stack:
         worker = stack.workers["fused-0"]
         worker.faults.silent_after = 3
         async with stack.http.post("/v1/chat/completions", json=MESSAGES | {"stream": True}) as response:

@@ -14,7 +14,7 @@ from common.bus.errors import DeadlineExceeded
 from common.bus.nats_bus import NatsBus
 from common.messages.cache import StoreTensor, TensorStored
 from common.messages.subjects import CHECKPOINT_STORED, STORE_TENSOR
-from common.messages.video import Checkpoint, CheckpointStored, VideoRequest
+from common.messages.video import Checkpoint, CheckpointStored, Lease, VideoRequest
 from common.tensors.ucx import UcxTensors
 from services.dit.checkpoints import CATCH_UP_S, KEEP_PAUSE_S, CheckpointWriter, Snapshot
 from services.scheduler.checkpoints import Checkpoints
@@ -51,7 +51,7 @@ def request(**changes: object) -> VideoRequest:
 async def undisturbed(stage: DenoisingStage, instance: str) -> torch.Tensor:
     lease = await stage.grant(instance, request(), "undisturbed")
     latent = await stage.finished(lease)
-    assert stage.steps[lease.epoch] == list(range(1, STEPS + 1))
+    assert await stage.all_steps(lease) == list(range(1, STEPS + 1))
     return latent
 
 
@@ -85,7 +85,8 @@ async def test_a_killed_worker_costs_at_most_k_steps_and_not_one_bit(model: Path
             await stage.start(victim, TRIPTYCH_CHECKPOINT_STEPS=str(every[victim]))
             latent = await stage.finished(lease)
             again = done - resumed_at
-            assert stage.steps[lease.epoch] == list(range(resumed_at + 1, STEPS + 1)), "it goes on where it was"
+            taken = await stage.all_steps(lease, resumed_at)
+            assert taken == list(range(resumed_at + 1, STEPS + 1)), "it goes on where it was"
             # A worker does not wait long for a cache store to which this machine gives no time, and says so.
             assert again <= every[victim] or not prompt, f"killed after step {done}, gone on after {resumed_at}"
             assert torch.equal(latent, expected), f"killed after step {done}, gone on after {resumed_at}"
@@ -115,9 +116,20 @@ def trouble(stage: DenoisingStage, instance: str) -> int:
     return said.count("checkpoint not stored") + said.count("the cache store is slow")
 
 
+async def kept_in_part(stage: DenoisingStage, instance: str, name: str) -> Lease:
+    """A job under way of which some checkpoints are stored. A slow cache store may have too few when one is done."""
+    for number in range(10):
+        lease = await stage.grant(instance, request(), f"{name}-{number}")
+        await stage.until(lambda lease=lease: len(stage.stored[lease.job_id]) > 2 or stage.done(lease))  # type: ignore[misc]
+        if not stage.done(lease):
+            return lease
+        await stage.finished(lease)
+    raise AssertionError("this machine stands still too often")
+
+
 async def test_no_cache_store_nor_its_end_nor_its_silence_costs_a_job(model: Path, tmp_path: Path) -> None:
     async with denoising_stage(model, tmp_path) as stage:
-        await stage.start("dit-0")
+        await stage.start("dit-0", TRIPTYCH_CHECKPOINT_STEPS="1")
         await stage.ready("dit-0")
         expected = await undisturbed(stage, "dit-0")
         assert trouble(stage, "dit-0") == 1, "once, and not at every step"
@@ -125,17 +137,15 @@ async def test_no_cache_store_nor_its_end_nor_its_silence_costs_a_job(model: Pat
 
         await stage.start("cache_store-0")
         await stage.ready("cache_store-0")
-        lease = await stage.grant("dit-0", request(), "killed")
-        await stage.until(lambda: len(stage.stored["killed"]) > 2)
+        lease = await kept_in_part(stage, "dit-0", "killed")
         await stage.kill("cache_store-0")
         assert torch.equal(await stage.finished(lease), expected)
 
         await stage.start("cache_store-0")
         await stage.ready("cache_store-0")
-        survived = await stage.checkpoints.newest("killed")
-        assert survived is not None and survived.step >= stage.stored["killed"][-1]
-        lease = await stage.grant("dit-0", request(), "silent")
-        await stage.until(lambda: len(stage.stored["silent"]) > 2)
+        survived = await stage.checkpoints.newest(lease.job_id)
+        assert survived is not None and survived.step >= stage.stored[lease.job_id][-1]
+        lease = await kept_in_part(stage, "dit-0", "silent")
         stage.signal("cache_store-0", signal.SIGSTOP)
         assert torch.equal(await stage.finished(lease), expected)
         # One step waits for it, two seconds at most; this machine may stand still in another.
@@ -156,7 +166,7 @@ async def test_a_checkpoint_that_does_not_come_or_fit_means_the_beginning(model:
         for latent in (released, stage.tensors.export(torch.zeros(1, 4, 1, 2, 2))):
             lease = await stage.grant("dit-0", request(), "video", Checkpoint(step=3, latent=latent))
             assert torch.equal(await stage.finished(lease), expected)
-            assert stage.steps[lease.epoch] == list(range(1, STEPS + 1))
+            assert await stage.all_steps(lease) == list(range(1, STEPS + 1))
         beyond = Checkpoint(step=STEPS + 1, latent=stage.tensors.export(torch.zeros(1)))
         assert torch.equal(await stage.finished(await stage.grant("dit-0", request(), "video", beyond)), expected)
         assert stage.log("dit-0").read_text().count("checkpoint not fetched, beginning again") == 3

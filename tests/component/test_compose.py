@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from common.runtime import ports
 from compose.cli import main
 from compose.entrypoint import ReplicaError, filled, replica_of
 from compose.errors import ComposeError, CrashLoopError, OptionError, StartError
@@ -21,7 +22,7 @@ from compose.interpolation import interpolate
 from compose.launch import PACKAGE_ROOT, CommandLauncher, ForkLauncher, Launch
 from compose.local import StackOptions, variable_values
 from compose.logs import LogFollower
-from compose.ports import checked_port, free_port
+from compose.ports import checked_port, free_port, kept_port
 from compose.rundir import run_directory, sweep
 from compose.spec import read_stack, seconds
 from compose.supervisor import Supervisor
@@ -192,6 +193,20 @@ def test_a_free_port_is_none_that_the_system_gives_away() -> None:
     assert not any(first <= free_port("127.0.0.1") <= last for _ in range(20))
     with pytest.raises(OptionError, match=r"--host 192\.0\.2\.77"):
         free_port("192.0.2.77")
+
+
+def test_a_kept_port_is_given_to_nobody_else_and_its_server_may_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    with kept_port("127.0.0.1") as port:
+        # Nobody draws any other.
+        monkeypatch.setattr(ports, "_LOWEST_PORT", port)
+        monkeypatch.setattr(ports, "_first_given_port", lambda: port + 1)
+        for _ in range(2):
+            assert free_port("127.0.0.1") != port
+            assert checked_port("127.0.0.1", port) == port
+            with socket.create_server(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)):
+                assert free_port("127.0.0.1") != port
+    # What is left of a connection keeps a port from whoever looks for one for a while; not from its server.
+    assert checked_port("127.0.0.1", port) == port
 
 
 def test_the_broker_takes_the_port_that_the_environment_names(

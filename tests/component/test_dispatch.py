@@ -16,7 +16,7 @@ from common.messages.cluster import LanguageRole
 from common.messages.dispatch import DecodeLoad, DecodeLoads
 from common.messages.failures import Failure, Stage
 from common.messages.subjects import DECODE_LOADS, LOAD_REPORTED
-from common.policies.decode_dispatch import DispatchRule
+from common.policies.language.decode_dispatch import DispatchRule
 from tests.component.chat_support import DECODE, PREFILL, always
 from tests.component.gateway_support import until
 from tests.component.language_support import LanguageStack, gathered, known_prompts, language_stack, shown

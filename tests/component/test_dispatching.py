@@ -15,7 +15,7 @@ from common.messages.dispatch import DecodeLoad, DecodeLoads
 from common.messages.failures import Failure, Stage
 from common.messages.subjects import DECODE_LOADS
 from common.models.length_predictor import AnswerLengths
-from common.policies.length_prediction import LengthBuckets
+from common.policies.language.length_prediction import LengthBuckets
 from tests.support.nats_server import NatsServer
 
 WAIT_S = 60.0

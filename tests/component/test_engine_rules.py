@@ -10,9 +10,9 @@ from common.engine import Engine, Output, Request
 from common.mempool.caching import Caching
 from common.messages.chat import pack_tokens
 from common.models.causal_lm import KVPool
-from common.policies.batching_rules import BatchingRules
-from common.policies.decode_admission import AdmissionRule, DecodeAdmission
-from common.policies.prefill_schedule import PrefillOrder
+from common.policies.language.batching_rules import BatchingRules
+from common.policies.language.decode_admission import AdmissionRule, DecodeAdmission
+from common.policies.language.prefill_schedule import PrefillOrder
 from tests.component.test_engine import ANSWER, GREEDY, PROMPTS, check_answer, memory_of, run_engine
 from tests.support.causal_lms import VOCABULARY, causal_lm
 from tests.unit.test_batching_rules import RULES

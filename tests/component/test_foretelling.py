@@ -18,9 +18,9 @@ from common.messages.cluster import LanguageRole
 from common.messages.subjects import TOKENS_GENERATED
 from common.models.length_predictor import AnswerLengths, LengthPredictor
 from common.models.length_predictor.network import LengthNetwork, NetworkShape
-from common.policies.decode_admission import AdmissionRule, VictimRule
-from common.policies.length_prediction import LengthBuckets, LengthRange
-from common.policies.prefill_schedule import PrefillOrder
+from common.policies.language.decode_admission import AdmissionRule, VictimRule
+from common.policies.language.length_prediction import LengthBuckets, LengthRange
+from common.policies.language.prefill_schedule import PrefillOrder
 from tests.component.chat_support import DECODE, PREFILL
 from tests.component.language_support import gathered, known_prompts, language_stack, shown
 from tests.support.asking import asker

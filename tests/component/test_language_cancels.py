@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from common.language.settings import TransferMode
-from common.policies.decode_admission import AdmissionRule
-from common.policies.decode_dispatch import DispatchRule
-from common.policies.prefill_schedule import PrefillOrder
+from common.policies.language.decode_admission import AdmissionRule
+from common.policies.language.decode_dispatch import DispatchRule
+from common.policies.language.prefill_schedule import PrefillOrder
 from tests.component.chat_support import DECODE, PREFILL
 from tests.component.gateway_support import until
 from tests.component.language_support import LanguageStack, known_prompts, language_stack, shown

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.language.settings import TransferMode
-from common.policies.decode_dispatch import DispatchRule
+from common.policies.language.decode_dispatch import DispatchRule
 from tests.component.language_support import Clients, known_prompts, language_stack
 from tests.support.language_processes import language_processes
 from tests.support.nats_server import NatsServer

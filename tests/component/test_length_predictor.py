@@ -19,7 +19,7 @@ from common.models.length_predictor.network import LengthNetwork, NetworkShape
 from common.models.length_predictor.prompts import Prompts, demo_prompts, prompts_in
 from common.models.length_predictor.quality import quality
 from common.models.length_predictor.training import aligned, best_temperature, train
-from common.policies.length_prediction import LengthBuckets
+from common.policies.language.length_prediction import LengthBuckets
 
 _PROMPTS = 300
 _SEED = 77

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from common.policies.language_costs import LanguageCosts
-from common.policies.prefill_profile import PrefillProfile
-from common.policies.rib import DegreeRule, Rib, VideoKind
+from common.policies.language.language_costs import LanguageCosts
+from common.policies.language.prefill_profile import PrefillProfile
+from common.policies.video.rib import DegreeRule, Rib, VideoKind
 from compose.launch import PACKAGE_ROOT
 from compose.local import StackOptions, check_scheduling, variable_values
 from compose.rundir import run_directory

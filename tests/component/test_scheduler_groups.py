@@ -14,10 +14,10 @@ from common.messages.cluster import Service
 from common.messages.subjects import FIND_TENSOR, VIDEO_PROGRESS, VIDEO_TIMELINES
 from common.messages.tensors import TensorRef
 from common.messages.video import Checkpoint, Lease, VideoProgress, VideoState
-from common.policies.decisions import GrantLease, ParkJob
-from common.policies.events import JobArrived
-from common.policies.registry import make_policy
-from common.policies.rib import KindProfile, Rib, VideoKind
+from common.policies.video.decisions import GrantLease, ParkJob
+from common.policies.video.events import JobArrived
+from common.policies.video.registry import make_policy
+from common.policies.video.rib import KindProfile, Rib, VideoKind
 from common.runtime.process import CannotServe
 from loadgen.simulator.replay import from_lines, replay
 from services.scheduler.choices import choose_policy, open_record

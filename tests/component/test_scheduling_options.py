@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.policies.rib import paper_rib
+from common.policies.video.rib import paper_rib
 from compose.cli import main
 from compose.local import StackOptions, check_scheduling, scheduling_variables
 from compose.spec import read_stack

@@ -16,7 +16,7 @@ import torch
 from common.messages.video import VideoRequest
 from common.models.opensora.pipeline import OpenSoraPipeline
 from common.models.opensora.spec import load_spec
-from common.policies.rib import KindProfile, Rib, VideoKind
+from common.policies.video.rib import KindProfile, Rib, VideoKind
 from tests.support.cluster import DIT, Cluster, running_cluster
 from tests.support.small_model import save_small_model
 

@@ -194,9 +194,10 @@ async def test_a_put_cut_short_by_an_outage_leaves_nothing_visible(nats_server: 
         yield b"y" * 1_000_000
 
     async with connected_bus(nats_server, deadline_s=1.0) as bus:
-        with pytest.raises((BusUnavailable, DeadlineExceeded)):
-            await bus.put_object(FILES, "clip", chunks())  # type: ignore[arg-type]
-        assert killed.is_set()
+        while not killed.is_set():
+            # Where this machine stands still for a second, the first chunk is late already.
+            with pytest.raises((BusUnavailable, DeadlineExceeded)):
+                await bus.put_object(FILES, "clip", chunks())  # type: ignore[arg-type]
         await nats_server.start()
         await eventually(lambda: bus.connected)
         with pytest.raises(ObjectMissing):

@@ -9,23 +9,15 @@ import torch
 
 from common.bus.errors import DeadlineExceeded, NobodyThere
 from common.bus.nats_bus import NatsBus
-from common.messages.cache import (
-    AskDigests,
-    DropTensor,
-    DropTensors,
-    FindTensor,
-    ListBucket,
-    StoreTensor,
-    TensorFound,
-    TensorStored,
-)
+from common.messages.cache import AskDigests, DropTensor, FindTensor, ListBucket, StoreTensor, TensorFound, TensorStored
+from common.messages.cluster import MemberState
 from common.messages.subjects import (
     ASK_DIGESTS,
     DROP_TENSOR,
-    DROP_TENSORS,
     FIND_COPY,
     FIND_TENSOR,
     LIST_BUCKET,
+    MEMBERS,
     STORE_TENSOR,
 )
 from common.tensors.ucx import UcxTensors
@@ -104,17 +96,17 @@ class CacheClient:
                 await asyncio.sleep(0.02)
 
     async def answered(self, instance: str = "cache_store-0") -> None:
-        """Return once there is this cache store, and it answers anybody whatever it is asked.
+        """Return once there is this cache store, and it answers whatever it is asked.
 
-        A store answers others before anybody, and drops of many keys last of all.
+        The record of a former life may say so too; but once any question is answered by this life, the record is its.
         """
         nothing = FindTensor(key="nothing", uses=0)
         async with asyncio.timeout(WAIT_S):
             while True:
                 with contextlib.suppress(NobodyThere, DeadlineExceeded):
                     await self.bus.request(FIND_COPY, nothing, instance, deadline_s=1.0)
-                    await self.bus.request(DROP_TENSORS, DropTensors(keys=()), deadline_s=1.0)
-                    return
+                    if (await self.bus.get(MEMBERS, instance)).value.state is MemberState.READY:
+                        return
                 await asyncio.sleep(0.02)
 
 

@@ -48,7 +48,7 @@ from common.messages.video import (
     VideoRequest,
     VideoState,
 )
-from common.policies.rib import Rib
+from common.policies.video.rib import Rib
 from common.runtime.leases import LeaseHolder
 from common.runtime.membership import Registration
 from common.runtime.settings import ServiceSettings

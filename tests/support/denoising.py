@@ -150,6 +150,12 @@ class DenoisingStage(Processes):
         """Its steps, as they were reported."""
         return [report for report in self.reports if report.job_id == job_id]
 
+    async def all_steps(self, lease: Lease, after: int = 0) -> list[int]:
+        """The steps under a lease that began after so many, once the last was reported; the latent may come sooner."""
+        last = lease.request.steps
+        await self.until(lambda: after == last or last in self.steps[lease.epoch])
+        return self.steps[lease.epoch]
+
     def done(self, lease: Lease) -> bool:
         """Whether the last step of its job was reported."""
         return any(report.step == report.steps for report in self.of_job(lease.job_id))

@@ -246,14 +246,14 @@ class PlayedLanguageWorker:
             logprobs=logprobs,
             finish=finish,
         )
-        self._sent[request.request_id] = (request.epoch, place + 1)
         if place in self.faults.drop:
             self.faults.drop.discard(place)
-            return
-        self.messages += 1
-        await self.bus.publish(
-            TOKENS_GENERATED, TokensGenerated(instance=self.instance, sequences=(news,)), request.gateway
-        )
+        else:
+            self.messages += 1
+            await self.bus.publish(
+                TOKENS_GENERATED, TokensGenerated(instance=self.instance, sequences=(news,)), request.gateway
+            )
+        self._sent[request.request_id] = (request.epoch, place + 1)
 
     def _answer(self, request: GenerateTokens) -> list[int]:
         """The tokens that the script has for the prompt; the prompt is what was not generated."""

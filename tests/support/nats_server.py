@@ -85,8 +85,8 @@ class NatsServer:
 @contextlib.contextmanager
 def nats_server_process() -> Iterator[NatsServer]:
     """A fresh broker with an empty store, for code without an event loop."""
-    with TemporaryDirectory(prefix="nats-") as store:
-        server = NatsServer(Path(store), free_port())
+    with TemporaryDirectory(prefix="nats-") as store, compose.ports.kept_port("127.0.0.1") as port:
+        server = NatsServer(Path(store), port)
         server.start_now()
         try:
             yield server
@@ -97,8 +97,8 @@ def nats_server_process() -> Iterator[NatsServer]:
 @contextlib.asynccontextmanager
 async def running_nats_server() -> AsyncIterator[NatsServer]:
     """A fresh broker with an empty store."""
-    with TemporaryDirectory(prefix="nats-") as store:
-        server = NatsServer(Path(store), free_port())
+    with TemporaryDirectory(prefix="nats-") as store, compose.ports.kept_port("127.0.0.1") as port:
+        server = NatsServer(Path(store), port)
         await server.start()
         try:
             yield server

@@ -3,10 +3,10 @@
 from typing import TypeVar
 
 from common.messages.cluster import Service
-from common.policies import decisions as decide
-from common.policies import events as event
-from common.policies.policy import Policy
-from common.policies.state import Phase
+from common.policies.video import decisions as decide
+from common.policies.video import events as event
+from common.policies.video.policy import Policy
+from common.policies.video.state import Phase
 
 P = TypeVar("P", bound=Policy)
 

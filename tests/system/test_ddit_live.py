@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.policies.rib import KindProfile, Rib, VideoKind
+from common.policies.video.rib import KindProfile, Rib, VideoKind
 from loadgen.__main__ import main
 from tests.support.small_model import save_small_model
 

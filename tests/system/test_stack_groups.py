@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from common.policies.rib import KindProfile, Rib, VideoKind
+from common.policies.video.rib import KindProfile, Rib, VideoKind
 from tests.support.stack import Stack, running_stack
 
 LONG = 40  # steps: enough for a kill to fall into the middle, and for a worker to come back before the end
@@ -50,6 +50,8 @@ def fields(stack: Stack) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def undisturbed(stack: Stack, fields: dict[str, Any]) -> np.ndarray:
     """That video's frames, made by both slots from the first step to the last."""
+    # Who is ready is counted on once the scheduler has taken back what it may have had: both are when a video has both.
+    stack.completed(stack.caught(lambda video: video["degree_of_parallelism"] == 2, **fields)["id"])
     video_id = stack.order(**fields)
     frames = read(stack.completed(video_id))
     assert degrees(stack, video_id) == dict.fromkeys(range(1, LONG + 1), 2)

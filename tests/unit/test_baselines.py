@@ -3,15 +3,15 @@
 import pytest
 
 from common.messages.cluster import Service
-from common.policies import decisions as decide
-from common.policies import events as event
-from common.policies.ddit import DynamicPartition
-from common.policies.policy import Policy
-from common.policies.preemptive import EarliestDeadlineFirst, ShortestRemainingTimeFirst
-from common.policies.registry import UnknownPolicy, make_policy, policy_names
-from common.policies.rib import VideoKind
-from common.policies.state import Phase
-from common.policies.static_groups import OptimalPartition, StaticDegree, StaticPartition
+from common.policies.video import decisions as decide
+from common.policies.video import events as event
+from common.policies.video.ddit import DynamicPartition
+from common.policies.video.policy import Policy
+from common.policies.video.preemptive import EarliestDeadlineFirst, ShortestRemainingTimeFirst
+from common.policies.video.registry import UnknownPolicy, make_policy, policy_names
+from common.policies.video.rib import VideoKind
+from common.policies.video.state import Phase
+from common.policies.video.static_groups import OptimalPartition, StaticDegree, StaticPartition
 from tests.support.policies import LARGE, MIDDLE, SMALL, STEPS, arrive, cluster, leases
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.policies.batching_events import (
+from common.policies.language.batching_events import (
     LengthPredicted,
     PreemptSequence,
     RunStep,
@@ -17,9 +17,9 @@ from common.policies.batching_events import (
     StepDue,
     StepFinished,
 )
-from common.policies.batching_rules import BatchingRules
-from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
-from common.policies.prefill_schedule import PrefillOrder
+from common.policies.language.batching_rules import BatchingRules
+from common.policies.language.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
+from common.policies.language.prefill_schedule import PrefillOrder
 
 BLOCK = 4
 _ENOUGH_STEPS = 4000

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.messages.cluster import LanguageRole
-from common.policies.chat_dispatch import ChatDispatch
-from common.policies.chat_events import (
+from common.policies.language.chat_dispatch import ChatDispatch
+from common.policies.language.chat_events import (
     ChatArrived,
     ChatEnded,
     ChatPrefilled,
@@ -19,11 +19,11 @@ from common.policies.chat_events import (
     RolesChanged,
     RouteSequence,
 )
-from common.policies.chat_rule import CHAT_RULES, ChatRule
-from common.policies.flip import ChatLoad, InstanceLoad
-from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
-from common.policies.routing import Costs, Pull
-from common.policies.routing_rules import make_rule
+from common.policies.language.chat_rule import CHAT_RULES, ChatRule
+from common.policies.language.flip import ChatLoad, InstanceLoad
+from common.policies.language.prefill_cost import DecodeCost, LinkCost, RateCost
+from common.policies.language.routing import Costs, Pull
+from common.policies.language.routing_rules import make_rule
 
 PREFILL, DECODE = (LanguageRole.PREFILL,), (LanguageRole.DECODE,)
 FUSED = PREFILL + DECODE

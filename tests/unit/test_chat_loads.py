@@ -2,8 +2,8 @@
 
 import pytest
 
-from common.policies.chat_loads import Between, flip_loads
-from common.policies.sites import InstanceKind, Site
+from common.policies.language.chat_loads import Between, flip_loads
+from common.policies.language.sites import InstanceKind, Site
 
 
 @pytest.mark.parametrize(("kv_tokens", "running"), [(100, 0), (300, 1), (0, 1)])

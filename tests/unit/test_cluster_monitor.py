@@ -2,8 +2,8 @@
 
 import pytest
 
-from common.policies.cluster_monitor import ClusterMonitor, LoadReported, PeriodPassed, StoppedDecoding
-from common.policies.decode_dispatch import DecodeLoad, LoadsBroadcast
+from common.policies.language.cluster_monitor import ClusterMonitor, LoadReported, PeriodPassed, StoppedDecoding
+from common.policies.language.decode_dispatch import DecodeLoad, LoadsBroadcast
 
 D0, D1 = DecodeLoad("d0", 10, 1, 2), DecodeLoad("d1", 20, 3, 4)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.policies.batching_events import (
+from common.policies.language.batching_events import (
     CachedPrefix,
     Piece,
     PreemptSequence,
@@ -15,9 +15,9 @@ from common.policies.batching_events import (
     StepDue,
     StepFinished,
 )
-from common.policies.continuous_batching import ContinuousBatching
-from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
-from common.policies.prefill_schedule import PrefillOrder, PrefillSchedule
+from common.policies.language.continuous_batching import ContinuousBatching
+from common.policies.language.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
+from common.policies.language.prefill_schedule import PrefillOrder, PrefillSchedule
 
 
 def _pieces(batching: ContinuousBatching, free: int) -> tuple[Piece, ...]:

@@ -3,12 +3,12 @@
 import pytest
 
 from common.messages.cluster import Service
-from common.policies import decisions as decide
-from common.policies import events as event
-from common.policies.ddit import Ddit, DditNoDecoupling, DditNoPromotion, DditWaitingFirst, starvation_time
-from common.policies.policy import Policy
-from common.policies.rib import paper_rib
-from common.policies.state import Phase
+from common.policies.video import decisions as decide
+from common.policies.video import events as event
+from common.policies.video.ddit import Ddit, DditNoDecoupling, DditNoPromotion, DditWaitingFirst, starvation_time
+from common.policies.video.policy import Policy
+from common.policies.video.rib import paper_rib
+from common.policies.video.state import Phase
 from tests.support.policies import LARGE, MIDDLE, SMALL, STEPS, cluster
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
+from common.policies.language.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
 
 
 @dataclass

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.policies.decode_dispatch import (
+from common.policies.language.decode_dispatch import (
     ChooseDecode,
     DecodeDispatch,
     DecodeLoad,
@@ -18,7 +18,7 @@ from common.policies.decode_dispatch import (
     SequenceGone,
     SequenceHandedOver,
 )
-from common.policies.length_prediction import LengthRange
+from common.policies.language.length_prediction import LengthRange
 
 LIGHT, HEAVY = LengthRange(0, 200, "test"), LengthRange(400, 600, "test")
 

@@ -5,11 +5,11 @@ import math
 import pytest
 
 from common.messages.cluster import Service
-from common.policies import decisions as decide
-from common.policies import events as event
-from common.policies.demand import ArrivalRate, ReferenceTail
-from common.policies.elastic import DUE_PART, LATE_SHARE, PATIENCE, WINDOW, Elastic
-from common.policies.state import Phase
+from common.policies.video import decisions as decide
+from common.policies.video import events as event
+from common.policies.video.demand import ArrivalRate, ReferenceTail
+from common.policies.video.elastic import DUE_PART, LATE_SHARE, PATIENCE, WINDOW, Elastic
+from common.policies.video.state import Phase
 from tests.support.policies import LARGE, MIDDLE, SMALL, arrive, cluster, leases
 
 

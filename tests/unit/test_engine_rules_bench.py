@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.policies.batching_rules import BatchingRules
+from common.policies.language.batching_rules import BatchingRules
 from loadgen.__main__ import main
 from loadgen.bench.engine_rules import PARTS, Arm, Part, Reading, told
 

@@ -3,11 +3,11 @@
 import pytest
 
 from common.messages.cluster import Service
-from common.policies import decisions as decide
-from common.policies import events as event
-from common.policies.fifo import Fifo
-from common.policies.policy import MAX_ATTEMPTS, Policy
-from common.policies.registry import UnknownPolicy, make_policy
+from common.policies.video import decisions as decide
+from common.policies.video import events as event
+from common.policies.video.fifo import Fifo
+from common.policies.video.policy import MAX_ATTEMPTS, Policy
+from common.policies.video.registry import UnknownPolicy, make_policy
 
 
 def cluster(slots: int = 2) -> Fifo:

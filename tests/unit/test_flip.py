@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.messages.cluster import LanguageRole
-from common.policies.flip import ChatLoad, FlipInstance, FlipPolicy, IdleFlip, InstanceLoad, QueueFlip
+from common.policies.language.flip import ChatLoad, FlipInstance, FlipPolicy, IdleFlip, InstanceLoad, QueueFlip
 
 PREFILL, DECODE = LanguageRole.PREFILL, LanguageRole.DECODE
 NOTHING = ChatLoad()

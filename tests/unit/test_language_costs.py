@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.policies.language_costs import ChunkedCost, FitError, LanguageCosts, WrongLanguageCosts
-from common.policies.prefill_cost import DecodeCost, LinkCost
+from common.policies.language.language_costs import ChunkedCost, FitError, LanguageCosts, WrongLanguageCosts
+from common.policies.language.prefill_cost import DecodeCost, LinkCost
 from common.runtime.process import CannotServe
 from compose.errors import OptionError
 from compose.local import StackOptions, check_scheduling, variable_values

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from common.messages.cluster import LanguageRole
-from common.policies.continuous_batching import ContinuousBatching
-from common.policies.length_prediction import LengthBuckets
+from common.policies.language.continuous_batching import ContinuousBatching
+from common.policies.language.length_prediction import LengthBuckets
 from loadgen.simulator.language.arms import fluid, tetriinfer
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.cluster import FUSED, Cluster

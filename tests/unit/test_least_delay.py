@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.messages.cluster import LanguageRole
-from common.policies.chat_dispatch import ChatDispatch
-from common.policies.chat_events import (
+from common.policies.language.chat_dispatch import ChatDispatch
+from common.policies.language.chat_events import (
     ChatArrived,
     ChatEnded,
     ChatPrefilled,
@@ -14,10 +14,10 @@ from common.policies.chat_events import (
     InstanceLost,
     RouteSequence,
 )
-from common.policies.chat_rule import ChatRule
-from common.policies.least_delay import LeastDelay
-from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
-from common.policies.routing import Costs
+from common.policies.language.chat_rule import ChatRule
+from common.policies.language.least_delay import LeastDelay
+from common.policies.language.prefill_cost import DecodeCost, LinkCost, RateCost
+from common.policies.language.routing import Costs
 
 COSTS = Costs(RateCost(1000.0), DecodeCost(0.020, 0.001, 0.000001), LinkCost(10_000.0, 0.0), 1, 1, 512)
 ROLES = (LanguageRole.PREFILL, LanguageRole.DECODE)

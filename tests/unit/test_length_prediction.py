@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.policies.length_prediction import LengthBuckets, LengthHistogram, LengthRange, prompt_class
+from common.policies.language.length_prediction import LengthBuckets, LengthHistogram, LengthRange, prompt_class
 
 
 def test_a_bucket_is_a_range_of_one_granularity() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.policies.decisions import Decision
-from common.policies.elastic import Elastic
-from common.policies.events import JobArrived
-from common.policies.rib import KindProfile, Rib, VideoKind
+from common.policies.video.decisions import Decision
+from common.policies.video.elastic import Elastic
+from common.policies.video.events import JobArrived
+from common.policies.video.rib import KindProfile, Rib, VideoKind
 from loadgen.__main__ import benchmarks, main
 from loadgen.bench.parity import Parity, parities, simulated
 from loadgen.bench.rounds import Ratio, Readings, comparison, lines, spread

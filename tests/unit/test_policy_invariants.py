@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from common.messages.cluster import Service
-from common.policies import decisions as decide
-from common.policies import events as event
-from common.policies.registry import make_policy, policy_names
-from common.policies.state import Phase
+from common.policies.video import decisions as decide
+from common.policies.video import events as event
+from common.policies.video.registry import make_policy, policy_names
+from common.policies.video.state import Phase
 
 SERVERS = {"left": range(4), "right": range(4, 6)}
 SLOTS = {slot: server for server, slots in SERVERS.items() for slot in slots}

@@ -4,7 +4,7 @@ from statistics import fmean
 
 import pytest
 
-from common.policies.prefill_cost import LLAMA2_13B, LLAMA2_13B_LONG, OperatorCost
+from common.policies.language.prefill_cost import LLAMA2_13B, LLAMA2_13B_LONG, OperatorCost
 
 TOKENS = (64, 256, 512, 1024, 1536, 2048, 2560, 3072, 3584, 4000)
 # Milliseconds of one transformer block on one card, by cached share.

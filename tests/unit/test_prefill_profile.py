@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from common.policies.prefill_profile import PrefillProfile, WrongPrefillProfile
-from common.policies.rib import paper_rib
+from common.policies.language.prefill_profile import PrefillProfile, WrongPrefillProfile
+from common.policies.video.rib import paper_rib
 from compose.errors import OptionError
 from compose.local import StackOptions, check_scheduling, scheduling_variables, variable_values
 from compose.profiling.language import prefill_table

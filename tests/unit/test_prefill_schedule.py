@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.policies.prefill_schedule import ChunkPiece, PrefillOrder, PrefillSchedule
+from common.policies.language.prefill_schedule import ChunkPiece, PrefillOrder, PrefillSchedule
 
 
 def _schedule(order: PrefillOrder, prompts: dict[str, int], **options: object) -> PrefillSchedule:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from common.messages.video import TimelineSpan, VideoTimeline
-from common.policies.rib import DegreeRule, Rib, VideoKind, paper_rib
+from common.policies.video.rib import DegreeRule, Rib, VideoKind, paper_rib
 from compose.cli import main
 from compose.errors import OptionError
 from compose.profiling.in_stack import readings_of

@@ -5,7 +5,14 @@ from collections.abc import Iterable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.policies.prompt_index import AskSnapshot, IndexChange, IndexPublisher, IndexSnapshot, PromptIndex, Viewed
+from common.policies.language.prompt_index import (
+    AskSnapshot,
+    IndexChange,
+    IndexPublisher,
+    IndexSnapshot,
+    PromptIndex,
+    Viewed,
+)
 
 BLOCK = 4
 Told = IndexChange | IndexSnapshot

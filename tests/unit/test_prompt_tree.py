@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.policies.prompt_tree import Holding, PromptTree
+from common.policies.language.prompt_tree import Holding, PromptTree
 
 BLOCK = 4
 INSTANCES = ("a", "b", "c")

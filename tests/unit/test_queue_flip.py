@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.messages.cluster import LanguageRole
-from common.policies.flip import ChatLoad, InstanceLoad, QueueFlip
-from common.policies.flip_demand import BATCH, Demand, crowd, doubling_batch
-from common.policies.prefill_cost import DecodeCost
+from common.policies.language.flip import ChatLoad, InstanceLoad, QueueFlip
+from common.policies.language.flip_demand import BATCH, Demand, crowd, doubling_batch
+from common.policies.language.prefill_cost import DecodeCost
 
 PREFILL, DECODE = LanguageRole.PREFILL, LanguageRole.DECODE
 COST_S, TICK_S = 5.0, 0.25

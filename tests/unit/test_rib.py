@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.policies.rib import (
+from common.policies.video.rib import (
     DegreeRule,
     KindProfile,
     Rib,

@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.policies.prefill_cost import LLAMA2_13B_DECODE, LLAMA2_13B_LONG, LinkCost
-from common.policies.prompt_index import IndexPublisher, PromptIndex
-from common.policies.routing import (
+from common.policies.language.prefill_cost import LLAMA2_13B_DECODE, LLAMA2_13B_LONG, LinkCost
+from common.policies.language.prompt_index import IndexPublisher, PromptIndex
+from common.policies.language.routing import (
     Costs,
     GlobalScheduler,
     InstanceJoined,
@@ -16,8 +16,8 @@ from common.policies.routing import (
     Route,
     Rule,
 )
-from common.policies.routing_rules import RULES, AddedTime, LeastCost, UnknownRule, make_rule
-from common.policies.sites import InstanceKind
+from common.policies.language.routing_rules import RULES, AddedTime, LeastCost, UnknownRule, make_rule
+from common.policies.language.sites import InstanceKind
 
 BLOCK = 4  # bytes of packed tokens
 BLOCK_TOKENS = 512

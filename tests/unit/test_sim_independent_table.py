@@ -7,8 +7,8 @@ with 100 requests a seed's p99 is nearly its maximum: hence the tolerance, in pe
 import numpy as np
 import pytest
 
-from common.policies.registry import make_policy
-from common.policies.rib import paper_rib
+from common.policies.video.registry import make_policy
+from common.policies.video.rib import paper_rib
 from loadgen.simulator.cost import CostModel, Overheads
 from loadgen.simulator.loop import Cluster, simulate
 from loadgen.workloads import MIXES, Pattern, make_workload

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from common.policies.decisions import Decision, GrantLease, ParkJob
-from common.policies.events import DenoisingFinished, JobParked, StepFinished
-from common.policies.policy import Policy
-from common.policies.registry import make_policy, policy_names
-from common.policies.rib import paper_rib
-from common.policies.state import Job, Phase
+from common.policies.video.decisions import Decision, GrantLease, ParkJob
+from common.policies.video.events import DenoisingFinished, JobParked, StepFinished
+from common.policies.video.policy import Policy
+from common.policies.video.registry import make_policy, policy_names
+from common.policies.video.rib import paper_rib
+from common.policies.video.state import Job, Phase
 from loadgen.simulator.cost import CostModel, Noise, Overheads
 from loadgen.simulator.loop import Cluster, Simulation, Stuck, Watch
 from loadgen.simulator.outcome import Outcome, Span, SpanKind, summary

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.policies.prefill_cost import DecodeCost
-from common.policies.routing_rules import make_rule
-from common.policies.sites import InstanceKind
+from common.policies.language.prefill_cost import DecodeCost
+from common.policies.language.routing_rules import make_rule
+from common.policies.language.sites import InstanceKind
 from loadgen.__main__ import main
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.workloads import WrongTrace

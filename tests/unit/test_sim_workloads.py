@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.policies.rib import paper_rib
+from common.policies.video.rib import paper_rib
 from loadgen.arrivals import poisson, square_wave
 from loadgen.workloads import MIXES, Mix, Pattern, UnknownMix, make_workload, mix_named, saturation_rate
 

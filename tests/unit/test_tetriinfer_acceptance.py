@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 
-from common.policies.prefill_profile import PrefillProfile
+from common.policies.language.prefill_profile import PrefillProfile
 from loadgen.simulator.language.arms import burst_arms, fluid
 from loadgen.simulator.language.cost import OPT_13B_2_V100, StepWork
 from loadgen.simulator.language.experiment import Task, run_task

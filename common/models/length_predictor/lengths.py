@@ -4,7 +4,7 @@ from pathlib import Path
 
 from common.messages.chat import tokens_in
 from common.models.length_predictor.predictor import LengthPredictor
-from common.policies.length_prediction import LengthBuckets, LengthHistogram, LengthRange, prompt_class
+from common.policies.language.length_prediction import LengthBuckets, LengthHistogram, LengthRange, prompt_class
 
 
 class AnswerLengths:

@@ -9,7 +9,7 @@ from common.models.length_predictor.answers import Answered
 from common.models.length_predictor.lengths import AnswerLengths
 from common.models.length_predictor.predictor import LengthPredictor
 from common.models.length_predictor.quality import Quality, coarser, quality, quality_of_classes
-from common.policies.length_prediction import LengthBuckets, LengthHistogram
+from common.policies.language.length_prediction import LengthBuckets, LengthHistogram
 
 COARSER = (2, 4)
 """Accuracy is told of ranges so many times as wide, too."""

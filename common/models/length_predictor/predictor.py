@@ -12,7 +12,7 @@ from torch import Tensor
 from common.mempool.address import TOKEN_BYTES
 from common.messages.chat import unpack_tokens
 from common.models.length_predictor.network import LengthNetwork, NetworkShape
-from common.policies.length_prediction import LengthBuckets, LengthRange
+from common.policies.language.length_prediction import LengthBuckets, LengthRange
 
 FOLDER = "length_predictor"
 """Its name in the main model's folder."""

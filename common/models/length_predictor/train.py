@@ -24,7 +24,7 @@ from common.models.length_predictor.network import NetworkShape
 from common.models.length_predictor.predictor import LengthPredictor
 from common.models.length_predictor.prompts import Prompts, demo_prompts, prompts_in
 from common.models.length_predictor.training import Example, best_temperature, train
-from common.policies.length_prediction import LengthBuckets
+from common.policies.language.length_prediction import LengthBuckets
 
 _MOST_ROWS = 4096
 _WINDOW = 128

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from common.policies.decode_admission import AdmissionRule
-from common.policies.flip import IdleFlip, QueueFlip
-from common.policies.prefill_schedule import PrefillOrder
+from common.policies.language.decode_admission import AdmissionRule
+from common.policies.language.flip import IdleFlip, QueueFlip
+from common.policies.language.prefill_schedule import PrefillOrder
 from loadgen.simulator.language.link import ROCE
 from loadgen.simulator.language.predictors import PAPER_ACCURACY
 from loadgen.simulator.language.setups import Setup

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from common.messages.cluster import LanguageRole
-from common.policies.length_prediction import LengthRange
+from common.policies.language.length_prediction import LengthRange
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.control import ControlPlane
 from loadgen.simulator.language.history import Histories

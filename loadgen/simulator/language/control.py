@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.messages.cluster import LanguageRole
-from common.policies.chat_loads import ChatCounts
-from common.policies.cluster_monitor import ClusterMonitor, LoadReported, PeriodPassed, StoppedDecoding
-from common.policies.decode_dispatch import (
+from common.policies.language.chat_loads import ChatCounts
+from common.policies.language.cluster_monitor import ClusterMonitor, LoadReported, PeriodPassed, StoppedDecoding
+from common.policies.language.decode_dispatch import (
     ChooseDecode,
     DecodeDispatch,
     DecodeLoad,
@@ -19,8 +19,8 @@ from common.policies.decode_dispatch import (
     SequenceBegan,
     SequenceHandedOver,
 )
-from common.policies.flip import ChatLoad, FlipInstance, FlipPolicy, InstanceLoad
-from common.policies.length_prediction import LengthRange
+from common.policies.language.flip import ChatLoad, FlipInstance, FlipPolicy, InstanceLoad
+from common.policies.language.length_prediction import LengthRange
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.history import Histories
 from loadgen.simulator.language.instance import Instance

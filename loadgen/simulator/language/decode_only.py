@@ -3,7 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from common.policies.decode_dispatch import DecodeDispatch, DecodeLoad, DispatchRule, LoadsBroadcast, SequenceBegan
+from common.policies.language.decode_dispatch import (
+    DecodeDispatch,
+    DecodeLoad,
+    DispatchRule,
+    LoadsBroadcast,
+    SequenceBegan,
+)
 from loadgen.arrivals import generator
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.cost import OPT_13B_2_V100, Machine

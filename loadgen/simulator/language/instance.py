@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from common.policies.batching_events import (
+from common.policies.language.batching_events import (
     CachedPrefix,
     Piece,
     PreemptSequence,
@@ -14,7 +14,7 @@ from common.policies.batching_events import (
     StepDue,
     StepFinished,
 )
-from common.policies.continuous_batching import ContinuousBatching
+from common.policies.language.continuous_batching import ContinuousBatching
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.cost import Machine, StepWork
 from loadgen.simulator.language.link import HostLink

@@ -8,9 +8,9 @@ and ``flip`` (a load that turns from decode to prefill).
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from common.policies.decode_admission import AdmissionRule, VictimRule
-from common.policies.flip import IdleFlip, QueueFlip
-from common.policies.prefill_schedule import PrefillOrder
+from common.policies.language.decode_admission import AdmissionRule, VictimRule
+from common.policies.language.flip import IdleFlip, QueueFlip
+from common.policies.language.prefill_schedule import PrefillOrder
 from loadgen.simulator.language.arms import burst_arms, chosen, coupled, fluid, steady_arms, tetriinfer
 from loadgen.simulator.language.decode_only import RULES
 from loadgen.simulator.language.link import V100_HOST

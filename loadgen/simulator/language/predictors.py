@@ -1,13 +1,13 @@
 """Predictors for experiments, and what one that runs beside the model costs it.
 
 ``Oracle`` knows the answer, ``NoisyOracle`` is right as often as the paper's classifier, and the histogram is the one
-that takes a trained predictor's place (``common.policies.length_prediction``).
+that takes a trained predictor's place (``common.policies.language.length_prediction``).
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
-from common.policies.length_prediction import LengthBuckets, LengthHistogram, LengthRange, prompt_class
+from common.policies.language.length_prediction import LengthBuckets, LengthHistogram, LengthRange, prompt_class
 from loadgen.arrivals import generator
 from loadgen.simulator.language.requests import ChatRequest
 

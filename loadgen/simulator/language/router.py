@@ -5,12 +5,19 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.messages.cluster import LanguageRole
-from common.policies.chat_dispatch import ChatDispatch
-from common.policies.chat_events import ChatArrived, ChatEnded, ChatPrefilled, Event, InstanceJoined, RouteSequence
-from common.policies.chat_rule import ChatRule
-from common.policies.least_delay import LeastDelay
-from common.policies.length_prediction import LengthRange
-from common.policies.routing import Costs
+from common.policies.language.chat_dispatch import ChatDispatch
+from common.policies.language.chat_events import (
+    ChatArrived,
+    ChatEnded,
+    ChatPrefilled,
+    Event,
+    InstanceJoined,
+    RouteSequence,
+)
+from common.policies.language.chat_rule import ChatRule
+from common.policies.language.least_delay import LeastDelay
+from common.policies.language.length_prediction import LengthRange
+from common.policies.language.routing import Costs
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.requests import ChatRequest
 

@@ -4,16 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from common.messages.cluster import LanguageRole
-from common.policies.batching_rules import BatchingRules
-from common.policies.continuous_batching import ContinuousBatching
-from common.policies.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
-from common.policies.decode_dispatch import DecodeDispatch, DelayCost, DispatchRule, RatioMode
-from common.policies.flip import FlipPolicy
-from common.policies.least_delay import LeastDelay
-from common.policies.length_prediction import LengthBuckets
-from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
-from common.policies.prefill_schedule import PrefillOrder
-from common.policies.routing import Costs
+from common.policies.language.batching_rules import BatchingRules
+from common.policies.language.continuous_batching import ContinuousBatching
+from common.policies.language.decode_admission import AdmissionRule, DecodeAdmission, VictimRule
+from common.policies.language.decode_dispatch import DecodeDispatch, DelayCost, DispatchRule, RatioMode
+from common.policies.language.flip import FlipPolicy
+from common.policies.language.least_delay import LeastDelay
+from common.policies.language.length_prediction import LengthBuckets
+from common.policies.language.prefill_cost import DecodeCost, LinkCost, RateCost
+from common.policies.language.prefill_schedule import PrefillOrder
+from common.policies.language.routing import Costs
 from loadgen.arrivals import generator
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.cluster import FUSED, Cluster

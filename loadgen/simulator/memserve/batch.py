@@ -8,7 +8,7 @@ import heapq
 import math
 from dataclasses import dataclass, field
 
-from common.policies.prefill_cost import DecodeCost
+from common.policies.language.prefill_cost import DecodeCost
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from common.mempool.address import KEY_BYTES
-from common.policies.routing import Pull
+from common.policies.language.routing import Pull
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.language.link import LinkKind, Network
 from loadgen.simulator.memserve.engine import Engine, Job

@@ -4,9 +4,9 @@ import random
 from collections.abc import Iterable, Mapping
 
 from common.mempool.address import KEY_BYTES
-from common.policies.prompt_index import IndexChange, IndexSnapshot, PromptIndex
-from common.policies.prompt_tree import PromptTree
-from common.policies.routing import (
+from common.policies.language.prompt_index import IndexChange, IndexSnapshot, PromptIndex
+from common.policies.language.prompt_tree import PromptTree
+from common.policies.language.routing import (
     GlobalScheduler,
     InstanceJoined,
     InstanceLost,
@@ -16,7 +16,7 @@ from common.policies.routing import (
     Route,
     Rule,
 )
-from common.policies.sites import InstanceKind
+from common.policies.language.sites import InstanceKind
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.memserve.carrier import Carrier
 from loadgen.simulator.memserve.engine import Engine, Job

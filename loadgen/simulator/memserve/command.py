@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from common.policies.routing_rules import UnknownRule, make_rule
+from common.policies.language.routing_rules import UnknownRule, make_rule
 from loadgen.environment import this_machine
 from loadgen.refusal import Refused
 from loadgen.simulator.language.workloads import WrongTrace

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.policies.routing_rules import RULES
-from common.policies.sites import InstanceKind
+from common.policies.language.routing_rules import RULES
+from common.policies.language.sites import InstanceKind
 from loadgen.simulator.memserve import paper, studies
 from loadgen.simulator.memserve.machine import PAPER_MACHINE, TRACE_MACHINE, Caching
 from loadgen.simulator.memserve.setup import Setup

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
-from common.policies.prefill_cost import (
+from common.policies.language.prefill_cost import (
     LLAMA2_13B,
     LLAMA2_13B_DECODE,
     LLAMA2_13B_LONG,
@@ -15,7 +15,7 @@ from common.policies.prefill_cost import (
     LinkCost,
     OperatorCost,
 )
-from common.policies.routing import Costs
+from common.policies.language.routing import Costs
 
 # Discrete blocks: seconds a network call takes with so many communicators (figure 11a: 2,048 tokens are 10,240 calls).
 CALL_S = {1: 102.3e-3 / 10_240, 2: 69.0e-3 / 10_240, 4: 38.4e-3 / 10_240, 8: 29.6e-3 / 10_240, 16: 24.2e-3 / 10_240}

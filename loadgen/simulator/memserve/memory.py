@@ -9,7 +9,7 @@ from common.mempool.address import BLOCK_TOKENS, KEY_BYTES, Address, Medium
 from common.mempool.events import Change, PoolEvent
 from common.mempool.pool import MemPool
 from common.mempool.tiers import Tier
-from common.policies.prompt_index import IndexChange, IndexPublisher
+from common.policies.language.prompt_index import IndexChange, IndexPublisher
 
 
 @dataclass(slots=True)

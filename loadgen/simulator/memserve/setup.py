@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from common.policies.prefill_cost import PrefillCost
-from common.policies.routing import Costs
-from common.policies.sites import InstanceKind
+from common.policies.language.prefill_cost import PrefillCost
+from common.policies.language.routing import Costs
+from common.policies.language.sites import InstanceKind
 from loadgen.simulator.memserve.machine import Caching, Machine, Transfers, costs_of
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from common.policies.routing_rules import make_rule
-from common.policies.sites import InstanceKind
+from common.policies.language.routing_rules import make_rule
+from common.policies.language.sites import InstanceKind
 from loadgen.simulator.language.clock import Clock
 from loadgen.simulator.memserve.cluster import Cluster
 from loadgen.simulator.memserve.machine import (

@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from common.policies.routing import Ask, Choice, Pull, Rule
-from common.policies.sites import InstanceKind, Site
+from common.policies.language.routing import Ask, Choice, Pull, Rule
+from common.policies.language.sites import InstanceKind, Site
 
 _MAX_CONVERSATIONS = 100_000
 # Among decode instances the longest match wins as long as it has at most so many tokens more to look back at than the

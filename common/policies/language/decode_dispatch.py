@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from common.policies.length_prediction import LengthRange
+from common.policies.language.length_prediction import LengthRange
 
 # An answer of which more tokens are predicted is heavy (TetriInfer, section 5.1).
 HEAVY_ABOVE = 128

@@ -11,7 +11,7 @@ An instance's own match is the authority in any case: a view that is behind cost
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from common.policies.prompt_tree import Holding, PromptTree
+from common.policies.language.prompt_tree import Holding, PromptTree
 
 # Changes that are kept while a snapshot is on its way. Beyond them another snapshot will be asked for.
 _MAX_HELD = 4096

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-from common.policies.ddit import Ddit, DditNoDecoupling, DditNoPromotion, DditWaitingFirst, DynamicPartition
-from common.policies.elastic import Elastic
-from common.policies.fifo import Fifo
-from common.policies.policy import Policy
-from common.policies.preemptive import EarliestDeadlineFirst, ShortestRemainingTimeFirst
-from common.policies.rib import Rib
-from common.policies.static_groups import OptimalPartition, StaticDegree, StaticPartition
+from common.policies.video.ddit import Ddit, DditNoDecoupling, DditNoPromotion, DditWaitingFirst, DynamicPartition
+from common.policies.video.elastic import Elastic
+from common.policies.video.fifo import Fifo
+from common.policies.video.policy import Policy
+from common.policies.video.preemptive import EarliestDeadlineFirst, ShortestRemainingTimeFirst
+from common.policies.video.rib import Rib
+from common.policies.video.static_groups import OptimalPartition, StaticDegree, StaticPartition
 
 POLICIES: dict[str, Callable[[int, Rib | None], Policy]] = {
     policy.name: policy

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.messages.cluster import LanguageRole
-from common.policies.flip_demand import BATCH, Demand, Pace, Rate, crowd
+from common.policies.language.flip_demand import BATCH, Demand, Pace, Rate, crowd
 
 _OTHER = {LanguageRole.PREFILL: LanguageRole.DECODE, LanguageRole.DECODE: LanguageRole.PREFILL}
 

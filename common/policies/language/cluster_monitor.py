@@ -7,7 +7,7 @@ does not speak gets nothing new.
 
 from dataclasses import dataclass
 
-from common.policies.decode_dispatch import DecodeLoad, LoadsBroadcast
+from common.policies.language.decode_dispatch import DecodeLoad, LoadsBroadcast
 
 PERIOD_S = 0.1
 # What does not change is said again after so long: of an instance that says nothing for ten periods nothing is known.

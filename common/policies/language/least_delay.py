@@ -20,8 +20,8 @@ one sum of seconds.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.policies.routing import Ask, Choice
-from common.policies.sites import Site
+from common.policies.language.routing import Ask, Choice
+from common.policies.language.sites import Site
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """First come, first served, one GPU a video: the plainest policy, and a baseline for the others."""
 
-from common.policies.decisions import Decision
-from common.policies.policy import Policy
+from common.policies.video.decisions import Decision
+from common.policies.video.policy import Policy
 
 
 class Fifo(Policy):

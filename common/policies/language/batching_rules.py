@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from common.policies.continuous_batching import ContinuousBatching
-from common.policies.decode_admission import DecodeAdmission
-from common.policies.prefill_schedule import PrefillOrder, PrefillSchedule
+from common.policies.language.continuous_batching import ContinuousBatching
+from common.policies.language.decode_admission import DecodeAdmission
+from common.policies.language.prefill_schedule import PrefillOrder, PrefillSchedule
 
 
 @dataclass(frozen=True, slots=True)

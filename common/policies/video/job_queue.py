@@ -4,7 +4,7 @@ import heapq
 from collections.abc import Iterator
 from itertools import count
 
-from common.policies.state import Job
+from common.policies.video.state import Job
 
 Rank = tuple[float, ...]
 

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from heapq import heappush
 
-from common.policies.decisions import Decision, GrantLease, ParkJob
-from common.policies.events import WorkerJoined
-from common.policies.job_queue import JobQueue
-from common.policies.placement import Placement
-from common.policies.policy import Policy
-from common.policies.rib import NOISE, Rib, VideoKind
-from common.policies.state import Job, Phase
+from common.policies.video.decisions import Decision, GrantLease, ParkJob
+from common.policies.video.events import WorkerJoined
+from common.policies.video.job_queue import JobQueue
+from common.policies.video.placement import Placement
+from common.policies.video.policy import Policy
+from common.policies.video.rib import NOISE, Rib, VideoKind
+from common.policies.video.state import Job, Phase
 
 # Looking a member of an enumeration up costs more than a name.
 _DENOISING = Phase.DENOISING

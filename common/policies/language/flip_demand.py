@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from common.policies.prefill_cost import DecodeCost
+from common.policies.language.prefill_cost import DecodeCost
 
 # Of OPT-13B on two V100s with contexts of 1,300 tokens; of what nobody has profiled.
 BATCH = 12.0

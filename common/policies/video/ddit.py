@@ -9,11 +9,11 @@ server, hungry videos come before waiting ones. The paper's two ablations and th
 from collections.abc import Iterable
 from typing import ClassVar
 
-from common.policies.decisions import Decision, GrantLease
-from common.policies.placement import Placement, bits
-from common.policies.policy import Policy
-from common.policies.rib import Rib
-from common.policies.state import Job, Phase
+from common.policies.video.decisions import Decision, GrantLease
+from common.policies.video.placement import Placement, bits
+from common.policies.video.policy import Policy
+from common.policies.video.rib import Rib
+from common.policies.video.state import Job, Phase
 
 
 def starvation_time(rib: Rib, job: Job, optimal: int) -> float:

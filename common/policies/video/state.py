@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from common.messages.cluster import Service
-from common.policies.placement import Placement
-from common.policies.rib import VideoKind, video_kind
+from common.policies.video.placement import Placement
+from common.policies.video.rib import VideoKind, video_kind
 
 
 class Phase(StrEnum):

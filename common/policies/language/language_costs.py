@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from common.policies.prefill_cost import DecodeCost, LinkCost
+from common.policies.language.prefill_cost import DecodeCost, LinkCost
 from common.policies.profile_file import section_of
 
 _KEY = "language_costs"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from common.messages.cluster import LanguageRole
-from common.policies.routing import Pull
+from common.policies.language.routing import Pull
 
 # --- events ------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from common.policies.decisions import (
+from common.policies.video.decisions import (
     CancelDecoding,
     CompleteJob,
     Decision,
@@ -22,7 +22,7 @@ from common.policies.decisions import (
     StartDecoding,
     StartEncoding,
 )
-from common.policies.events import (
+from common.policies.video.events import (
     AttemptFailed,
     CheckpointStored,
     DecodingFinished,
@@ -38,10 +38,10 @@ from common.policies.events import (
     WorkerJoined,
     WorkerLost,
 )
-from common.policies.job_queue import JobQueue, Rank
-from common.policies.placement import Placement, power_of_two_within
-from common.policies.rib import Rib, VideoKind, paper_rib
-from common.policies.state import ClusterState, Job, Phase, Slot
+from common.policies.video.job_queue import JobQueue, Rank
+from common.policies.video.placement import Placement, power_of_two_within
+from common.policies.video.rib import Rib, VideoKind, paper_rib
+from common.policies.video.state import ClusterState, Job, Phase, Slot
 
 MAX_ATTEMPTS = 5
 

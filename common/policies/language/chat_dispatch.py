@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from common.messages.cluster import LanguageRole
-from common.policies.chat_events import (
+from common.policies.language.chat_events import (
     ChatArrived,
     ChatEnded,
     ChatPrefilled,
@@ -27,10 +27,10 @@ from common.policies.chat_events import (
     RolesChanged,
     RouteSequence,
 )
-from common.policies.chat_loads import Between, ChatCounts, flip_loads
-from common.policies.chat_rule import ChatRule, Chosen, FewestTokens, guessed_costs
-from common.policies.flip import ChatLoad, InstanceLoad
-from common.policies.sites import InstanceKind, Site, free_links, occupy_links
+from common.policies.language.chat_loads import Between, ChatCounts, flip_loads
+from common.policies.language.chat_rule import ChatRule, Chosen, FewestTokens, guessed_costs
+from common.policies.language.flip import ChatLoad, InstanceLoad
+from common.policies.language.sites import InstanceKind, Site, free_links, occupy_links
 
 # A route, what is pulled for it included, is at its gateway after so long, or is waited for no more.
 _ON_ITS_WAY_S = 10.0

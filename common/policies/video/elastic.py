@@ -32,14 +32,14 @@ import math
 from heapq import heappop
 from typing import ClassVar
 
-from common.policies.decisions import Decision
-from common.policies.demand import ArrivalRate, ReferenceTail
-from common.policies.elastic_books import ElasticBooks
-from common.policies.events import JobArrived
-from common.policies.job_queue import Rank
-from common.policies.placement import Placement, bits
-from common.policies.rib import NOISE, Rib
-from common.policies.state import Job, Phase
+from common.policies.video.decisions import Decision
+from common.policies.video.demand import ArrivalRate, ReferenceTail
+from common.policies.video.elastic_books import ElasticBooks
+from common.policies.video.events import JobArrived
+from common.policies.video.job_queue import Rank
+from common.policies.video.placement import Placement, bits
+from common.policies.video.rib import NOISE, Rib
+from common.policies.video.state import Job, Phase
 
 # The part of all videos that may be late, and how many of the last ones the reference's tail is taken from.
 LATE_SHARE = 0.01

@@ -8,12 +8,12 @@ than it takes to give the first waiting one its B GPUs.
 from abc import abstractmethod
 from typing import ClassVar
 
-from common.policies.ddit import Ddit
-from common.policies.decisions import Decision, GrantLease
-from common.policies.job_queue import JobQueue
-from common.policies.placement import Placement
-from common.policies.rib import Rib
-from common.policies.state import Job, Phase
+from common.policies.video.ddit import Ddit
+from common.policies.video.decisions import Decision, GrantLease
+from common.policies.video.job_queue import JobQueue
+from common.policies.video.placement import Placement
+from common.policies.video.rib import Rib
+from common.policies.video.state import Job, Phase
 
 # A deadline for those that have none: this many times the seconds the video takes alone on B GPUs.
 ASSUMED_SLACK = 5.0

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from common.policies.chat_events import ChatArrived
-from common.policies.least_delay import LeastDelay
-from common.policies.prefill_cost import DecodeCost, LinkCost, RateCost
-from common.policies.routing import Ask, Choice, Costs, Pull, RequestArrived, Rule
-from common.policies.routing_rules import RULES
-from common.policies.seen_costs import SeenDelay, SeenRatio
-from common.policies.sites import InstanceKind, Site
+from common.policies.language.chat_events import ChatArrived
+from common.policies.language.least_delay import LeastDelay
+from common.policies.language.prefill_cost import DecodeCost, LinkCost, RateCost
+from common.policies.language.routing import Ask, Choice, Costs, Pull, RequestArrived, Rule
+from common.policies.language.routing_rules import RULES
+from common.policies.language.seen_costs import SeenDelay, SeenRatio
+from common.policies.language.sites import InstanceKind, Site
 
 _BLOCK_TOKENS = 16
 

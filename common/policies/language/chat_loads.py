@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from common.messages.cluster import LanguageRole
-from common.policies.flip import ChatLoad, InstanceLoad
-from common.policies.sites import InstanceKind, Site
+from common.policies.language.flip import ChatLoad, InstanceLoad
+from common.policies.language.sites import InstanceKind, Site
 
 
 @dataclass(frozen=True, slots=True)

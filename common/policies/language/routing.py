@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Protocol
 
-from common.policies.prefill_cost import DecodeCost, LinkCost, PrefillCost, ScaledCost
-from common.policies.prompt_index import IndexChange, IndexSnapshot, PromptIndex
-from common.policies.sites import InstanceKind, Site, occupy_links
+from common.policies.language.prefill_cost import DecodeCost, LinkCost, PrefillCost, ScaledCost
+from common.policies.language.prompt_index import IndexChange, IndexSnapshot, PromptIndex
+from common.policies.language.sites import InstanceKind, Site, occupy_links
 
 # --- events ------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from common.policies.batching_events import (
+from common.policies.language.batching_events import (
     CachedPrefix,
     Decision,
     Event,
@@ -33,8 +33,8 @@ from common.policies.batching_events import (
     StepDue,
     StepFinished,
 )
-from common.policies.decode_admission import DecodeAdmission
-from common.policies.prefill_schedule import PrefillSchedule
+from common.policies.language.decode_admission import DecodeAdmission
+from common.policies.language.prefill_schedule import PrefillSchedule
 
 _NOTHING_CACHED = CachedPrefix()
 

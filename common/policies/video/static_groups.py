@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.messages.cluster import Service
-from common.policies.decisions import Decision
-from common.policies.events import JobArrived, WorkerJoined
-from common.policies.placement import Placement, power_of_two_within
-from common.policies.policy import Lane, Policy
-from common.policies.rib import Rib, VideoKind, video_kind
-from common.policies.state import Job
+from common.policies.video.decisions import Decision
+from common.policies.video.events import JobArrived, WorkerJoined
+from common.policies.video.placement import Placement, power_of_two_within
+from common.policies.video.policy import Lane, Policy
+from common.policies.video.rib import Rib, VideoKind, video_kind
+from common.policies.video.state import Job
 
 SPCI_DEGREE = 2
 # Steps of a video, where a mix is given by numbers of videos.
