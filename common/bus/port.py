@@ -64,6 +64,19 @@ class Subscription(Protocol):
         """Hear nothing new, let the running handlers end; whatever runs past the deadline is cancelled."""
 
 
+class Hearing(Subscription, Protocol):
+    """A running handler of events."""
+
+    async def caught_up(self, deadline_s: float | None = None) -> None:
+        """Return once the handler is done with all that had arrived before this call.
+
+        That includes what somebody published before answering a request of this bus, once the answer is here.
+
+        Raises:
+            DeadlineExceeded: it is not.
+        """
+
+
 class Taken(Protocol[Value]):
     """A job from a queue, ours until it is settled or until the queue's acknowledgement wait has passed.
 
@@ -178,7 +191,7 @@ class Bus(Protocol):
 
     async def subscribe(
         self, subject: EventSubject[Body], handler: EventHandler[Body], *tokens: str, max_pending: int = 4096
-    ) -> Subscription:
+    ) -> Hearing:
         """Hear events one after another, in order; without ``tokens``, about everyone.
 
         More than ``max_pending`` waiting are dropped and logged. A handler's exception is logged, and the next event

@@ -9,7 +9,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as ClientSubscription
 
 from common.bus.address import address
-from common.bus.errors import BadReply, BusError, Refusal, RemoteFailure
+from common.bus.errors import BadReply, BusError, DeadlineExceeded, Refusal, RemoteFailure
 from common.bus.link import Link
 from common.bus.port import EventHandler, RequestHandler
 from common.messages.base import Message, MessageError, kind_of
@@ -154,8 +154,39 @@ class Listening(Handling):
         super().__init__(link)
         self._body = subject.body
         self._handler = handler
+        self._begun = 0
+        self._done = 0
+        # Set once so many are done with.
+        self._awaited: dict[asyncio.Event, int] = {}
 
     async def heard(self, message: Msg) -> None:
+        self._begun += 1
+        try:
+            await self._handle(message)
+        finally:
+            self._done += 1
+            for reached, count in self._awaited.items():
+                if count <= self._done:
+                    reached.set()
+
+    async def caught_up(self, deadline_s: float | None = None) -> None:
+        """See ``Hearing.caught_up``."""
+        waiting = 0 if self._subscription is None else self._subscription.pending_msgs
+        count = self._begun + waiting
+        if count == self._done:
+            return
+        reached = asyncio.Event()
+        self._awaited[reached] = count
+        try:
+            async with asyncio.timeout(self._link.deadline_s if deadline_s is None else deadline_s):
+                await reached.wait()
+        except TimeoutError:
+            left = count - self._done
+            raise DeadlineExceeded(f"{left} events that had come are not heard yet") from None
+        finally:
+            del self._awaited[reached]
+
+    async def _handle(self, message: Msg) -> None:
         try:
             body = self._body.unpack(message.data)
         except MessageError as error:

@@ -224,13 +224,16 @@ class LanguageInstance:
 
     async def _find(self, asked: FindGeneration) -> GenerationFound:
         held = self._sequences.find(asked.request_id, asked.epoch)
-        return GenerationFound(
+        found = GenerationFound(
             request_id=asked.request_id,
             epoch=asked.epoch,
             held=held is not None,
             tokens=held.generated if held is not None else 0,
             decode=self._handed_on.to(asked.request_id, asked.epoch) if held is None else "",
         )
+        # The gateway takes for lost what is counted here and has not come.
+        await self._speaker.told()
+        return found
 
     async def _cancel(self, cancel: CancelGeneration) -> None:
         held = self._sequences.cancel(cancel.request_id, cancel.epoch)

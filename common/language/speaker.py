@@ -1,5 +1,6 @@
 """Tells gateways what came of their sequences: one message for each step and gateway, not one for each token."""
 
+import asyncio
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,15 +28,22 @@ class Speaker:
         self._bus = bus
         self._instance = instance
         self._crowd = crowd
+        self._turn = asyncio.Lock()
 
     async def tell(self, news: dict[str, list[SequenceTokens]]) -> None:
         """``news`` by gateway."""
-        waiting, preemptions = self._crowd()
-        for gateway, sequences in news.items():
-            message = TokensGenerated(
-                instance=self._instance, sequences=tuple(sequences), waiting=waiting, preemptions=preemptions
-            )
-            try:
-                await self._bus.publish(TOKENS_GENERATED, message, gateway)
-            except BusError as error:
-                log.warning("tokens not sent", gateway=gateway, reason=str(error))
+        async with self._turn:
+            waiting, preemptions = self._crowd()
+            for gateway, sequences in news.items():
+                message = TokensGenerated(
+                    instance=self._instance, sequences=tuple(sequences), waiting=waiting, preemptions=preemptions
+                )
+                try:
+                    await self._bus.publish(TOKENS_GENERATED, message, gateway)
+                except BusError as error:
+                    log.warning("tokens not sent", gateway=gateway, reason=str(error))
+
+    async def told(self) -> None:
+        """Return once all is sent that was to be told before."""
+        async with self._turn:
+            pass

@@ -43,8 +43,6 @@ _MOST_GIVEN_BACK = 50
 _RETRY_S = 0.1
 _ANSWER_DEADLINE_S = 5.0
 _ROUTE_WAIT_S = 3.0
-# Tokens that were sent before an answer may be read after it.
-_GRACE_S = 0.2
 
 
 class GenerationFailed(Exception):
@@ -254,7 +252,12 @@ class Generation:
             broken = await self._ask_for_it(line)
             if broken is None:
                 continue
-            step = await line.next(_GRACE_S)
+            try:
+                # Tokens that were sent before the answers are here, but perhaps not heard.
+                await self._board.caught_up(_ANSWER_DEADLINE_S)
+            except DeadlineExceeded:
+                continue
+            step = await line.next(0.0)
             if step is not None:
                 return step
             if line.expected == expected:

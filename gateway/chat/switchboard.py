@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 import structlog
 
 from common.bus.errors import BusError
-from common.bus.port import Bus
+from common.bus.port import Bus, Hearing
 from common.messages.chat import CancelGeneration, ChatRoute, ChatsUnderWay, TokensGenerated
 from common.messages.subjects import CANCEL_GENERATION, CHATS_UNDER_WAY, TOKENS_GENERATED
 from gateway.chat.line import Line
@@ -29,11 +29,13 @@ class Switchboard:
         self.instance = instance
         self._metrics = metrics
         self._lines: dict[str, Line] = {}
+        self._hearing: Hearing | None = None
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Hear workers, and tell the scheduler what is under way, while the block runs."""
         hearing = await self._bus.subscribe(TOKENS_GENERATED, self._heard, self.instance, max_pending=_MAX_PENDING)
+        self._hearing = hearing
         telling = asyncio.create_task(self._tell_always(), name="tell what is under way")
         try:
             yield
@@ -51,6 +53,15 @@ class Switchboard:
         finally:
             if self._lines.get(request_id) is line:
                 del self._lines[request_id]
+
+    async def caught_up(self, deadline_s: float) -> None:
+        """Return once every line has what was sent to it before the last answer to a question.
+
+        Raises:
+            DeadlineExceeded: not all of that is heard yet.
+        """
+        if self._hearing is not None:
+            await self._hearing.caught_up(deadline_s)
 
     def lose(self, instance: str) -> None:
         """A member is gone, with every sequence it had."""

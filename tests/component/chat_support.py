@@ -95,13 +95,17 @@ async def chat_stack(
     script: Callable[[str], str] = always,
     roles: Mapping[str, tuple[LanguageRole, ...]] | None = None,
     scheduled: bool = True,
+    bus_type: type[NatsBus] = NatsBus,
     **settings: Any,
 ) -> AsyncIterator[ChatStack]:
-    """``roles``: of each instance by name; without it, there is one fused instance. ``scheduled``: with a scheduler."""
+    """``roles``: of each instance by name; without it, there is one fused instance. ``scheduled``: with a scheduler.
+
+    ``bus_type``: of the gateway's.
+    """
     async with contextlib.AsyncExitStack() as opened:
         if scheduled:
             await opened.enter_async_context(scheduler(broker.url))
-        bus = await opened.enter_async_context(await NatsBus.connect(broker.url, name="gateway-0"))
+        bus = await opened.enter_async_context(await bus_type.connect(broker.url, name="gateway-0"))
         tokenizer = str(write_tokenizer(folder))
         own = GatewaySettings(port=0, instance="gateway-0", language_model=tokenizer, **(PATIENT | settings))
         listener = opened.enter_context(bind(own))

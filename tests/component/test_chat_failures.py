@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.bus.nats_bus import NatsBus
-from common.messages.chat import ChatsUnderWay, SequenceTokens, TokensGenerated
+from common.messages.chat import CancelGeneration, ChatsUnderWay, SequenceTokens, TokensGenerated
 from common.messages.failures import Failure, Stage
 from common.messages.subjects import CHATS_UNDER_WAY, TOKENS_GENERATED
 from gateway.chat.generation import MAX_ATTEMPTS
@@ -24,7 +24,8 @@ from tests.component.chat_support import (
     events,
     scheduler,
 )
-from tests.support.language import FUSED, ids_of, played_language_worker
+from tests.component.gateway_support import until
+from tests.support.language import FUSED, WAIT_S, PlayedLanguageWorker, ids_of, played_language_worker
 from tests.support.nats_server import NatsServer
 
 TWO = {"fused-0": FUSED, "fused-1": FUSED}
@@ -101,6 +102,49 @@ async def _busy(stack: ChatStack) -> str:
             if worker.messages:
                 return name
         await asyncio.sleep(0.01)
+
+
+async def test_what_has_come_and_is_not_heard_yet_is_not_lost(nats_server: NatsServer, tmp_path: Path) -> None:
+    """The gateway is behind with its tokens, and is told meanwhile that nobody has the sequence any more."""
+    held_up, free = asyncio.Event(), asyncio.Event()
+
+    class HeldUp(NatsBus):
+        async def publish(self, subject: Any, body: Any, *tokens: str) -> None:
+            if isinstance(body, CancelGeneration) and body.request_id == "nobody":
+                held_up.set()
+                await free.wait()
+            await super().publish(subject, body, *tokens)
+
+    async with (
+        chat_stack(nats_server, tmp_path, bus_type=HeldUp, **SOON) as stack,
+        await NatsBus.connect(nats_server.url, name="stray") as bus,
+        asyncio.timeout(WAIT_S),
+    ):
+        worker = stack.workers["fused-0"]
+        worker.allowed = asyncio.Semaphore(0)
+        asking = asyncio.create_task(stack.chat())
+        await worker.next_request()
+        stray = SequenceTokens(request_id="nobody", epoch=5, offset=0, tokens=tuple(ids_of("wrong")))
+        await bus.publish(TOKENS_GENERATED, TokensGenerated(instance="fused-0", sequences=(stray,)), "gateway-0")
+        await held_up.wait()
+        for _ in ANSWER * 4:
+            worker.allowed.release()
+        await until(lambda: _at_its_end(worker))
+        finds = worker.finds
+        await until(lambda: _found(worker, finds + 1))
+        # Whoever does not wait for what has come begins anew now.
+        await asyncio.sleep(0.5)
+        free.set()
+        assert (await asking)["choices"][0]["message"]["content"] == ANSWER
+        assert worker.requests.empty()
+
+
+async def _at_its_end(worker: PlayedLanguageWorker) -> bool:
+    return not worker.busy
+
+
+async def _found(worker: PlayedLanguageWorker, times: int) -> bool:
+    return worker.finds >= times
 
 
 async def test_an_instance_that_is_silent_but_at_it_is_waited_for(nats_server: NatsServer, tmp_path: Path) -> None:

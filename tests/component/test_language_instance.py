@@ -3,15 +3,17 @@
 import asyncio
 import random
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from common.bus.nats_bus import NatsBus
-from common.messages.chat import TokensGenerated
-from common.messages.subjects import TOKENS_GENERATED
+from common.messages.chat import FindGeneration, TokensGenerated
+from common.messages.subjects import FIND_GENERATION, TOKENS_GENERATED
 from tests.component.language_support import gathered, known_prompts, language_stack, shown
-from tests.support.language import text_of
+from tests.support.asking import asker
+from tests.support.language import WAIT_S, text_of
 from tests.support.language_instance import language_instance
 from tests.support.language_model import BLOCK_BYTES, greedy
 from tests.support.nats_server import NatsServer
@@ -103,6 +105,38 @@ async def test_what_cannot_be_answered_is_refused(nats_server: NatsServer, langu
         with pytest.raises(openai.BadRequestError, match="128"):
             await stack.client.completions.create(model=stack.model, prompt=[1] * 100, max_tokens=100)
         await served.settled()
+
+
+async def test_what_an_instance_says_that_it_has_sent_is_sent(
+    nats_server: NatsServer, language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway takes for lost what an instance has come to the end of, and it has not heard."""
+    sending, free = asyncio.Event(), asyncio.Event()
+
+    class HeldUp(NatsBus):
+        async def publish(self, subject: Any, body: Any, *tokens: str) -> None:
+            if isinstance(body, TokensGenerated):
+                sending.set()
+                await free.wait()
+            await super().publish(subject, body, *tokens)
+
+    monkeypatch.setattr("common.runtime.worker.NatsBus", HeldUp)
+    prompt, expected = next(iter(known_prompts(language_model).items()))
+    asked = FindGeneration(request_id="asked-1", epoch=1)
+    async with (
+        asker(nats_server.url) as asking,
+        language_instance(nats_server.url, "decode-0", language_model),
+        asyncio.timeout(WAIT_S),
+    ):
+        answer = asyncio.create_task(asking.ask(prompt, 1, "decode-0"))
+        await sending.wait()
+        finding = asyncio.create_task(asking.bus.request(FIND_GENERATION, asked, "decode-0", deadline_s=WAIT_S))
+        # Whoever does not wait for what is being sent answers now.
+        await asyncio.sleep(0.5)
+        assert not finding.done()
+        free.set()
+        assert not (await finding).held
+        assert (await answer).tokens == expected[:1]
 
 
 async def test_a_step_is_one_message_and_one_that_fails_costs_no_stream(

@@ -189,6 +189,36 @@ async def test_events_come_in_order_about_one_or_about_all(nats_server: NatsServ
         assert [number for name, number in everyone if name == "dit-1"] == list(range(50))
 
 
+async def test_what_was_published_before_an_answer_can_be_waited_for(nats_server: NatsServer) -> None:
+    heard: list[int] = []
+    gate = asyncio.Event()
+
+    async def hear(event: StepFinished) -> None:
+        await gate.wait()
+        # Others come meanwhile, for which nobody waits.
+        await speaker.publish(STEPS, step(1000), "dit-0")
+        heard.append(event.step)
+
+    async with connected_bus(nats_server) as listener, connected_bus(nats_server) as speaker:
+
+        async def tell(request: EncodePrompt) -> EncodePrompt:
+            for i in range(50):
+                await speaker.publish(STEPS, step(i), "dit-0")
+            return request
+
+        await speaker.serve(ECHO, tell, "encoder-0")
+        hearing = await listener.subscribe(STEPS, hear)
+        await hearing.caught_up()
+        await listener.request(ECHO, prompt("fox"), "encoder-0")
+        with pytest.raises(DeadlineExceeded, match="50 events"):
+            await hearing.caught_up(0.01)
+        gate.set()
+        await hearing.caught_up()
+        assert heard[:50] == list(range(50))
+        await hearing.stop()
+        await hearing.caught_up()
+
+
 async def test_one_bad_event_does_not_cost_the_next(nats_server: NatsServer) -> None:
     log, heard, done = LogLines(), [], asyncio.Event()
 
