@@ -42,7 +42,7 @@ class _Routed:
 
     ``decode``: where its answer counts; empty: nowhere. ``prefilled``: its first token has come; ``between``: and no
     other yet, so that it waits to be decoded. ``link_from_s``, ``link_until_s``: when what it pulls was to be on its
-    way.
+    way, from and to ``ends``.
     """
 
     gateway: str
