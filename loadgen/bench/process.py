@@ -88,17 +88,13 @@ def located(model: str, option: str) -> str:
     Raises:
         WrongArgument: it looks like a folder and is none.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return str(path.resolve())
-    if not model or model.startswith((".", "/", "~")) or path.exists():
-        raise WrongArgument(f"{option} {model}: no such folder")
-    return model
+    looks_like_one = model.startswith((".", "/", "~")) or Path(model).exists()
+    return str(located_folder(model, option)) if looks_like_one else model
 
 
 def located_folder(model: str, option: str) -> Path:
     """A model that has to be a local folder. Raises WrongArgument: it is none."""
-    path = Path(located(model, option))
-    if not path.is_absolute():
+    path = Path(model).expanduser()
+    if not path.is_dir():
         raise WrongArgument(f"{option} {model}: no such folder")
-    return path
+    return path.resolve()
