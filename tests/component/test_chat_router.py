@@ -4,12 +4,12 @@ import asyncio
 from typing import Any
 
 import pytest
-from common.policies.chat_rule import ChatRule, FewestTokens, guessed_costs
 
 from common.bus.errors import NobodyThere, RemoteFailure
 from common.bus.nats_bus import NatsBus
 from common.messages.chat import RouteChat
 from common.messages.subjects import ROUTE_CHAT
+from common.policies.language.chat_rule import ChatRule, FewestTokens, guessed_costs
 from services.scheduler.chat import ChatRouter
 from tests.support.language import WAIT_S
 from tests.support.nats_server import NatsServer

@@ -72,14 +72,14 @@ def test_page_and_trace_of_the_whole_stack(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        (["--all"], "nothing to write: name a page with -o FILE"),
-        (["--since", "10", "-o", "a.html"], "--since: '10' is no duration such as 500ms, 10s or 1m30s"),
-        (["video_nobody", "-o", "a.html"], "video_nobody"),
-        (["../models", "-o", "a.html"], "There is no video '../models'"),
-        (["--since", "1us", "-o", "a.html"], "there is no finished video"),
-        (["--all", "-o", "."], "cannot write .: it is a folder"),
+        (["--all"], 2, "nothing to write: name a page with -o FILE"),
+        (["--since", "10", "-o", "a.html"], 2, "--since: '10' is no duration such as 500ms, 10s or 1m30s"),
+        (["video_nobody", "-o", "a.html"], 1, "video_nobody"),
+        (["../models", "-o", "a.html"], 1, "There is no video '../models'"),
+        (["--since", "1us", "-o", "a.html"], 1, "there is no finished video"),
+        (["--all", "-o", "."], 2, "cannot write .: it is a folder"),
     ],
 )
 def test_what_cannot_be_shown_is_said_in_one_line(
@@ -88,10 +88,11 @@ def test_what_cannot_be_shown_is_said_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
+    status: int,
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert _timeline(threaded, *arguments) == 1
+    assert _timeline(threaded, *arguments) == status
     said = capsys.readouterr().err
     assert said.startswith("triptych: ") and message in said and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
