@@ -17,7 +17,7 @@ def checked_port(host: str, port: int, option: str = "--port") -> int:
     if not 0 < port < 65536:
         raise OptionError(f"{option} {port}: ports go from 1 to 65535")
     try:
-        return ports.bound_port(host, port)
+        ports.try_port(host, port)
     except socket.gaierror as error:
         raise OptionError(f"--host {host}: {error.strerror}") from error
     except OSError as error:
@@ -25,6 +25,7 @@ def checked_port(host: str, port: int, option: str = "--port") -> int:
             f"port {port} on {host} cannot be used ({error.strerror}); "
             f"stop what uses it or choose another with {option}"
         ) from error
+    return port
 
 
 def free_port(host: str) -> int:

@@ -63,10 +63,7 @@ class Foretelling:
         """How many tokens the whole answer will have: as was told, as is predicted here, or as answers were so far."""
         if told is not None:
             return LengthRange(told.low, told.high, told.source)
-        predicted = held.expected
-        if predicted is not None and predicted.done() and not predicted.cancelled() and predicted.exception() is None:
-            return predicted.result()
-        return self._lengths.counted(tokens_in(held.prompt))
+        return _found(held.expected) or self._lengths.counted(tokens_in(held.prompt))
 
     def is_heavy(self, held: Held, told: ExpectedAnswer | None = None) -> bool:
         """Whether the answer will be long, as far as anybody can say (TetriInfer, section 5.1)."""
@@ -83,9 +80,8 @@ class Foretelling:
 
 def told_already(expected: asyncio.Future[LengthRange] | None) -> ExpectedAnswer | None:
     """The prediction, if it is there. That it failed, ``told`` says."""
-    if expected is None or not expected.done() or expected.cancelled() or expected.exception() is not None:
-        return None
-    return _message(expected.result())
+    found = _found(expected)
+    return None if found is None else _message(found)
 
 
 async def told(expected: asyncio.Future[LengthRange] | None) -> ExpectedAnswer | None:
@@ -93,6 +89,12 @@ async def told(expected: asyncio.Future[LengthRange] | None) -> ExpectedAnswer |
     if expected is None:
         return None
     return _message(await asyncio.shield(expected))
+
+
+def _found(expected: asyncio.Future[LengthRange] | None) -> LengthRange | None:
+    if expected is None or not expected.done() or expected.cancelled() or expected.exception() is not None:
+        return None
+    return expected.result()
 
 
 def _message(found: LengthRange) -> ExpectedAnswer:

@@ -24,7 +24,6 @@ from common.mempool.tiers import begin_access, end_access, memory_of
 from common.messages.failures import Failure, Stage
 from common.messages.mempool import BlockAddress, BlocksMoved, MoveBlocks
 from common.messages.subjects import MOVE_BLOCKS
-from common.messages.tensors import TensorRef
 from common.tensors.errors import TensorError
 from common.tensors.port import Tensors
 
@@ -147,9 +146,8 @@ class BlockTransfer:
         runs = memory_of(self._memory.tiers, source)
         values = await asyncio.to_thread(checksums, runs) if TransferFlags.CHECK in flags else []
         wait_s = self._deadline_s + MARGIN_S
-        refs: list[TensorRef] = []
+        refs = self._tensors.export_all(runs, lease_s=wait_s)
         try:
-            refs = self._tensors.export_all(runs, lease_s=wait_s)
             message = message.model_copy(update={"kv": tuple(refs), "checksums": tuple(values)})
             moved = await self._bus.request(MOVE_BLOCKS, message, instance, deadline_s=wait_s)
         finally:

@@ -165,7 +165,7 @@ class MembershipView:
         self._timeout_s = timeout_s
         self._listen = listen
         self._records: dict[str, Member] = {}
-        self._heard_s: dict[str, tuple[str, float]] = {}
+        self._heard_s: dict[str, float] = {}
         self._ready: dict[str, Member] = {}
         self._caught_up = asyncio.Event()
 
@@ -196,8 +196,7 @@ class MembershipView:
 
     def doubt(self, instance: str) -> None:
         """It does not answer: take it for lost until its next life sign."""
-        incarnation, _ = self._heard_s.get(instance, ("", 0.0))
-        self._heard_s[instance] = (incarnation, float("-inf"))
+        self._heard_s[instance] = float("-inf")
         self._update()
 
     async def _watch(self) -> None:
@@ -210,17 +209,17 @@ class MembershipView:
             else:
                 self._records[change.key] = change.value
                 # A fresh record is a life sign; one found at start-up gets a time-out's grace to give another.
-                self._heard_s[change.key] = (change.value.incarnation, time.monotonic())
+                self._heard_s[change.key] = time.monotonic()
             self._update()
 
     def _heard(self, beat: Heartbeat) -> None:
         record = self._records.get(beat.instance)
-        if record is not None and record.incarnation != beat.incarnation:
+        if record is None or record.incarnation != beat.incarnation:
             # The last of a former life, heard late, says nothing of this one; and what is ahead of its record is heard
             # again with that.
             return
-        self._heard_s[beat.instance] = (beat.incarnation, time.monotonic())
-        if record is not None and beat.instance not in self._ready:
+        self._heard_s[beat.instance] = time.monotonic()
+        if beat.instance not in self._ready:
             self._update()
 
     async def _check(self) -> None:
@@ -232,12 +231,12 @@ class MembershipView:
             if now_s - slept_from_s > 2 * period_s or not self._bus.connected:
                 # It was this process that stood still, or was cut off: the others' life signs cannot be heard, so none
                 # is late.
-                self._heard_s = {name: (life, now_s) for name, (life, _) in self._heard_s.items()}
+                self._heard_s = dict.fromkeys(self._heard_s, now_s)
             self._update()
 
     def _alive(self, member: Member, now_s: float) -> bool:
-        incarnation, heard_s = self._heard_s.get(member.instance, ("", float("-inf")))
-        return incarnation == member.incarnation and now_s - heard_s <= self._timeout_s
+        """Whether it has given a sign of life lately; of a member by its record, as only its own life's are kept."""
+        return now_s - self._heard_s.get(member.instance, float("-inf")) <= self._timeout_s
 
     def _update(self) -> None:
         now_s = time.monotonic()

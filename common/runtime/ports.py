@@ -42,7 +42,7 @@ def kept_port(host: str = "127.0.0.1") -> Iterator[int]:
 
 
 def _bound_alone(host: str) -> socket.socket:
-    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    family = _family(host)
     for _ in range(_PORT_TRIES):
         with contextlib.suppress(OSError):
             return _bound(family, host, _CHANCE.randrange(_LOWEST_PORT, _first_given_port()))
@@ -59,18 +59,19 @@ def _bound(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
     return bound
 
 
-def bound_port(host: str, port: int) -> int:
-    """``port``, or any for 0, after it was bound and let go again.
+def try_port(host: str, port: int) -> None:
+    """Bind ``port`` as a server would, and let it go again.
 
     Raises:
-        OSError: it cannot be; as socket.gaierror: ``host`` is unknown.
+        OSError: it cannot be bound; as socket.gaierror: ``host`` is unknown.
     """
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
+    with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
-        bound: int = probe.getsockname()[1]
-        return bound
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
 
 
 def _first_given_port() -> int:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import aiohttp
 import numpy as np
 
 from common.policies.video.registry import UnknownPolicy, make_policy
 from common.policies.video.rib import Rib, WrongRib
+from loadgen.bench.answering import answering
 from loadgen.bench.live import live_stack
 from loadgen.bench.parity import parities
 from loadgen.bench.process import BenchmarkError, completed, located
@@ -74,13 +74,10 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     """Profile, run the rounds, print, and return what ``--json`` writes."""
     try:
         _check(options)
-        with TemporaryDirectory(prefix="ddit-live-") as folder:
+        with TemporaryDirectory(prefix="ddit-live-") as folder, answering():
             return asyncio.run(_run(options, Path(folder)))
     except (WrongMix, WrongRib, WrongSeries, UnknownMix, UnknownPolicy) as error:
         raise WrongArgument(str(error)) from None
-    except (aiohttp.ClientError, TimeoutError) as error:
-        what = f"{type(error).__name__} {error}".strip()
-        raise BenchmarkError(f"the stack did not answer ({what})") from None
 
 
 async def _run(options: argparse.Namespace, folder: Path) -> dict[str, object]:

@@ -20,9 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import aiohttp
 import numpy as np
 
+from loadgen.bench.answering import answering
 from loadgen.bench.flip_workload import Kind, turning
 from loadgen.bench.language_stack import LanguageStack, stack_of
 from loadgen.bench.phases_workload import kv_token_bytes
@@ -109,16 +109,12 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     for name in options.splits or ():
         if name not in known:
             raise WrongArgument(f"--splits {name}: there are {', '.join(known)}")
-    try:
-        with TemporaryDirectory(prefix="flip-") as folder:
-            if options.model is not None:
-                model = located_folder(options.model, "--model")
-            else:
-                model = save_random_language_model(Path(folder) / "random", options.hidden, options.layers)
-            return asyncio.run(_run(options, model))
-    except (aiohttp.ClientError, TimeoutError) as error:
-        what = f"{type(error).__name__} {error}".strip()
-        raise BenchmarkError(f"a stack did not answer ({what})") from None
+    with TemporaryDirectory(prefix="flip-") as folder, answering("a stack"):
+        if options.model is not None:
+            model = located_folder(options.model, "--model")
+        else:
+            model = save_random_language_model(Path(folder) / "random", options.hidden, options.layers)
+        return asyncio.run(_run(options, model))
 
 
 async def _run(options: argparse.Namespace, model: Path) -> dict[str, object]:

@@ -13,8 +13,7 @@ from common.bus.nats_bus import NatsBus
 from common.messages.chat import GenerateTokens, Sampling, TokensGenerated, pack_tokens
 from common.messages.cluster import MemberState
 from common.messages.subjects import GENERATE_TOKENS, MEMBERS, TOKENS_GENERATED
-from common.runtime.tether import tether_to
-from loadgen.bench.process import ROOT, BenchmarkError, end
+from loadgen.bench.process import BenchmarkError, child, end
 from loadgen.counts import HEAD_WIDTH
 
 VOCABULARY = 1024
@@ -54,15 +53,7 @@ async def running_service(url: str, service: str, name: str, settings: Mapping[s
         "UCX_WARN_UNUSED_ENV_VARS": "n",
         **settings,
     }
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        f"services.{service}",
-        env=environment,
-        cwd=ROOT,
-        process_group=0,
-        preexec_fn=tether_to(os.getpid()),
-    )
+    process = await child(sys.executable, "-m", f"services.{service}", environment=environment)
     try:
         yield
     finally:

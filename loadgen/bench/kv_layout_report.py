@@ -6,8 +6,6 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from loadgen.bench.broker import broker
 from loadgen.bench.kv_layout_rounds import Readings, measured, ratio
 from loadgen.bench.kv_layouts import Shape, Way
@@ -52,13 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_layouts(options: argparse.Namespace) -> dict[str, object]:
     """Measure, print, and return what ``--json`` writes."""
-    device = str(chosen_device(options.device))
-    shape = Shape(options.prompt_tokens, options.layers, options.hidden // HEAD_WIDTH, HEAD_WIDTH, device)
+    device = chosen_device(options.device)
+    shape = Shape(options.prompt_tokens, options.layers, options.hidden // HEAD_WIDTH, HEAD_WIDTH, str(device))
     with broker() as url:
         found = asyncio.run(measured(url, shape, options.rounds, options.loaded))
     print(
         f"layouts: prompts of {shape.prompt_tokens} tokens, {shape.size_bytes / 1e6:.1f} MB, {shape.layers} layers; "
-        f"on {device_name(torch.device(device))}; medians of {options.rounds} rounds, ratios to discrete_by_request"
+        f"on {device_name(device)}; medians of {options.rounds} rounds, ratios to discrete_by_request"
     )
     for load, readings in found.items():
         print(f"{'alone' if load == 'alone' else f'loaded, {options.loaded} prompts'}")

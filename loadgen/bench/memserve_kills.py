@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import aiohttp
 import numpy as np
 
 from common.bus.nats_bus import NatsBus
@@ -24,12 +23,12 @@ from common.policies.language.chat_rule import CHAT_RULES
 from common.policies.language.routing_rules import UnknownRule, make_rule
 from common.runtime.membership import MembershipView
 from common.runtime.ports import free_port
+from loadgen.bench.answering import answering
 from loadgen.bench.greedy_answers import GreedyAnswers
 from loadgen.bench.index_agreement import agreement
 from loadgen.bench.kills import Killer
 from loadgen.bench.language_stack import LanguageStack, Replay, stack_of
 from loadgen.bench.memserve_live import hits
-from loadgen.bench.process import BenchmarkError
 from loadgen.bench.trace_excerpt import SmallRequest, excerpt
 from loadgen.counts import not_negative, width
 from loadgen.environment import this_machine
@@ -114,7 +113,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     try:
         _check(options)
         turns = read_mooncake(options.trace)
-        with TemporaryDirectory(prefix="memserve-kills-") as folder:
+        with TemporaryDirectory(prefix="memserve-kills-") as folder, answering():
             deviation = 1.6 / options.hidden**0.5
             model = save_random_language_model(
                 Path(folder) / "random", options.hidden, options.layers, deviation=deviation
@@ -122,9 +121,6 @@ def run(options: argparse.Namespace) -> dict[str, object]:
             found = {name: asyncio.run(_measured(name, options, model, turns)) for name in options.topology}
     except (WrongTrace, UnknownRule) as error:
         raise WrongArgument(str(error)) from None
-    except (aiohttp.ClientError, TimeoutError) as error:
-        what = f"{type(error).__name__} {error}".strip()
-        raise BenchmarkError(f"the stack did not answer ({what})") from None
     return _result(options, found)
 
 

@@ -15,14 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import aiohttp
 import numpy as np
 
 from common.policies.language.chat_rule import CHAT_RULES
 from common.policies.language.language_costs import LanguageCosts, WrongLanguageCosts
 from common.policies.language.routing_rules import UnknownRule, make_rule
+from loadgen.bench.answering import answering
 from loadgen.bench.language_stack import Replay, Told, language_stack, profiled
-from loadgen.bench.process import BenchmarkError
 from loadgen.bench.rounds import MEASURES, Readings, comparison
 from loadgen.bench.trace_excerpt import excerpt
 from loadgen.counts import not_negative, width
@@ -66,14 +65,11 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     try:
         _check(options)
         turns = read_mooncake(options.trace)
-        with TemporaryDirectory(prefix="memserve-live-") as folder:
+        with TemporaryDirectory(prefix="memserve-live-") as folder, answering():
             model = save_random_language_model(Path(folder) / "random", options.hidden, options.layers)
             return asyncio.run(_run(options, turns, str(model), Path(folder)))
     except (WrongTrace, WrongLanguageCosts, UnknownRule) as error:
         raise WrongArgument(str(error)) from None
-    except (aiohttp.ClientError, TimeoutError) as error:
-        what = f"{type(error).__name__} {error}".strip()
-        raise BenchmarkError(f"the stack did not answer ({what})") from None
 
 
 async def _run(options: argparse.Namespace, turns: Sequence[Turn], model: str, folder: Path) -> dict[str, object]:

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import aiohttp
-
+from loadgen.bench.answering import answering
 from loadgen.bench.instance_use import watching
 from loadgen.bench.language_stack import LanguageStack, stack_of
 from loadgen.bench.phases_readings import Burst, Readings
@@ -59,14 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Run the rounds, print, and return what ``--json`` writes."""
-    try:
-        _check(options)
-        with TemporaryDirectory(prefix="phases-") as folder:
-            model = _model(options, Path(folder) / "model")
-            return asyncio.run(_run(options, model))
-    except (aiohttp.ClientError, TimeoutError) as error:
-        what = f"{type(error).__name__} {error}".strip()
-        raise BenchmarkError(f"a stack did not answer ({what})") from None
+    _check(options)
+    with TemporaryDirectory(prefix="phases-") as folder, answering("a stack"):
+        model = _model(options, Path(folder) / "model")
+        return asyncio.run(_run(options, model))
 
 
 def _model(options: argparse.Namespace, folder: Path) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 
 import aiohttp
 
+from loadgen.bench.answering import answering
 from loadgen.bench.compare import compare_async
 from loadgen.bench.process import BenchmarkError, line_of, located, started
 from loadgen.counts import count, several
@@ -42,11 +43,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         BenchmarkError: one of them did not answer, or they made different files.
         WrongArgument: the stack refuses what was asked for.
     """
-    try:
+    with answering():
         return asyncio.run(_run(options))
-    except (aiohttp.ClientError, TimeoutError) as error:
-        what = f"{type(error).__name__} {error}".strip()
-        raise BenchmarkError(f"the stack did not answer ({what})") from None
 
 
 @dataclass

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import os
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 from common.runtime.tether import tether_to
@@ -23,19 +23,26 @@ class BenchmarkError(RuntimeError):
     """What was to be measured did not come about."""
 
 
-@contextlib.asynccontextmanager
-async def started(command: Sequence[str], environment: dict[str, str]) -> AsyncIterator[tuple[Process, str]]:
-    """A process and the line by which it said that it is ready; stopped at the end."""
-    # A group of its own, as each of these here: Ctrl-C is for this process, which ends the others in their order.
-    process = await asyncio.create_subprocess_exec(
+async def child(
+    *command: str, environment: Mapping[str, str] | None, stdin: int | None = None, stdout: int | None = None
+) -> Process:
+    """A process that ends with this one; where this one goes on, ``end`` has to end it."""
+    # A group of its own: Ctrl-C is for this process, which ends the others in their order.
+    return await asyncio.create_subprocess_exec(
         *command,
         env=environment,
         cwd=ROOT,
-        stdin=PIPE,
-        stdout=PIPE,
+        stdin=stdin,
+        stdout=stdout,
         process_group=0,
         preexec_fn=tether_to(os.getpid()),
     )
+
+
+@contextlib.asynccontextmanager
+async def started(command: Sequence[str], environment: dict[str, str]) -> AsyncIterator[tuple[Process, str]]:
+    """A process and the line by which it said that it is ready; stopped at the end."""
+    process = await child(*command, environment=environment, stdin=PIPE, stdout=PIPE)
     try:
         yield process, await line_of(process, START_TIMEOUT_S)
     finally:
@@ -58,9 +65,7 @@ async def end(process: Process, wait_s: float) -> None:
 
 async def completed(*command: str, environment: dict[str, str] | None = None) -> int:
     """Run a command to its end, without anything to read; its exit status. Stopped where nobody waits for it."""
-    process = await asyncio.create_subprocess_exec(
-        *command, env=environment, cwd=ROOT, stdin=DEVNULL, process_group=0, preexec_fn=tether_to(os.getpid())
-    )
+    process = await child(*command, environment=environment, stdin=DEVNULL)
     try:
         return await process.wait()
     finally:
@@ -88,17 +93,13 @@ def located(model: str, option: str) -> str:
     Raises:
         WrongArgument: it looks like a folder and is none.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return str(path.resolve())
-    if not model or model.startswith((".", "/", "~")) or path.exists():
-        raise WrongArgument(f"{option} {model}: no such folder")
-    return model
+    looks_like_one = model.startswith((".", "/", "~")) or Path(model).exists()
+    return str(located_folder(model, option)) if looks_like_one else model
 
 
 def located_folder(model: str, option: str) -> Path:
     """A model that has to be a local folder. Raises WrongArgument: it is none."""
-    path = Path(located(model, option))
-    if not path.is_absolute():
+    path = Path(model).expanduser()
+    if not path.is_dir():
         raise WrongArgument(f"{option} {model}: no such folder")
-    return path
+    return path.resolve()

@@ -10,13 +10,14 @@ from common.language.dispatching import Dispatching
 from common.language.foretelling import Foretelling
 from common.language.held import Held
 from common.language.settings import LanguageSettings, LengthPrediction
-from common.messages.chat import GenerateTokens, Sampling, pack_tokens
+from common.messages.chat import pack_tokens
 from common.messages.dispatch import DecodeLoad, DecodeLoads
 from common.messages.failures import Failure, Stage
 from common.messages.subjects import DECODE_LOADS
 from common.models.length_predictor import AnswerLengths
 from common.policies.language.length_prediction import LengthBuckets
 from tests.support.nats_server import NatsServer
+from tests.support.sequences import sequence
 
 WAIT_S = 60.0
 LONG_S, SHORT_S = 60.0, 0.1
@@ -44,17 +45,7 @@ class Told:
 
     def begin(self, name: str = "a") -> Held:
         """A sequence of 32 tokens, whose first chunk is computed."""
-        held = Held.of(
-            GenerateTokens(
-                request_id=name,
-                epoch=1,
-                tokens=pack_tokens(range(32)),
-                sampling=Sampling(seed=1, max_tokens=8),
-                gateway="gateway-0",
-                decode="",
-                created_at_s=0.0,
-            )
-        )
+        held = sequence(name, pack_tokens(range(32)), decode="")
         self.dispatching.add(held)
         self.dispatching.computed([held.key, "another"])
         return held

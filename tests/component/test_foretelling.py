@@ -11,9 +11,8 @@ import torch
 from common.bus.nats_bus import NatsBus
 from common.engine import Engine
 from common.language.foretelling import Foretelling, told
-from common.language.held import Held
 from common.language.settings import LengthPrediction
-from common.messages.chat import ExpectedAnswer, GenerateTokens, Sampling, TokensGenerated, pack_tokens
+from common.messages.chat import ExpectedAnswer, TokensGenerated, pack_tokens
 from common.messages.cluster import LanguageRole
 from common.messages.subjects import TOKENS_GENERATED
 from common.models.length_predictor import AnswerLengths, LengthPredictor
@@ -29,6 +28,7 @@ from tests.support.language import FUSED
 from tests.support.language_instance import language_instance
 from tests.support.language_model import BLOCK_BYTES
 from tests.support.nats_server import NatsServer
+from tests.support.sequences import sequence
 
 _BUCKETS = LengthBuckets(granularity=10, buckets=4)
 
@@ -44,20 +44,6 @@ def with_predictor(language_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def _held(prompt: bytes) -> Held:
-    return Held.of(
-        GenerateTokens(
-            request_id="a",
-            epoch=1,
-            tokens=prompt,
-            sampling=Sampling(seed=1, max_tokens=8),
-            gateway="gateway-0",
-            decode="decode-0",
-            created_at_s=0.0,
-        )
-    )
-
-
 @pytest.mark.parametrize("mode", [LengthPrediction.PARALLEL, LengthPrediction.SEQUENTIAL])
 async def test_what_the_predictor_says_is_told(with_predictor: Path, mode: LengthPrediction) -> None:
     lengths = AnswerLengths.of_model(with_predictor, LengthBuckets())
@@ -65,7 +51,7 @@ async def test_what_the_predictor_says_is_told(with_predictor: Path, mode: Lengt
     prompt = pack_tokens(range(20))
     foretelling = Foretelling(lengths, mode)
     try:
-        held = _held(prompt)
+        held = sequence("a", prompt)
         await foretelling.begin(held)
         assert held.expected is not None
         assert held.expected.done() or mode is LengthPrediction.PARALLEL
@@ -80,7 +66,7 @@ async def test_what_the_predictor_says_is_told(with_predictor: Path, mode: Lengt
 
 async def test_where_nothing_is_told_the_answers_that_ended_here_count(language_model: Path) -> None:
     foretelling = Foretelling(AnswerLengths.of_model(language_model, _BUCKETS), LengthPrediction.PARALLEL)
-    held = _held(pack_tokens(range(20)))
+    held = sequence("a", pack_tokens(range(20)))
     await foretelling.begin(held)
     assert await told(held.expected) is None
     assert foretelling.expected_tokens(held, None) == 20

@@ -1,5 +1,6 @@
 """``triptych profile`` with real processes and a small model: measured, written, read by the scheduler's own class."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,12 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
+from common.messages.video import TimelineSpan
 from common.policies.language.language_costs import LanguageCosts
 from common.policies.language.prefill_profile import PrefillProfile
 from common.policies.video.rib import DegreeRule, Rib, VideoKind
+from compose.client import StackClient
+from compose.errors import StartError
 from compose.launch import PACKAGE_ROOT
 from compose.local import StackOptions, check_scheduling, variable_values
+from compose.profiling.in_stack import make_one
 from compose.rundir import run_directory
 from tests.support.small_model import save_small_model
 
@@ -90,6 +96,58 @@ def test_videos_of_a_whole_stack_are_measured_too(model: Path, tmp_path: Path) -
     profiled = rib.profiles[KIND]
     assert rib.degrees == (1,) and "1 slots of a stack, all at work" in done.stdout
     assert all(0 < seconds < 60 for seconds in (*profiled.step_s.values(), profiled.decode_s, profiled.encode_s))
+
+
+def span(phase: str, ended_at_s: float, step: int | None = None) -> TimelineSpan:
+    """One second of a video."""
+    began_s = ended_at_s - 1.0
+    return TimelineSpan(
+        instance="x",
+        slot=0,
+        phase=phase,
+        step=step,
+        degree_of_parallelism=1,
+        started_at_s=began_s,
+        ended_at_s=ended_at_s,
+    )
+
+
+@pytest.mark.parametrize("state", ["completed", "failed"])
+async def test_where_the_events_break_off_before_the_last_the_record_says_whether_a_video_was_made(state: str) -> None:
+    spans = [span("step", 2.0, 1), span("step", 3.5, 2), span("decode", 6.0)]
+    answers = {
+        "/v1/videos": {"id": "a"},
+        "/v1/videos/a/events": {"state": "decoding"},
+        "/v1/videos/a": {"state": state, "error": {"message": "no memory"}},
+        "/v1/videos/a/timeline": {"id": "a", "spans": [each.model_dump(mode="json") for each in spans]},
+    }
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        body = json.dumps(answers[request.path])
+        if not request.path.endswith("/events"):
+            return web.Response(text=body)
+        events = web.StreamResponse()
+        await events.prepare(request)
+        await events.write(f"data: {body}\n\n".encode())
+        if request.transport is not None:
+            request.transport.close()
+        return events
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        host, port = runner.addresses[0]
+        async with StackClient(f"http://{host}:{port}") as client:
+            if state == "completed":
+                made = await make_one(client, KIND, steps=2, number=0)
+                assert (made.step_s, made.decode_s) == ((1.5,), 2.5)
+            else:
+                with pytest.raises(StartError, match=r"a video of 32x32 was not made: .*no memory"):
+                    await make_one(client, KIND, steps=2, number=0)
+    finally:
+        await runner.cleanup()
 
 
 def test_a_process_that_cannot_measure_says_why_in_one_line(model: Path, tmp_path: Path) -> None:

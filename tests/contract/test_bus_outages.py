@@ -1,6 +1,7 @@
 """The bus's contract, part five: the broker is killed, stopped, frozen and started again on the same store."""
 
 import asyncio
+import itertools
 
 import pytest
 
@@ -19,6 +20,7 @@ from tests.support.bus import (
     eventually,
     life,
     prompt,
+    relay,
     step,
 )
 from tests.support.nats_server import NatsServer
@@ -228,27 +230,13 @@ async def test_an_outage_is_a_line_at_its_start_and_one_at_its_end(nats_server: 
 
 async def test_a_ping_before_the_first_answer_is_not_taken_for_it(nats_server: NatsServer) -> None:
     """The broker sends one as soon as a client has been silent for a second, be it in the midst of connecting."""
-
-    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
-        writer.close()
-
-    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        from_broker, to_broker = await asyncio.open_connection("127.0.0.1", nats_server.port)
-        writer.write(await from_broker.readline() + b"PING\r\n")
-        async with asyncio.TaskGroup() as pipes:
-            pipes.create_task(pipe(reader, to_broker))
-            pipes.create_task(pipe(from_broker, writer))
-
-    between = await asyncio.start_server(relay, "127.0.0.1", 0)
-    host, port = between.sockets[0].getsockname()
-    async with await NatsBus.connect(f"nats://{host}:{port}", "test", deadline_s=20.0, on_log=LogLines()) as bus:
+    async with (
+        relay(nats_server, itertools.repeat(b"PING\r\n")) as url,
+        await NatsBus.connect(url, "test", deadline_s=20.0, on_log=LogLines()) as bus,
+    ):
         assert bus.connected
         await bus.prepare(buckets=[RECORDS])
         await bus.put(RECORDS, "a", life("a"))
-    between.close()
-    await eventually(lambda: len(asyncio.all_tasks()) == 1)
 
 
 async def test_close_and_drain_end_in_an_outage(nats_server: NatsServer) -> None:

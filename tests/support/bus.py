@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import nats
 
@@ -65,6 +65,29 @@ async def stranger(server: NatsServer) -> AsyncIterator[nats.NATS]:
         yield client
     finally:
         await client.close()
+
+
+@contextlib.asynccontextmanager
+async def relay(server: NatsServer, before_answers: Iterator[bytes]) -> AsyncIterator[str]:
+    """The address of a relay to the broker. ``before_answers``: what it says on its own before the broker's first
+    answer, on each connection in turn. All have to have ended when the block does."""
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_broker, to_broker = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(await from_broker.readline() + next(before_answers))
+        async with asyncio.TaskGroup() as pipes:
+            pipes.create_task(pipe(reader, to_broker))
+            pipes.create_task(pipe(from_broker, writer))
+
+    async with await asyncio.start_server(connected, "127.0.0.1", 0) as between:
+        host, port = between.sockets[0].getsockname()
+        yield f"nats://{host}:{port}"
+    await eventually(lambda: len(asyncio.all_tasks()) == 1)
 
 
 async def eventually(condition: Callable[[], object], deadline_s: float = 60.0) -> None:

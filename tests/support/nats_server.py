@@ -28,7 +28,7 @@ def server_program() -> str:
 
 
 def free_port() -> int:
-    """A port of the loopback for a server that comes, and may go and come again."""
+    """A port of the loopback that nobody listens on right now."""
     return compose.ports.free_port("127.0.0.1")
 
 

@@ -4,25 +4,15 @@ import pytest
 
 from common.engine import Finish, Output
 from common.language.held import Held, Sequences
-from common.messages.chat import FinishReason, GenerateTokens, Sampling, pack_tokens, unpack_tokens
+from common.messages.chat import FinishReason, Sampling, pack_tokens, unpack_tokens
 from common.models.causal_lm.sampling import Sampled
 from common.policies.fence import StaleEpoch
+from tests.support.sequences import sequence
 
 
 def _held(name: str = "a", epoch: int = 1, tokens: tuple[int, ...] = (5, 6, 7), generated: int = 0) -> Held:
     sampling = Sampling(seed=3, max_tokens=4, stop_token_ids=(9,), logprobs=1)
-    return Held.of(
-        GenerateTokens(
-            request_id=name,
-            epoch=epoch,
-            tokens=pack_tokens(tokens),
-            generated=generated,
-            sampling=sampling,
-            gateway="gateway-0",
-            decode="decode-0",
-            created_at_s=0.0,
-        )
-    )
+    return sequence(name, pack_tokens(tokens), epoch=epoch, generated=generated, sampling=sampling)
 
 
 def test_a_newer_attempt_takes_the_place_of_an_older_one() -> None:

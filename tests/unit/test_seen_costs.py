@@ -115,6 +115,23 @@ def test_a_pull_that_a_death_has_ended_does_not_make_the_others_slow(died: str) 
     assert dispatch.rule.pulls.delay_s(8.0) == 0.0
 
 
+def test_the_end_of_a_pull_from_a_former_life_frees_nothing_of_this_one() -> None:
+    dispatch = cluster("cost", f0=FUSED, f1=FUSED, f2=FUSED)
+    route(dispatch, "busy", 2000, 0.0, f1=1000)
+    former = route(dispatch, "former", 485, 0.0, f1=480)
+    dispatch.handle(InstanceLost("f1"), 0.1)
+    dispatch.handle(InstanceJoined("f1", FUSED, 10_000), 0.1)
+    route(dispatch, "busy again", 2000, 0.2, f1=1000)
+    now = route(dispatch, "now", 250, 0.2, f1=240)
+    assert (former.prefill, now.prefill) == ("f0", "f2") and now.pull == Pull("f1", 0, 240)
+    dispatch.handle(PrefixPulled("former", former.epoch, 0), 0.3)
+    after = route(dispatch, "after", 250, 0.3, f1=240)
+    assert after.prefill == "f0" and after.pull is not None
+    # It begins where the other one ends, at 0.44 s.
+    dispatch.handle(PrefixPulled("after", after.epoch, 240), 0.68)
+    assert dispatch.rule.pulls.delay_s(0.68) == pytest.approx(0.0, abs=1e-9)
+
+
 def test_who_is_cheaper_fused_is_not_taken_apart_and_who_is_not_is() -> None:
     """One fused instance among split ones, whose link carries the keys and values of 50 tokens a second."""
     dispatch = cluster("cost", 50.0, p0=PREFILL, d0=DECODE, f0=FUSED)

@@ -7,21 +7,7 @@ import pytest
 
 from common.language.held import Held
 from common.language.tasks import SequenceTasks
-from common.messages.chat import GenerateTokens, Sampling, pack_tokens
-
-
-def held(request_id: str) -> Held:
-    return Held.of(
-        GenerateTokens(
-            request_id=request_id,
-            epoch=1,
-            tokens=pack_tokens([1]),
-            sampling=Sampling(seed=1, max_tokens=8),
-            gateway="gateway-0",
-            decode="decode-0",
-            created_at_s=0.0,
-        )
-    )
+from tests.support.sequences import sequence
 
 
 async def fail() -> None:
@@ -47,7 +33,7 @@ class Instance:
             tasks = SequenceTasks(lambda work, name: group.create_task(work, name=name), self.lose)
             for number, kind in enumerate(kinds):
                 work = succeed if kind.startswith("+") else fail
-                await asyncio.wait((tasks.spawn(held(str(number)), work, kind.removeprefix("+")),))
+                await asyncio.wait((tasks.spawn(sequence(str(number)), work, kind.removeprefix("+")),))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class _Routed:
 
     ``decode``: where its answer counts; empty: nowhere. ``prefilled``: its first token has come; ``between``: and no
     other yet, so that it waits to be decoded. ``link_from_s``, ``link_until_s``: when what it pulls was to be on its
-    way.
+    way, from and to ``ends``.
     """
 
     gateway: str
@@ -57,7 +57,7 @@ class _Routed:
     between: bool = False
     link_from_s: float = 0.0
     link_until_s: float = 0.0
-    ends: tuple[Site, ...] = ()
+    ends: tuple[Site, Site] | None = None
 
 
 def _fewest_tokens() -> ChatRule:
@@ -207,9 +207,10 @@ class ChatDispatch:
         return RouteSequence(request_id, routed.epoch, prefill.name, routed.decode, chosen.choice.reason, pull)
 
     def _pulled(self, routed: _Routed, tokens: int, now_s: float) -> None:
-        if (pull := routed.chosen.pull) is None:
+        if (pull := routed.chosen.pull) is None or routed.ends is None:
             return
-        free_links(self._sites.get(pull.source), self._sites.get(routed.prefill), routed.link_until_s, now_s)
+        # Those of then: who has come back under the same name has other pulls.
+        free_links(*routed.ends, routed.link_until_s, now_s)
         fitted_s = self.rule.costs.send_s(tokens or pull.to_token - pull.from_token)
         took_s = now_s - routed.link_from_s
         # What was refused at once, or ended by a death, says nothing of the link; what has not come in time says more

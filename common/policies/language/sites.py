@@ -157,8 +157,8 @@ def occupy_links(source: Site, target: Site, send_s: float, now_s: float) -> flo
     return until_s
 
 
-def free_links(source: Site | None, target: Site | None, until_s: float, now_s: float) -> None:
+def free_links(source: Site, target: Site, until_s: float, now_s: float) -> None:
     """It is over, and was to be then: what no later pull uses is free."""
     for site in (source, target):
-        if site is not None and site.link_until_s <= until_s:
+        if site.link_until_s <= until_s:
             site.link_until_s = min(site.link_until_s, now_s)
